@@ -1,0 +1,2 @@
+//! The `moebius` program.
+fn main() {}
