@@ -1,0 +1,1 @@
+//! Kernels over plain slices, one file per op.
