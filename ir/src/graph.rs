@@ -261,6 +261,10 @@ impl Graph {
                 return Err(Error::Update { name, wanted, found: "a computed value".to_owned(), site });
             }
         };
+        if self.input_of(new).is_some_and(|i| i.role != Role::Feed) {
+            let (wanted, found) = ("a computed value or a feed".to_owned(), "another parameter or state".to_owned());
+            return Err(Error::Update { name, wanted, found, site });
+        }
         if self.ty(state) != self.ty(new) {
             let (wanted, found) = (self.ty(state).to_string(), self.ty(new).to_string());
             return Err(Error::Update { name, wanted, found, site });
@@ -291,11 +295,15 @@ impl Graph {
                 map[old.index()] = Some(new);
             }
         }
-        let translate = |v: Value| map[v.index()].unwrap_or_else(|| unreachable!("a pass dropped a value that is used"));
-        out.outputs = self.outputs.iter().map(|(n, v)| (n.clone(), translate(*v))).collect();
-        out.updates =
-            self.updates.iter().map(|u| Update { state: translate(u.state), new: translate(u.new) }).collect();
+        out.adopt_ends(self, &map);
         Ok(out)
+    }
+
+    /// Takes over the outputs and updates of `from`, whose values `map` translates.
+    pub(crate) fn adopt_ends(&mut self, from: &Graph, map: &[Option<Value>]) {
+        let translate = |v: Value| map[v.index()].unwrap_or_else(|| unreachable!("a pass dropped a value that is used"));
+        self.outputs = from.outputs.iter().map(|(n, v)| (n.clone(), translate(*v))).collect();
+        self.updates = from.updates.iter().map(|u| Update { state: translate(u.state), new: translate(u.new) }).collect();
     }
 
     /// Appends `node` of another graph with translated operands.

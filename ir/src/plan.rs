@@ -1,0 +1,415 @@
+//! From a graph to a plan: the order of the steps, the lifetime of every buffer, and its offset in one arena. Plain data;
+//! nothing here allocates device memory.
+//!
+//! Storage is shared where it can be: a reshape is its operand, an op that works in place is the operand it overwrites, and
+//! a fused chain writes over an operand that dies with it. Parameters and state lie outside the arena.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::fmt::Write;
+
+use crate::error::{Error, Result};
+use crate::graph::{Graph, NodeId, Value};
+use crate::ops::{Op, Role};
+
+/// Every buffer starts at a multiple of this many bytes.
+pub const ALIGN: usize = 128;
+
+/// Whether buffers are kept apart so that a write past the end of one can be noticed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fences {
+    /// Buffers may touch.
+    Off,
+    /// [`ALIGN`] unused bytes after every buffer.
+    On,
+}
+
+/// Where a value lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Storage {
+    /// In the persistent storage of this parameter or state input.
+    State(Value),
+    /// In the arena, at this offset in bytes.
+    Arena(usize),
+}
+
+/// One thing to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Run a node, with this many bytes of scratch at this offset of the arena.
+    Run {
+        /// The node.
+        node: NodeId,
+        /// Offset of its scratch memory.
+        scratch: usize,
+        /// Bytes of scratch memory.
+        scratch_bytes: usize,
+    },
+    /// Copy `new` over the storage of `state`: an update no op carried out in place.
+    Copy {
+        /// The state's input value.
+        state: Value,
+        /// What it holds afterwards.
+        new: Value,
+    },
+}
+
+/// A stretch of the arena and the steps during which it must keep its content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lifetime {
+    /// The value whose buffer it is; `None` for scratch.
+    pub value: Option<Value>,
+    /// Offset in the arena.
+    pub offset: usize,
+    /// Length in bytes, fence included.
+    pub bytes: usize,
+    /// First step that writes it; 0 if it is filled before the run.
+    pub first: usize,
+    /// Last step that reads it.
+    pub last: usize,
+}
+
+/// A graph with everything decided that can be decided without a device.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    graph: Graph,
+    steps: Vec<Step>,
+    storage: Vec<Storage>,
+    lifetimes: Vec<Lifetime>,
+    arena_bytes: usize,
+    fences: Fences,
+}
+
+impl Plan {
+    /// Plans `graph`. `scratch` gives the bytes of scratch memory a backend's kernel for a node needs.
+    ///
+    /// # Errors
+    /// [`Error::Overwrite`] if an op works in place on something that must be read later.
+    pub fn new(graph: Graph, scratch: &dyn Fn(&Graph, NodeId) -> usize, fences: Fences) -> Result<Plan> {
+        let order = order(&graph)?;
+        let mut step_of = vec![0usize; graph.nodes().len()];
+        let mut steps: Vec<Step> = Vec::with_capacity(order.len());
+        for node in order {
+            step_of[node.index()] = steps.len();
+            let runs = !matches!(graph.node(node).op, Op::Input(_) | Op::Constant(_) | Op::Reshape(_));
+            if runs {
+                steps.push(Step::Run { node, scratch: 0, scratch_bytes: scratch(&graph, node) });
+            }
+        }
+        let roots = roots(&graph, &steps, &step_of);
+        for update in graph.updates() {
+            if roots[update.new.index()] != update.state {
+                steps.push(Step::Copy { state: update.state, new: update.new });
+            }
+        }
+        let mut plan = Plan { graph, steps, storage: Vec::new(), lifetimes: Vec::new(), arena_bytes: 0, fences };
+        plan.place(&roots, &step_of);
+        Ok(plan)
+    }
+
+    /// The graph it carries out.
+    pub fn graph(&self) -> &Graph {
+        &self.graph
+    }
+
+    /// What to do, in order.
+    pub fn steps(&self) -> &[Step] {
+        &self.steps
+    }
+
+    /// Where a value lies.
+    pub fn storage(&self, value: Value) -> Storage {
+        self.storage[value.index()]
+    }
+
+    /// Bytes of the arena.
+    pub fn arena_bytes(&self) -> usize {
+        self.arena_bytes
+    }
+
+    /// Every buffer of the arena.
+    pub fn lifetimes(&self) -> &[Lifetime] {
+        &self.lifetimes
+    }
+
+    /// Whether buffers are fenced.
+    pub fn fences(&self) -> Fences {
+        self.fences
+    }
+
+    /// Bytes of parameters and other state, which lie outside the arena.
+    pub fn state_bytes(&self) -> usize {
+        let state = |v: Value| self.graph.input_of(v).is_some_and(|i| i.role != Role::Feed);
+        self.graph.inputs().iter().filter(|(_, v)| state(*v)).map(|(_, v)| self.graph.ty(*v).bytes()).sum()
+    }
+
+    /// Two buffers that overlap in memory while both are alive, if there are any: a bug of the planner.
+    pub fn overlap(&self) -> Option<(Lifetime, Lifetime)> {
+        for (i, a) in self.lifetimes.iter().enumerate() {
+            for b in &self.lifetimes[..i] {
+                let in_time = a.first <= b.last && b.first <= a.last;
+                let in_space = a.offset < b.offset + b.bytes && b.offset < a.offset + a.bytes;
+                if in_time && in_space {
+                    return Some((*a, *b));
+                }
+            }
+        }
+        None
+    }
+
+    /// The plan as text: one line a step, with where its results go.
+    pub fn to_text(&self) -> String {
+        let mut text = format!("plan: {} steps, arena {} bytes\n", self.steps.len(), self.arena_bytes);
+        for (i, step) in self.steps.iter().enumerate() {
+            match *step {
+                Step::Run { node, scratch, scratch_bytes } => {
+                    let node = self.graph.node(node);
+                    let place = |v: &Value| match self.storage(*v) {
+                        Storage::State(s) => {
+                            format!("%{}=state({})", v.index(), self.graph.input_of(s).map_or("", |i| &i.name))
+                        }
+                        Storage::Arena(at) => format!("%{}@{at}", v.index()),
+                    };
+                    let results = node.results.iter().map(place).collect::<Vec<_>>().join(", ");
+                    let operands =
+                        node.operands.iter().map(|v| format!("%{}", v.index())).collect::<Vec<_>>().join(", ");
+                    let _ = write!(text, "{i}: {results} = {}({operands})", node.op.name());
+                    if scratch_bytes > 0 {
+                        let _ = write!(text, " scratch {scratch_bytes}@{scratch}");
+                    }
+                    text.push('\n');
+                }
+                Step::Copy { state, new } => {
+                    let _ = writeln!(text, "{i}: copy %{} over %{}", new.index(), state.index());
+                }
+            }
+        }
+        text
+    }
+
+    /// Gives every root its lifetime and offset; fills `storage`.
+    fn place(&mut self, roots: &[Value], step_of: &[usize]) {
+        let graph = &self.graph;
+        let end = self.steps.len();
+        let mut span: Vec<Option<(usize, usize)>> = vec![None; graph.value_count()];
+        let mut live = |root: Value, first: usize, last: usize| {
+            let s = span[root.index()].get_or_insert((first, last));
+            *s = (s.0.min(first), s.1.max(last));
+        };
+        for (id, node) in graph.nodes_with_ids() {
+            let at = step_of[id.index()];
+            for &r in &node.results {
+                let root = roots[r.index()];
+                if let Op::Input(input) = &node.op {
+                    if input.role == Role::Feed {
+                        live(root, 0, 0);
+                    }
+                } else if let Op::Constant(_) = node.op {
+                    // Constants are written once, when the arena is made, and must outlast every run.
+                    live(root, 0, end);
+                } else {
+                    live(root, at, at);
+                }
+            }
+            if !matches!(node.op, Op::Reshape(_)) {
+                node.operands.iter().for_each(|v| live(roots[v.index()], at, at));
+            }
+        }
+        graph.outputs().iter().for_each(|(_, v)| live(roots[v.index()], end, end));
+        graph.updates().iter().for_each(|u| live(roots[u.new.index()], end, end));
+
+        let is_state = |v: Value| graph.input_of(v).is_some_and(|i| i.role != Role::Feed);
+        let fence = if self.fences == Fences::On { ALIGN } else { 0 };
+        let padded = |bytes: usize| bytes.max(1).next_multiple_of(ALIGN) + fence;
+        let mut buffers: Vec<Lifetime> = Vec::new();
+        for value in graph.values() {
+            if roots[value.index()] == value && !is_state(value) && let Some((first, last)) = span[value.index()] {
+                let bytes = padded(graph.ty(value).bytes());
+                buffers.push(Lifetime { value: Some(value), offset: 0, bytes, first, last });
+            }
+        }
+        let mut scratch_of: Vec<(usize, usize)> = Vec::new();
+        for (i, step) in self.steps.iter().enumerate() {
+            if let Step::Run { scratch_bytes, .. } = *step && scratch_bytes > 0 {
+                scratch_of.push((i, buffers.len()));
+                buffers.push(Lifetime { value: None, offset: 0, bytes: padded(scratch_bytes), first: i, last: i });
+            }
+        }
+        self.arena_bytes = place_by_size(&mut buffers);
+        for (step, buffer) in scratch_of {
+            if let Step::Run { scratch, .. } = &mut self.steps[step] {
+                *scratch = buffers[buffer].offset;
+            }
+        }
+        let mut offset_of: Vec<usize> = vec![0; graph.value_count()];
+        buffers.iter().for_each(|b| b.value.into_iter().for_each(|v| offset_of[v.index()] = b.offset));
+        self.storage = graph
+            .values()
+            .map(|v| {
+                let root = roots[v.index()];
+                if is_state(root) { Storage::State(root) } else { Storage::Arena(offset_of[root.index()]) }
+            })
+            .collect();
+        self.lifetimes = buffers;
+    }
+}
+
+/// Node order with every op that works in place after all other readers of what it overwrites. Otherwise nodes keep the
+/// order in which they were made.
+fn order(graph: &Graph) -> Result<Vec<NodeId>> {
+    let nodes = graph.nodes();
+    let mut readers: Vec<Vec<NodeId>> = vec![Vec::new(); graph.value_count()];
+    for (id, node) in graph.nodes_with_ids() {
+        node.operands.iter().for_each(|v| readers[v.index()].push(id));
+    }
+    let mut next: Vec<Vec<NodeId>> = vec![Vec::new(); nodes.len()];
+    let mut waits: Vec<usize> = vec![0; nodes.len()];
+    let mut edge = |from: NodeId, to: NodeId| {
+        next[from.index()].push(to);
+        waits[to.index()] += 1;
+    };
+    for (id, node) in graph.nodes_with_ids() {
+        node.operands.iter().for_each(|&v| edge(graph.producer(v), id));
+        for &(result, operand) in node.op.in_place() {
+            let overwritten = node.operands[operand];
+            let refuse = || Error::Overwrite { op: node.op.name(), operand, site: node.site.clone() };
+            let base = reshape_base(graph, overwritten);
+            if matches!(graph.node(graph.producer(base)).op, Op::Constant(_)) {
+                return Err(refuse());
+            }
+            // All values that share the overwritten storage: the base and every reshape of it.
+            let mut shared = vec![base];
+            while let Some(value) = shared.pop() {
+                for &reader in &readers[value.index()] {
+                    if reader == id {
+                        continue;
+                    }
+                    if let Op::Reshape(_) = graph.node(reader).op {
+                        shared.push(graph.node(reader).results[0]);
+                    } else {
+                        edge(reader, id);
+                    }
+                }
+                let kept = |v: Value| v == value && v != node.results[result];
+                if graph.outputs().iter().any(|(_, v)| kept(*v)) || graph.updates().iter().any(|u| kept(u.new)) {
+                    return Err(refuse());
+                }
+            }
+        }
+    }
+    let mut ready: BinaryHeap<Reverse<usize>> = (0..nodes.len()).filter(|&i| waits[i] == 0).map(Reverse).collect();
+    let mut order = Vec::with_capacity(nodes.len());
+    while let Some(Reverse(i)) = ready.pop() {
+        order.push(NodeId(i as u32));
+        for to in &next[i] {
+            waits[to.index()] -= 1;
+            if waits[to.index()] == 0 {
+                ready.push(Reverse(to.index()));
+            }
+        }
+    }
+    if order.len() < nodes.len() {
+        // Only an in-place op can close a cycle: data flow alone has none.
+        let stuck = nodes.iter().enumerate().find(|(i, n)| waits[*i] > 0 && !n.op.in_place().is_empty());
+        let node = stuck.map_or(&nodes[0], |(_, n)| n);
+        let operand = node.op.in_place().first().map_or(0, |p| p.1);
+        return Err(Error::Overwrite { op: node.op.name(), operand, site: node.site.clone() });
+    }
+    Ok(order)
+}
+
+fn reshape_base(graph: &Graph, mut value: Value) -> Value {
+    while let Op::Reshape(_) = graph.node(graph.producer(value)).op {
+        value = graph.node(graph.producer(value)).operands[0];
+    }
+    value
+}
+
+/// For each value, the value whose storage it shares (itself if it has its own).
+fn roots(graph: &Graph, steps: &[Step], step_of: &[usize]) -> Vec<Value> {
+    let mut roots: Vec<Value> = graph.values().collect();
+    // In step order, so that an operand's root is final before it is passed on.
+    let mut by_step: Vec<NodeId> = graph.nodes_with_ids().map(|(id, _)| id).collect();
+    by_step.sort_by_key(|id| (step_of[id.index()], id.index()));
+    for &id in &by_step {
+        let node = graph.node(id);
+        if let Op::Reshape(_) = node.op {
+            roots[node.results[0].index()] = roots[node.operands[0].index()];
+        }
+        for &(result, operand) in node.op.in_place() {
+            roots[node.results[result].index()] = roots[node.operands[operand].index()];
+        }
+    }
+    // The last step that needs each root; outputs and updates are needed at the end.
+    let end = steps.len();
+    let mut last: Vec<usize> = vec![0; graph.value_count()];
+    for (id, node) in graph.nodes_with_ids() {
+        if let Op::Reshape(_) = node.op {
+            continue;
+        }
+        for v in node.operands.iter().chain(&node.results) {
+            let l = &mut last[roots[v.index()].index()];
+            *l = (*l).max(step_of[id.index()]);
+        }
+    }
+    let kept = graph.outputs().iter().map(|(_, v)| *v).chain(graph.updates().iter().map(|u| u.new));
+    kept.for_each(|v| last[roots[v.index()].index()] = end);
+
+    // A fused chain may write a result over an operand of the same type that nobody needs afterwards.
+    let reusable = |root: Value| !matches!(graph.node(graph.producer(root)).op, Op::Input(_) | Op::Constant(_));
+    for &id in &by_step {
+        let node = graph.node(id);
+        let Op::Elementwise(_) = node.op else { continue };
+        let mut taken: Vec<Value> = Vec::new();
+        for &result in &node.results {
+            if roots[result.index()] != result {
+                continue;
+            }
+            let fits = |&&v: &&Value| {
+                let root = roots[v.index()];
+                let shares = |o: &&Value| roots[o.index()] == root;
+                node.operands.iter().filter(shares).all(|&o| graph.ty(o) == graph.ty(result))
+                    && reusable(root)
+                    && last[root.index()] == step_of[id.index()]
+                    && !taken.contains(&root)
+            };
+            let Some(&operand) = node.operands.iter().find(fits) else { continue };
+            let root = roots[operand.index()];
+            taken.push(root);
+            last[root.index()] = last[result.index()];
+            // Everything that shared the result's storage now shares the operand's.
+            roots.iter_mut().filter(|r| **r == result).for_each(|r| *r = root);
+        }
+    }
+    roots
+}
+
+/// Offsets by the greedy rule: largest buffer first, each at the lowest place free during its whole lifetime. Returns the
+/// size of the arena.
+fn place_by_size(buffers: &mut [Lifetime]) -> usize {
+    let mut by_size: Vec<usize> = (0..buffers.len()).collect();
+    by_size.sort_by_key(|&i| (Reverse(buffers[i].bytes), buffers[i].first, i));
+    let mut placed: Vec<usize> = Vec::with_capacity(buffers.len());
+    let mut arena = 0;
+    for i in by_size {
+        let me = buffers[i];
+        let mut busy: Vec<(usize, usize)> = placed
+            .iter()
+            .map(|&j| &buffers[j])
+            .filter(|b| b.first <= me.last && me.first <= b.last)
+            .map(|b| (b.offset, b.offset + b.bytes))
+            .collect();
+        busy.sort_unstable();
+        let mut offset = 0;
+        for (from, to) in busy {
+            if offset + me.bytes <= from {
+                break;
+            }
+            offset = offset.max(to);
+        }
+        buffers[i].offset = offset;
+        arena = arena.max(offset + me.bytes);
+        placed.push(i);
+    }
+    arena
+}
