@@ -1,1 +1,24 @@
-//! Crate root.
+//! Moebius, embedded: open a device, compile a graph, run it, train, keep checkpoints.
+//!
+//! - [`Engine`] is a device. [`Session`] holds named parameters and state on it. [`Program`] is a compiled graph.
+//! - [`Trainer`] turns a graph with a loss into one training step: forward, backward, clipping, AdamW.
+//! - [`checkpoint`] writes and reads checkpoints that survive a crash at any moment.
+//!
+//! This is the only crate with a stable surface; the graph language itself is re-exported as [`ir`].
+
+pub mod checkpoint;
+mod element;
+mod engine;
+mod error;
+mod program;
+mod session;
+mod trainer;
+
+pub use moebius_ir as ir;
+
+pub use element::Element;
+pub use engine::{DeviceReport, Engine};
+pub use error::{Error, Result};
+pub use program::Program;
+pub use session::Session;
+pub use trainer::{Optimizer, StepReport, Trainer, training_step};

@@ -15,12 +15,15 @@ use crate::ops::{Op, Role};
 /// Every buffer starts at a multiple of this many bytes.
 pub const ALIGN: usize = 128;
 
+/// Unused bytes after every buffer of a fenced plan.
+pub const FENCE_BYTES: usize = ALIGN;
+
 /// Whether buffers are kept apart so that a write past the end of one can be noticed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fences {
     /// Buffers may touch.
     Off,
-    /// [`ALIGN`] unused bytes after every buffer.
+    /// [`FENCE_BYTES`] unused bytes after every buffer.
     On,
 }
 
@@ -201,8 +204,9 @@ impl Plan {
             for &r in &node.results {
                 let root = roots[r.index()];
                 if let Op::Input(input) = &node.op {
+                    // A feed keeps its value from run to run until the host gives another.
                     if input.role == Role::Feed {
-                        live(root, 0, 0);
+                        live(root, 0, end);
                     }
                 } else if let Op::Constant(_) = node.op {
                     // Constants are written once, when the arena is made, and must outlast every run.
@@ -219,7 +223,7 @@ impl Plan {
         graph.updates().iter().for_each(|u| live(roots[u.new.index()], end, end));
 
         let is_state = |v: Value| graph.input_of(v).is_some_and(|i| i.role != Role::Feed);
-        let fence = if self.fences == Fences::On { ALIGN } else { 0 };
+        let fence = if self.fences == Fences::On { FENCE_BYTES } else { 0 };
         let padded = |bytes: usize| bytes.max(1).next_multiple_of(ALIGN) + fence;
         let mut buffers: Vec<Lifetime> = Vec::new();
         for value in graph.values() {
@@ -274,7 +278,8 @@ fn order(graph: &Graph) -> Result<Vec<NodeId>> {
             let overwritten = node.operands[operand];
             let refuse = || Error::Overwrite { op: node.op.name(), operand, site: node.site.clone() };
             let base = reshape_base(graph, overwritten);
-            if matches!(graph.node(graph.producer(base)).op, Op::Constant(_)) {
+            let feed = graph.input_of(base).is_some_and(|i| i.role == Role::Feed);
+            if feed || matches!(graph.node(graph.producer(base)).op, Op::Constant(_)) {
                 return Err(refuse());
             }
             // All values that share the overwritten storage: the base and every reshape of it.

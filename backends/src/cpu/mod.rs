@@ -1,6 +1,103 @@
-//! The CPU backend.
+//! The CPU backend: every op on all cores, with vector instructions chosen at run time.
+//!
+//! [`lower`](lower::lower) turns a node into a launch (and is the support check), `instance` carries a plan's launches out,
+//! `gemm` is the matrix product under every dense and expert op, `kernels` holds one file per op over plain slices.
 
 pub mod element;
 pub mod gemm;
+mod instance;
 pub mod kernels;
+mod lower;
+mod memory;
 pub mod vmath;
+
+use std::sync::Arc;
+
+use moebius_ir::{Fences, Graph, NodeId, Plan};
+
+use crate::{Backend, Error, Executable, Refusal, Result, Store};
+
+const BACKEND: &str = "cpu";
+
+/// The CPU backend with a thread pool of its own.
+pub struct Cpu {
+    pool: Arc<rayon::ThreadPool>,
+    checks: bool,
+}
+
+impl Cpu {
+    /// The backend on `threads` threads; `None` means one per available core. In builds with debug assertions, memory is
+    /// checked as by [`Cpu::with_checks`].
+    ///
+    /// # Errors
+    /// [`Error::Threads`] if the threads cannot be started.
+    pub fn new(threads: Option<usize>) -> Result<Cpu> {
+        let wanted = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(wanted)
+            .thread_name(|i| format!("moebius-cpu-{i}"))
+            .build()
+            .map_err(|source| Error::Threads { wanted, source })?;
+        Ok(Cpu { pool: Arc::new(pool), checks: cfg!(debug_assertions) })
+    }
+
+    /// Whether every buffer gets a fence that is looked at after each step, and is filled with NaN before it is written.
+    #[must_use]
+    pub fn with_checks(mut self, checks: bool) -> Cpu {
+        self.checks = checks;
+        self
+    }
+
+    /// Threads of the pool.
+    pub fn threads(&self) -> usize {
+        self.pool.current_num_threads()
+    }
+
+    /// The pool that runs every kernel; work started inside it is not handed over between threads first.
+    pub fn pool(&self) -> &rayon::ThreadPool {
+        &self.pool
+    }
+
+    /// The launch of every node, or all refusals.
+    fn launches(&self, graph: &Graph) -> Result<Vec<lower::Launch>> {
+        let mut launches = Vec::with_capacity(graph.nodes().len());
+        let mut refusals = Vec::new();
+        for (id, node) in graph.nodes_with_ids() {
+            match lower::lower(graph, id, self.threads()) {
+                Ok(launch) => launches.push(launch),
+                Err(wanted) => refusals.push(Refusal {
+                    op: node.op.name(),
+                    operands: node.operands.iter().map(|&v| graph.ty(v).clone()).collect(),
+                    wanted,
+                    site: node.site.clone(),
+                }),
+            }
+        }
+        if refusals.is_empty() { Ok(launches) } else { Err(Error::Unsupported { backend: BACKEND, refusals }) }
+    }
+}
+
+impl Backend for Cpu {
+    fn name(&self) -> &'static str {
+        BACKEND
+    }
+
+    fn describe(&self) -> String {
+        format!("{} threads, {}", self.threads(), gemm::instructions())
+    }
+
+    fn plan(&self, graph: Graph) -> Result<Plan> {
+        let scratch: Vec<usize> = self.launches(&graph)?.iter().map(|l| l.scratch).collect();
+        let fences = if self.checks { Fences::On } else { Fences::Off };
+        Ok(Plan::new(graph, &|_, node: NodeId| scratch[node.index()], fences)?)
+    }
+
+    fn compile(&self, plan: Plan) -> Result<Arc<dyn Executable>> {
+        let launches = self.launches(plan.graph())?;
+        Ok(Arc::new(instance::CpuExecutable::new(plan, launches, Arc::clone(&self.pool), self.checks)))
+    }
+
+    fn new_store(&self) -> Box<dyn Store> {
+        Box::new(memory::CpuStore::new())
+    }
+}

@@ -1,0 +1,318 @@
+//! Carries out a plan on the CPU.
+
+use std::sync::Arc;
+
+use moebius_ir::{DType, Fences, NodeId, Op, Plan, Step, Storage, Value};
+
+use super::BACKEND;
+use super::element::Element;
+use super::lower::{Args, Launch};
+use super::memory::{Buffer, CpuStore, copy};
+use crate::{Error, Executable, Instance, NonFinite, Result, Store};
+
+/// What a fresh buffer and a fence are filled with: NaN in every float type, -1 in the integers.
+const POISON: u8 = 0xff;
+
+/// Where a step finds a value: in the arena or in the table of stored tensors.
+#[derive(Clone, Copy)]
+pub(crate) enum Place {
+    Arena(usize),
+    State(usize),
+}
+
+struct Launched {
+    node: NodeId,
+    launch: Launch,
+    operands: Vec<Place>,
+    results: Vec<Place>,
+    scratch: (usize, usize),
+    /// Arena ranges that hold nothing before the step: results that overwrite no operand, and scratch.
+    fresh: Vec<(usize, usize)>,
+}
+
+enum Work {
+    Launch(Launched),
+    Copy { from: Place, to: Place, bytes: usize },
+}
+
+struct Program {
+    plan: Plan,
+    work: Vec<Work>,
+    /// The parameters and states, in the order of the table.
+    states: Vec<Value>,
+    /// Arena ranges that no kernel may write.
+    fences: Vec<(usize, usize)>,
+    pool: Arc<rayon::ThreadPool>,
+    checks: bool,
+}
+
+pub(crate) struct CpuExecutable(Arc<Program>);
+
+impl CpuExecutable {
+    pub(crate) fn new(plan: Plan, launches: Vec<Launch>, pool: Arc<rayon::ThreadPool>, checks: bool) -> Self {
+        let graph = plan.graph();
+        let states: Vec<Value> = graph
+            .inputs()
+            .iter()
+            .map(|&(_, v)| v)
+            .filter(|&v| matches!(plan.storage(v), Storage::State(_)))
+            .collect();
+        let place = |v: Value| match plan.storage(v) {
+            Storage::Arena(offset) => Place::Arena(offset),
+            Storage::State(s) => Place::State(states.iter().position(|&t| t == s).unwrap_or_else(|| unreachable!("listed above"))),
+        };
+        let mut launches: Vec<Option<Launch>> = launches.into_iter().map(Some).collect();
+        let work = plan
+            .steps()
+            .iter()
+            .map(|step| match *step {
+                Step::Run { node: id, scratch, scratch_bytes } => {
+                    let node = graph.node(id);
+                    let operands: Vec<Place> = node.operands.iter().map(|&v| place(v)).collect();
+                    let results: Vec<Place> = node.results.iter().map(|&v| place(v)).collect();
+                    let offsets: Vec<usize> =
+                        operands.iter().filter_map(|p| if let Place::Arena(at) = p { Some(*at) } else { None }).collect();
+                    let mut fresh = vec![(scratch, scratch_bytes)];
+                    for (&value, place) in node.results.iter().zip(&results) {
+                        if let Place::Arena(at) = *place && !offsets.contains(&at) {
+                            fresh.push((at, graph.ty(value).bytes()));
+                        }
+                    }
+                    let launch = launches[id.index()].take().unwrap_or_else(|| unreachable!("a node is run once"));
+                    Work::Launch(Launched { node: id, launch, operands, results, scratch: (scratch, scratch_bytes), fresh })
+                }
+                Step::Copy { state, new } => {
+                    Work::Copy { from: place(new), to: place(state), bytes: graph.ty(state).bytes() }
+                }
+            })
+            .collect();
+        let fences = match plan.fences() {
+            Fences::Off => Vec::new(),
+            Fences::On => {
+                let fence = moebius_ir::FENCE_BYTES;
+                plan.lifetimes().iter().map(|l| (l.offset + l.bytes - fence, l.offset + l.bytes)).collect()
+            }
+        };
+        CpuExecutable(Arc::new(Program { plan, work, states, fences, pool, checks }))
+    }
+}
+
+impl Executable for CpuExecutable {
+    fn plan(&self) -> &Plan {
+        &self.0.plan
+    }
+
+    fn instantiate(&self) -> Result<Box<dyn Instance>> {
+        let bytes = self.0.plan.arena_bytes();
+        let mut arena = Buffer::zeroed(bytes, || "the arena of a plan".into())?;
+        let graph = self.0.plan.graph();
+        for node in graph.nodes() {
+            if let (Op::Constant(constant), Storage::Arena(at)) = (&node.op, self.0.plan.storage(node.results[0])) {
+                let bytes = constant.tensor().to_bytes();
+                arena.bytes_mut()[at..at + bytes.len()].copy_from_slice(&bytes);
+            }
+        }
+        Ok(Box::new(CpuInstance {
+            program: Arc::clone(&self.0),
+            arena,
+            states: vec![std::ptr::null_mut(); self.0.states.len()],
+            located: 0,
+        }))
+    }
+}
+
+struct CpuInstance {
+    program: Arc<Program>,
+    arena: Buffer,
+    /// Where the stored tensors lie, as of store version `located`.
+    states: Vec<*mut u8>,
+    located: u64,
+}
+
+// SAFETY: the pointers in `states` are used only inside `run`, which holds the store they point into exclusively.
+unsafe impl Send for CpuInstance {}
+
+impl CpuInstance {
+    fn locate(&mut self, store: &mut dyn Store) -> Result<()> {
+        let store = store.as_any_mut().downcast_mut::<CpuStore>().ok_or(Error::ForeignStore { backend: BACKEND })?;
+        if self.located == store.version() {
+            return Ok(());
+        }
+        let graph = self.program.plan.graph();
+        for (slot, &value) in self.states.iter_mut().zip(&self.program.states) {
+            let name = graph.input_of(value).map_or("", |i| &i.name);
+            *slot = store.locate(name, graph.ty(value))?;
+        }
+        self.located = store.version();
+        Ok(())
+    }
+
+    /// Runs every step; `after` sees the instance after each launch and may end the run early.
+    fn steps(&mut self, mut after: impl FnMut(&Self, &Launched) -> bool + Send) -> Result<()> {
+        let program = Arc::clone(&self.program);
+        let me = &*self;
+        let (arena, states) = (Pointer(me.arena.as_ptr()), Table(&me.states));
+        let me = Shared(me);
+        program.pool.install(|| {
+            let (arena, states, me) = (arena.get(), states.get(), me.get());
+            for work in &program.work {
+                match work {
+                    Work::Launch(l) => {
+                        if program.checks {
+                            // SAFETY: planned ranges of the arena that hold no live value during this step.
+                            l.fresh.iter().for_each(|&(at, n)| unsafe { arena.add(at).write_bytes(POISON, n) });
+                            // SAFETY: fences belong to no value.
+                            program.fences.iter().for_each(|&(from, to)| unsafe {
+                                arena.add(from).write_bytes(POISON, to - from);
+                            });
+                        }
+                        let args = Args::new(arena, states, &l.operands, &l.results, l.scratch);
+                        let node = program.plan.graph().node(l.node);
+                        (l.launch.run)(&args).map_err(|e| Error::Kernel {
+                            op: node.op.name(),
+                            site: node.site.clone(),
+                            wanted: e.wanted,
+                            found: e.found,
+                        })?;
+                        let intact = |&(from, to): &(usize, usize)| {
+                            // SAFETY: inside the arena, which nothing writes between steps.
+                            let fence = unsafe { std::slice::from_raw_parts(arena.add(from), to - from) };
+                            fence.iter().all(|&b| b == POISON)
+                        };
+                        if program.checks && !program.fences.iter().all(intact) {
+                            return Err(Error::Fence { op: node.op.name(), site: node.site.clone() });
+                        }
+                        if !after(me, l) {
+                            return Ok(());
+                        }
+                    }
+                    Work::Copy { from, to, bytes } => {
+                        let at = |p: &Place| match *p {
+                            // SAFETY: planned offsets lie inside the arena.
+                            Place::Arena(offset) => unsafe { arena.add(offset) },
+                            Place::State(i) => states[i],
+                        };
+                        // SAFETY: a planned value and a stored tensor of the same type; they never overlap.
+                        unsafe { std::ptr::copy_nonoverlapping(at(from), at(to), *bytes) }
+                    }
+                }
+            }
+            Ok(())
+        })
+    }
+
+    fn value_bytes(&self, value: Value) -> &[u8] {
+        let bytes = self.program.plan.graph().ty(value).bytes();
+        match self.program.plan.storage(value) {
+            Storage::Arena(at) => &self.arena.bytes()[at..at + bytes],
+            Storage::State(s) => {
+                let slot = self.program.states.iter().position(|&t| t == s).unwrap_or_else(|| unreachable!("every state is listed"));
+                if self.states[slot].is_null() {
+                    return &[];
+                }
+                // SAFETY: located in the store by the run that is going on or has just ended.
+                unsafe { std::slice::from_raw_parts(self.states[slot], bytes) }
+            }
+        }
+    }
+}
+
+/// Lets the pool's closure carry the arena's address; access is ordered by the steps.
+#[derive(Clone, Copy)]
+struct Pointer(*mut u8);
+// SAFETY: see the type.
+unsafe impl Send for Pointer {}
+impl Pointer {
+    fn get(self) -> *mut u8 {
+        self.0
+    }
+}
+
+/// Lets the pool's closure carry the addresses of stored tensors.
+#[derive(Clone, Copy)]
+struct Table<'a>(&'a [*mut u8]);
+// SAFETY: as Pointer.
+unsafe impl Send for Table<'_> {}
+impl<'a> Table<'a> {
+    fn get(self) -> &'a [*mut u8] {
+        self.0
+    }
+}
+
+/// Lets the pool's closure look at the instance between steps, when no kernel runs.
+#[derive(Clone, Copy)]
+struct Shared<'a>(&'a CpuInstance);
+// SAFETY: see the type.
+unsafe impl Send for Shared<'_> {}
+impl<'a> Shared<'a> {
+    fn get(self) -> &'a CpuInstance {
+        self.0
+    }
+}
+
+impl Instance for CpuInstance {
+    fn write(&mut self, feed: &str, bytes: &[u8]) -> Result<()> {
+        let program = Arc::clone(&self.program);
+        let graph = program.plan.graph();
+        let value = graph.input_named(feed).filter(|&v| matches!(program.plan.storage(v), Storage::Arena(_)));
+        let Some(value) = value else {
+            let feeds = graph.inputs().iter().filter(|(_, v)| matches!(program.plan.storage(*v), Storage::Arena(_)));
+            let there = feeds.map(|(n, _)| n.clone()).collect();
+            return Err(Error::NoSuch { what: "feed", name: feed.into(), there });
+        };
+        let (ty, Storage::Arena(at)) = (graph.ty(value), program.plan.storage(value)) else { return Ok(()) };
+        copy("feed", feed, ty, bytes, &mut self.arena.bytes_mut()[at..at + ty.bytes()])
+    }
+
+    fn run(&mut self, store: &mut dyn Store) -> Result<()> {
+        self.locate(store)?;
+        self.steps(|_, _| true)
+    }
+
+    fn read(&self, output: &str, out: &mut [u8]) -> Result<()> {
+        let graph = self.program.plan.graph();
+        let Some(value) = graph.output_named(output) else {
+            let there = graph.outputs().iter().map(|(n, _)| n.clone()).collect();
+            return Err(Error::NoSuch { what: "output", name: output.into(), there });
+        };
+        copy("output", output, graph.ty(value), self.value_bytes(value), out)
+    }
+
+    fn first_non_finite(&mut self, store: &mut dyn Store) -> Result<Option<NonFinite>> {
+        self.locate(store)?;
+        let mut found = None;
+        self.steps(|me, launched| {
+            let graph = me.program.plan.graph();
+            let node = graph.node(launched.node);
+            for &value in &node.results {
+                if let Some((index, element)) = non_finite(graph.ty(value).dtype, me.value_bytes(value)) {
+                    found = Some(NonFinite {
+                        op: node.op.name(),
+                        scope: node.scope.to_string(),
+                        site: node.site.clone(),
+                        ty: graph.ty(value).clone(),
+                        index,
+                        value: element,
+                    });
+                    return false;
+                }
+            }
+            true
+        })?;
+        Ok(found)
+    }
+}
+
+/// Index and value of the first element that is not finite.
+fn non_finite(dtype: DType, bytes: &[u8]) -> Option<(usize, f32)> {
+    fn scan<T: Element>(bytes: &[u8]) -> Option<(usize, f32)> {
+        let elements: &[T] = bytemuck::cast_slice(bytes);
+        elements.iter().map(|e| e.to_f32()).enumerate().find(|(_, v)| !v.is_finite())
+    }
+    match dtype {
+        DType::F32 => scan::<f32>(bytes),
+        DType::Bf16 => scan::<half::bf16>(bytes),
+        DType::F16 => scan::<half::f16>(bytes),
+        DType::I32 | DType::U32 | DType::Bool => None,
+    }
+}

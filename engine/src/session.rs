@@ -1,0 +1,136 @@
+//! Parameters and state on a device, and the programs that work on them.
+
+use std::borrow::Cow;
+
+use moebius_backends::Store;
+use moebius_ir::{Graph, Role, TensorType, passes};
+
+use crate::element::Element;
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+use crate::program::Program;
+
+/// Named tensors on a device. Programs compiled in one session share them.
+pub struct Session {
+    engine: Engine,
+    store: Box<dyn Store>,
+}
+
+impl Session {
+    pub(crate) fn new(engine: Engine) -> Session {
+        let store = engine.backend().new_store();
+        Session { engine, store }
+    }
+
+    /// The device.
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    /// Optimises, plans and compiles `graph`. Parameters and states that the session does not hold yet are added as zeros.
+    ///
+    /// # Errors
+    /// [`Error::Graph`] or [`Error::Backend`] if the graph is refused; [`moebius_backends::Error::StoredType`] if the session
+    /// holds a tensor of that name and another type.
+    pub fn compile(&mut self, graph: &Graph) -> Result<Program> {
+        let backend = self.engine.backend();
+        let plan = backend.plan(passes::optimise(graph)?)?;
+        for (name, value) in plan.graph().inputs() {
+            if plan.graph().input_of(*value).is_none_or(|i| i.role == Role::Feed) {
+                continue;
+            }
+            let wanted = plan.graph().ty(*value);
+            match self.store.ty(name) {
+                None => self.store.insert(name, wanted)?,
+                Some(found) if found == wanted => {}
+                Some(found) => {
+                    let (name, wanted, found) = (name.clone(), wanted.clone(), found.clone());
+                    return Err(moebius_backends::Error::StoredType { name, wanted, found }.into());
+                }
+            }
+        }
+        Program::new(backend.compile(plan)?)
+    }
+
+    /// Runs a program of this session once.
+    ///
+    /// # Errors
+    /// [`Error::Backend`] if the session does not hold what the program wants or a kernel rejects a value.
+    pub fn run(&mut self, program: &mut Program) -> Result<()> {
+        Ok(program.instance().run(self.store.as_mut())?)
+    }
+
+    /// Runs a program step by step and finds the first tensor that is not finite.
+    ///
+    /// # Errors
+    /// As [`Session::run`].
+    pub fn first_non_finite(&mut self, program: &mut Program) -> Result<Option<moebius_backends::NonFinite>> {
+        Ok(program.instance().first_non_finite(self.store.as_mut())?)
+    }
+
+    /// Names of all tensors, sorted.
+    pub fn names(&self) -> Vec<&str> {
+        self.store.names()
+    }
+
+    /// Type of a tensor.
+    pub fn ty(&self, name: &str) -> Option<&TensorType> {
+        self.store.ty(name)
+    }
+
+    /// Adds a zeroed tensor, replacing one of the same name.
+    ///
+    /// # Errors
+    /// [`Error::Backend`] if the device has no room.
+    pub fn insert(&mut self, name: &str, ty: &TensorType) -> Result<()> {
+        Ok(self.store.insert(name, ty)?)
+    }
+
+    /// Drops a tensor and its memory; whether it was there.
+    pub fn remove(&mut self, name: &str) -> bool {
+        self.store.remove(name)
+    }
+
+    /// Overwrites a tensor.
+    ///
+    /// # Errors
+    /// [`Error::ElementType`] if `elements` are of another dtype; [`Error::Backend`] for an unknown name or a wrong length.
+    pub fn write<T: Element>(&mut self, name: &str, elements: &[T]) -> Result<()> {
+        self.check::<T>(name)?;
+        Ok(self.store.write(name, bytemuck::cast_slice(elements))?)
+    }
+
+    /// A copy of a tensor's elements.
+    ///
+    /// # Errors
+    /// [`Error::ElementType`] if it is of another dtype; [`Error::Backend`] for an unknown name.
+    pub fn read<T: Element>(&self, name: &str) -> Result<Vec<T>> {
+        self.check::<T>(name)?;
+        Ok(bytemuck::pod_collect_to_vec(&self.store.bytes(name)?))
+    }
+
+    /// Overwrites a tensor with little-endian, row-major bytes.
+    ///
+    /// # Errors
+    /// [`Error::Backend`] for an unknown name or a wrong length.
+    pub fn write_bytes(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        Ok(self.store.write(name, bytes)?)
+    }
+
+    /// The bytes of a tensor, without a copy where the device's memory is the host's.
+    ///
+    /// # Errors
+    /// [`Error::Backend`] for an unknown name.
+    pub fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>> {
+        Ok(self.store.bytes(name)?)
+    }
+
+    fn check<T: Element>(&self, name: &str) -> Result<()> {
+        match self.store.ty(name) {
+            Some(ty) if ty.dtype != T::DTYPE => {
+                Err(Error::ElementType { name: name.into(), ty: ty.clone(), found: T::DTYPE })
+            }
+            Some(_) | None => Ok(()),
+        }
+    }
+}
