@@ -1,0 +1,139 @@
+//! The list of a model's parameters, from which graphs, initialisation and checkpoints all take names and shapes.
+
+use std::collections::HashMap;
+
+use moebius_ir::{Graph, Result, Shape, TensorType, Value};
+
+use super::init::Start;
+use crate::config::{Mlp, ModelConfig, Norm};
+
+/// One trained tensor, always f32 on the device.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Parameter {
+    /// Its name in sessions and checkpoints.
+    pub name: String,
+    /// Its extents.
+    pub shape: Shape,
+    /// How it is initialised.
+    pub start: Start,
+}
+
+impl Parameter {
+    /// All parameters of a model, in the order of a forward pass. Matrices are `[in, out]`, those of experts
+    /// `[experts, in, out]`, except embeddings, router and coefficient: `[rows, width]`.
+    pub fn list(config: &ModelConfig) -> Vec<Parameter> {
+        let (d, f) = (config.width, config.ffn);
+        let kv = config.kv_heads * (d / config.heads);
+        // Output projections start smaller by sqrt(2 * layers), as every layer adds two of them to the residual stream.
+        let (std, out_std) = (config.init_std, config.init_std / (2.0 * config.layers as f64).sqrt());
+        let mut list = Vec::new();
+        let mut add = |name: String, shape: Shape, start: Start| list.push(Parameter { name, shape, start });
+        add("embedding.weight".into(), [config.vocab, d].into(), Start::Normal { std });
+        add("position.weight".into(), [config.sequence, d].into(), Start::Normal { std });
+        for (layer, experts) in config.experts_per_layer().into_iter().enumerate() {
+            let at = |name: &str| format!("layers.{layer}.{name}");
+            norm(&mut add, config, &at("attention_norm"));
+            add(at("attention.qkv.weight"), [d, d + 2 * kv].into(), Start::Normal { std });
+            add(at("attention.qkv.bias"), [d + 2 * kv].into(), Start::Zero);
+            add(at("attention.out.weight"), [d, d].into(), Start::Normal { std: out_std });
+            add(at("attention.out.bias"), [d].into(), Start::Zero);
+            norm(&mut add, config, &at("ffn_norm"));
+            if experts == 0 {
+                feed_forward(&mut add, &at("ffn"), None, (d, f), (std, out_std), None);
+                continue;
+            }
+            // PyTorch's default for a linear layer, which DeepSpeed leaves to router and coefficient.
+            let uniform = Start::Uniform { bound: 1.0 / (d as f64).sqrt() };
+            add(at("moe.router.weight"), [experts, d].into(), uniform.clone());
+            let shared = config.identical_experts.then(|| at("moe.experts"));
+            feed_forward(&mut add, &at("moe.experts"), Some(experts), (d, f), (std, out_std), shared.as_deref());
+            if config.mlp == Mlp::Residual {
+                feed_forward(&mut add, &at("moe.mlp"), None, (d, f), (std, out_std), shared.as_deref());
+                add(at("moe.coefficient.weight"), [2, d].into(), uniform.clone());
+                add(at("moe.coefficient.bias"), [2].into(), uniform);
+            }
+        }
+        norm(&mut add, config, "norm");
+        list
+    }
+}
+
+fn norm(add: &mut impl FnMut(String, Shape, Start), config: &ModelConfig, name: &str) {
+    add(format!("{name}.weight"), [config.width].into(), Start::One);
+    if config.norm == Norm::Layer {
+        add(format!("{name}.bias"), [config.width].into(), Start::Zero);
+    }
+}
+
+/// The two linear layers of one feed-forward, or of `experts` stacked ones. With `shared`, every expert starts from one
+/// and the same draw, named after `shared`, as DeepSpeed's deep copies do.
+fn feed_forward(
+    add: &mut impl FnMut(String, Shape, Start),
+    name: &str,
+    experts: Option<usize>,
+    (d, f): (usize, usize),
+    (std, out_std): (f64, f64),
+    shared: Option<&str>,
+) {
+    let stacked = |dims: &[usize]| Shape::new(experts.into_iter().chain(dims.iter().copied()));
+    let weight = |part: &str, std: f64, of: usize| match shared {
+        Some(source) => Start::Shared { source: format!("{source}.{part}"), elements: of, std },
+        None => Start::Normal { std },
+    };
+    add(format!("{name}.up.weight"), stacked(&[d, f]), weight("up", std, d * f));
+    add(format!("{name}.up.bias"), stacked(&[f]), Start::Zero);
+    add(format!("{name}.down.weight"), stacked(&[f, d]), weight("down", out_std, f * d));
+    add(format!("{name}.down.bias"), stacked(&[d]), Start::Zero);
+}
+
+/// The parameters of one graph: each becomes an input when it is first asked for, in the model's compute dtype.
+pub struct Parameters<'c> {
+    config: &'c ModelConfig,
+    shapes: HashMap<String, Shape>,
+    master: HashMap<String, Value>,
+    compute: HashMap<String, Value>,
+}
+
+impl<'c> Parameters<'c> {
+    /// Nothing asked for yet.
+    pub fn new(config: &'c ModelConfig) -> Self {
+        let shapes = Parameter::list(config).into_iter().map(|p| (p.name, p.shape)).collect();
+        Parameters { config, shapes, master: HashMap::new(), compute: HashMap::new() }
+    }
+
+    /// The model's configuration.
+    pub fn config(&self) -> &'c ModelConfig {
+        self.config
+    }
+
+    /// A parameter in f32, as it is trained.
+    ///
+    /// # Errors
+    /// Those of [`Graph::parameter`].
+    ///
+    /// # Panics
+    /// If the model has no such parameter: a bug of the model code.
+    pub fn master(&mut self, g: &mut Graph, name: &str) -> Result<Value> {
+        if let Some(&value) = self.master.get(name) {
+            return Ok(value);
+        }
+        let shape = self.shapes.get(name).unwrap_or_else(|| unreachable!("the model has no parameter {name:?}")).clone();
+        let value = g.parameter(name, TensorType::f32(shape))?;
+        self.master.insert(name.into(), value);
+        Ok(value)
+    }
+
+    /// A parameter in the dtype the model computes in.
+    ///
+    /// # Errors
+    /// As [`Parameters::master`].
+    pub fn get(&mut self, g: &mut Graph, name: &str) -> Result<Value> {
+        if let Some(&value) = self.compute.get(name) {
+            return Ok(value);
+        }
+        let master = self.master(g, name)?;
+        let value = g.cast(master, self.config.dtype.into())?;
+        self.compute.insert(name.into(), value);
+        Ok(value)
+    }
+}
