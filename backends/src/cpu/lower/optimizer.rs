@@ -1,0 +1,42 @@
+//! Launches of the optimizer's ops.
+
+use moebius_ir::ops::Adamw;
+use moebius_ir::{DType, Graph, Node};
+
+use super::args::Launch;
+use super::{Lowered, by_float};
+use crate::cpu::kernels::adamw::{AdamW, adamw};
+use crate::cpu::kernels::global_norm::{global_norm_workspace, sum_of_squares};
+
+pub(super) fn lower_adamw(graph: &Graph, node: &Node, op: &Adamw) -> Lowered {
+    let n = graph.ty(node.operands[0]).elements();
+    let op = op.clone();
+    by_float!(graph.ty(node.operands[1]).dtype, G => Launch::new(0, move |a| {
+        let step = AdamW {
+            lr: a.operand(4, 1)[0],
+            beta1: op.beta1,
+            beta2: op.beta2,
+            eps: op.eps,
+            weight_decay: op.weight_decay,
+            step: a.operand::<f32>(5, 1)[0],
+            grad_scale: a.operand(6, 1)[0],
+        };
+        adamw::<f32, G>(a.result(0, n), a.operand(1, n), a.result(1, n), a.result(2, n), &step);
+    }))
+}
+
+pub(super) fn lower_global_norm(graph: &Graph, node: &Node) -> Lowered {
+    let tensors: Vec<(DType, usize)> =
+        node.operands.iter().map(|&v| (graph.ty(v).dtype, graph.ty(v).elements())).collect();
+    let scratch = tensors.iter().map(|&(_, n)| 8 * global_norm_workspace(n)).max().unwrap_or(0);
+    Ok(Launch::new(scratch, move |a| {
+        let squares = |i: usize, dtype: DType, n: usize| match dtype {
+            DType::F32 => sum_of_squares::<f32>(a.operand(i, n), a.scratch()),
+            DType::Bf16 => sum_of_squares::<half::bf16>(a.operand(i, n), a.scratch()),
+            DType::F16 => sum_of_squares::<half::f16>(a.operand(i, n), a.scratch()),
+            DType::I32 | DType::U32 | DType::Bool => unreachable!("global_norm takes floats"),
+        };
+        let sum: f64 = tensors.iter().enumerate().map(|(i, &(dtype, n))| squares(i, dtype, n)).sum();
+        a.result::<f32>(0, 1)[0] = sum.sqrt() as f32;
+    }))
+}

@@ -1,0 +1,89 @@
+//! Launches of the sparse-expert ops that are not matrix products.
+
+use moebius_ir::ops::{Balance, Order};
+use moebius_ir::{Graph, Node};
+
+use super::args::Launch;
+use super::{Lowered, by_float, shapes};
+use crate::cpu::kernels::assign::{AssignOrder, assign, assign_workspace};
+use crate::cpu::kernels::combine::combine;
+use crate::cpu::kernels::dispatch::dispatch;
+use crate::cpu::kernels::gate_grad::gate_grad;
+use crate::cpu::kernels::route::{BalanceMask, route, route_grad, route_grad_workspace, route_workspace};
+use crate::cpu::kernels::segment_sum::segment_sum;
+
+fn mask(balance: Balance) -> BalanceMask {
+    match balance {
+        Balance::FirstChoice => BalanceMask::FirstChoice,
+        Balance::AllChoices => BalanceMask::TopK,
+    }
+}
+
+pub(super) fn lower_route(graph: &Graph, node: &Node, k: usize, balance: Balance) -> Lowered {
+    let (n, e) = (graph.shape(node.operands[0])[0], graph.shape(node.operands[0])[1]);
+    Ok(Launch::new(4 * route_workspace(n, e), move |a| {
+        let (gate, index) = (a.result(0, n * k), a.result(1, n * k));
+        let losses = route(a.operand(0, n * e), n, e, k, mask(balance), index, gate, a.result(4, e), a.scratch());
+        a.result::<f32>(2, 1)[0] = losses.load_balancing_loss;
+        a.result::<f32>(3, 1)[0] = losses.z_loss;
+    }))
+}
+
+pub(super) fn lower_route_grad(graph: &Graph, node: &Node, k: usize, balance: Balance) -> Lowered {
+    let (n, e) = (graph.shape(node.operands[0])[0], graph.shape(node.operands[0])[1]);
+    Ok(Launch::new(4 * route_grad_workspace(e), move |a| {
+        let (logits, index, d_gate) = (a.operand(0, n * e), a.operand(1, n * k), a.operand(2, n * k));
+        let (d_balance, d_z) = (a.operand::<f32>(3, 1)[0], a.operand::<f32>(4, 1)[0]);
+        let (d_gate, d_balance, d_z) = (Some(d_gate), Some(d_balance), Some(d_z));
+        route_grad(logits, index, n, e, k, mask(balance), d_gate, d_balance, d_z, a.result(0, n * e), a.scratch());
+    }))
+}
+
+pub(super) fn lower_assign(graph: &Graph, node: &Node, experts: usize, capacity: Option<usize>, order: Order) -> Lowered {
+    let (n, k) = (graph.shape(node.operands[0])[0], graph.shape(node.operands[0])[1]);
+    let slots = graph.ty(node.results[0]).elements();
+    let prioritised = node.operands.len() > 1;
+    let order = match order {
+        Order::TokenMajor => AssignOrder::TokenMajor,
+        Order::ChoiceMajor => AssignOrder::ChoiceMajor,
+    };
+    Ok(Launch::new(4 * assign_workspace(n, k, experts, prioritised), move |a| {
+        let (index, priority) = (a.operand(0, n * k), a.optional(1, n * k));
+        let (slot_choice, choice_slot, offsets) = (a.result(0, slots), a.result(1, n * k), a.result(2, experts + 1));
+        let dropped =
+            assign(index, n, k, experts, order, priority, capacity, slot_choice, choice_slot, offsets, a.scratch());
+        a.result::<i32>(3, 1)[0] = dropped;
+    }))
+}
+
+pub(super) fn lower_dispatch(graph: &Graph, node: &Node) -> Lowered {
+    let [x, slot_choice, choice_slot] = shapes(graph, node);
+    let (n, d, s, k) = (x[0], x[1], slot_choice[0], choice_slot[1]);
+    by_float!(graph.ty(node.operands[0]).dtype, T => Launch::new(0, move |a| {
+        dispatch::<T>(a.operand(0, n * d), a.operand(1, s), k, d, a.optional(3, n * k), a.result(0, s * d));
+    }))
+}
+
+pub(super) fn lower_combine(graph: &Graph, node: &Node) -> Lowered {
+    let [rows, slot_choice, choice_slot] = shapes(graph, node);
+    let (d, s, n, k) = (rows[1], slot_choice[0], choice_slot[0], choice_slot[1]);
+    by_float!(graph.ty(node.operands[0]).dtype, T => Launch::new(0, move |a| {
+        combine::<T>(a.operand(0, s * d), a.operand(2, n * k), k, d, a.optional(3, n * k), a.result(0, n * d));
+    }))
+}
+
+pub(super) fn lower_gate_grad(graph: &Graph, node: &Node) -> Lowered {
+    let [rows, y, slot_choice, choice_slot] = shapes(graph, node);
+    let (d, n, s, k) = (rows[1], y[0], slot_choice[0], choice_slot[1]);
+    by_float!(graph.ty(node.operands[0]).dtype, T => Launch::new(0, move |a| {
+        gate_grad::<T>(a.operand(0, s * d), a.operand(1, n * d), a.operand(3, n * k), k, d, a.result(0, n * k));
+    }))
+}
+
+pub(super) fn lower_segment_sum(graph: &Graph, node: &Node) -> Lowered {
+    let [rows, offsets] = shapes(graph, node);
+    let (s, width, experts) = (rows[0], rows[1], offsets[0] - 1);
+    by_float!(graph.ty(node.operands[0]).dtype, T => Launch::new(0, move |a| {
+        segment_sum::<T, T>(a.operand(0, s * width), a.operand(1, experts + 1), width, a.result(0, experts * width));
+    }))
+}
