@@ -1,2 +1,40 @@
-//! The `moebius` program.
-fn main() {}
+//! The `moebius` program: train, evaluate, sample and measure sparse-expert models.
+//!
+//! `cli` is the command line; each other file is one command. Exit codes: 0 done, 1 failed, 2 wrong use.
+
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+mod bench;
+mod cli;
+mod devices;
+mod eval;
+mod failure;
+mod generate;
+mod inspect;
+mod model;
+mod progress;
+mod text;
+mod train;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use cli::{Cli, Command};
+
+fn main() -> ExitCode {
+    // A closed pipe (`moebius inspect | head`) ends the program quietly instead of by a panic.
+    std::panic::set_hook(Box::new(failure::report_panic));
+    let result = match Cli::parse().command {
+        Command::Train(args) => train::run(&args),
+        Command::Eval(args) => eval::run(&args),
+        Command::Generate(args) => generate::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+        Command::Devices(args) => devices::run(&args),
+        Command::Bench(args) => bench::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}

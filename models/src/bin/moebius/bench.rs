@@ -1,0 +1,136 @@
+//! `moebius bench`: training steps and decoding, measured on this machine.
+
+use std::time::Instant;
+
+use moebius::{Engine, Optimizer, Trainer};
+use moebius_models::config::Config;
+use moebius_models::generate::Generator;
+use moebius_models::gpt;
+use serde_json::{Value, json};
+
+use crate::cli::{BenchArgs, BenchKind};
+use crate::failure::Failure;
+use crate::text;
+
+/// Steps that warm caches and branch predictors up and are not counted.
+const WARM_UP: usize = 3;
+
+pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
+    let mut config = match &args.config {
+        Some(file) => Config::from_file(file)?,
+        None => Config::preset(&args.preset)?,
+    };
+    for setting in &args.set {
+        config.set(setting)?;
+    }
+    config.validate()?;
+    let engine = Engine::open(&args.device)?;
+    let mut result = match args.what {
+        BenchKind::Step => step(args, &config, &engine)?,
+        BenchKind::Decode => decode(args, &config, &engine)?,
+    };
+    if let Value::Object(map) = &mut result {
+        map.insert("model".into(), config.model.name.clone().into());
+        map.insert("device".into(), format!("{} ({})", engine.name(), engine.describe()).into());
+        map.insert("peak_rss_bytes".into(), peak_rss().into());
+    }
+    if args.json {
+        println!("{result}");
+        return Ok(());
+    }
+    println!("{} on {} ({})", config.model.name, engine.name(), engine.describe());
+    let number = |key: &str| result[key].as_f64().unwrap_or(f64::NAN);
+    match args.what {
+        BenchKind::Step => {
+            println!("{:.1} ms per step, {} tokens/s (median of {} steps)", number("step_ms"), text::count(number("tokens_per_s")), number("steps"));
+            println!("{:.1} GFLOP/s of model arithmetic ({} per token)", number("gflops"), text::count(number("flops_per_token")));
+        }
+        BenchKind::Decode => {
+            println!("{:.3} ms per token (median of {} tokens)", number("decode_ms"), number("tokens"));
+            println!("{:.2} GB/s of active weights", number("weight_gb_per_s"));
+        }
+    }
+    println!("peak memory {}", text::bytes(number("peak_rss_bytes")));
+    Ok(())
+}
+
+fn median(mut times: Vec<f64>) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times.get(times.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// Numbers below `limit` that look random and are the same everywhere.
+fn ids(n: usize, limit: usize, seed: u64) -> Vec<i32> {
+    let key = [seed as u32, 0];
+    (0..n as u64).map(|i| (moebius::ir::philox::bits(key, 0, i) as usize % limit) as i32).collect()
+}
+
+fn step(args: &BenchArgs, config: &Config, engine: &Engine) -> Result<Value, Failure> {
+    let steps = args.steps.unwrap_or(12).max(1);
+    let mut session = engine.session();
+    let training = gpt::training(&config.model, config.train.batch)?;
+    let mut trainer = Trainer::new(&mut session, training.graph, training.loss, &Optimizer::default())?;
+    gpt::initialise(&config.model, config.train.seed, |p, values| session.write(&p.name, values))?;
+    let tokens = config.train.batch * config.model.sequence;
+    let mut times = Vec::with_capacity(steps);
+    for i in 0..steps + WARM_UP {
+        let text = ids(tokens + 1, config.model.vocab, i as u64);
+        let begun = Instant::now();
+        trainer.program().feed("tokens", &text[..tokens])?;
+        trainer.program().feed("targets", &text[1..])?;
+        trainer.step(&mut session, 3e-4)?;
+        if i >= WARM_UP {
+            times.push(begun.elapsed().as_secs_f64());
+        }
+    }
+    if args.profile {
+        for (name, seconds) in session.profile(trainer.program(), 3)? {
+            eprintln!("{:>9.3} ms  {name}", seconds * 1e3);
+        }
+    }
+    let seconds = median(times);
+    let flops = config.model.training_flops_per_token();
+    Ok(json!({
+        "bench": "step",
+        "steps": steps,
+        "tokens": tokens,
+        "step_ms": seconds * 1e3,
+        "tokens_per_s": tokens as f64 / seconds,
+        "flops_per_token": flops,
+        "gflops": flops * tokens as f64 / seconds / 1e9,
+    }))
+}
+
+fn decode(args: &BenchArgs, config: &Config, engine: &Engine) -> Result<Value, Failure> {
+    let tokens = args.steps.unwrap_or(128).max(1);
+    let mut session = engine.session();
+    let mut generator = Generator::new(&mut session, &config.model)?;
+    gpt::initialise(&config.model, config.train.seed, |p, values| session.write(&p.name, values))?;
+    let mut times = Vec::with_capacity(tokens);
+    let mut next = 0i32;
+    for i in 0..tokens + WARM_UP {
+        let begun = Instant::now();
+        let logits = generator.take(&mut session, &[next])?;
+        let best = |a: usize, b: usize| if logits[b] > logits[a] { b } else { a };
+        next = (0..logits.len()).reduce(best).unwrap_or(0) as i32;
+        if i >= WARM_UP {
+            times.push(begun.elapsed().as_secs_f64());
+        }
+    }
+    let seconds = median(times);
+    let weights = config.model.parameters().active * 4;
+    Ok(json!({
+        "bench": "decode",
+        "tokens": tokens,
+        "decode_ms": seconds * 1e3,
+        "tokens_per_s": 1.0 / seconds,
+        "weight_gb_per_s": weights as f64 / seconds / 1e9,
+    }))
+}
+
+/// The most memory this process ever held, in bytes; 0 where the system does not tell.
+fn peak_rss() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"));
+    line.and_then(|l| l.trim().trim_end_matches(" kB").parse::<u64>().ok()).map_or(0, |kb| kb * 1024)
+}

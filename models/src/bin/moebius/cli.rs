@@ -1,0 +1,195 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Train, evaluate and sample sparse-expert language models (PR-MoE) on any machine.
+#[derive(Parser)]
+#[command(name = "moebius", version, about, max_term_width = 110, after_help = "\
+Examples:
+  moebius train                                     train the quick-start model on Tiny Shakespeare
+  moebius train --data book.txt --out runs/book     train it on your own text, byte by byte
+  moebius generate --model runs/book --prompt \"Once\" --tokens 200
+  moebius inspect --preset 350m-pr-moe-32-64        parameters, FLOPs and memory of a model of the paper
+
+Exit codes: 0 done, 1 failed, 2 wrong use.")]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Train a model; with no arguments, the quick-start model on the built-in Tiny Shakespeare
+    Train(TrainArgs),
+    /// Mean loss and bits per byte of a trained model on a text
+    Eval(EvalArgs),
+    /// Continue a text with a trained model
+    Generate(GenerateArgs),
+    /// Parameters, FLOPs and memory of a preset or a trained model
+    Inspect(InspectArgs),
+    /// The devices this program can compute on, and why not on others
+    Devices(DevicesArgs),
+    /// Measure training steps or decoding on this machine
+    Bench(BenchArgs),
+}
+
+#[derive(Args)]
+pub(crate) struct TrainArgs {
+    /// Model and training settings by name (see `inspect --list`) [default: tiny-pr-moe]
+    #[arg(long, value_name = "NAME", conflicts_with = "config")]
+    pub(crate) preset: Option<String>,
+    /// Model and training settings from a TOML file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Text to train on; may be given several times [default: the built-in Tiny Shakespeare]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) data: Vec<PathBuf>,
+    /// Text to validate on [default: the last tenth of each --data]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) val_data: Vec<PathBuf>,
+    /// A tokenizer.json; without one, every byte is a token
+    #[arg(long, value_name = "FILE")]
+    pub(crate) tokenizer: Option<PathBuf>,
+    /// Training steps [default: the preset's]
+    #[arg(long, value_name = "N")]
+    pub(crate) steps: Option<u64>,
+    /// Seed of start values and batches [default: the preset's]
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
+    /// Device to compute on: auto or cpu
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    pub(crate) device: String,
+    /// Folder for metrics, checkpoints and report [default: runs/NAME]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
+    /// Go on with the run in --out from its newest intact checkpoint
+    #[arg(long)]
+    pub(crate) resume: bool,
+    /// Steps between checkpoints
+    #[arg(long, value_name = "N")]
+    pub(crate) checkpoint_every: Option<u64>,
+    /// Steps between evaluations
+    #[arg(long, value_name = "N")]
+    pub(crate) eval_every: Option<u64>,
+    /// Change one setting, as in `--set train.batch=8 --set model.experts=[4,8]`
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+}
+
+#[derive(Args)]
+pub(crate) struct EvalArgs {
+    /// A run's folder, or one of its checkpoints
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// Text to evaluate on, all of it
+    #[arg(long, value_name = "FILE", required = true)]
+    pub(crate) data: Vec<PathBuf>,
+    /// Sequences per forward pass
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub(crate) batch: usize,
+    /// Device to compute on: auto or cpu
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    pub(crate) device: String,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct GenerateArgs {
+    /// A run's folder, or one of its checkpoints
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: PathBuf,
+    /// The text to continue
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub(crate) prompt: String,
+    /// How many tokens to add
+    #[arg(long, value_name = "N", default_value_t = 200)]
+    pub(crate) tokens: usize,
+    /// Randomness: 0 takes the most likely token each time
+    #[arg(long, value_name = "T", default_value_t = 0.8)]
+    pub(crate) temperature: f32,
+    /// Choose among the K most likely tokens only; 0 means all
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub(crate) top_k: usize,
+    /// Choose among the likeliest tokens that make up this probability; 1 means all
+    #[arg(long, value_name = "P", default_value_t = 0.95)]
+    pub(crate) top_p: f32,
+    /// Seed of the choices: the same seed gives the same text
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Device to compute on: auto or cpu
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    pub(crate) device: String,
+}
+
+#[derive(Args)]
+#[group(required = true, multiple = false, id = "what", args = ["preset", "config", "model", "list"])]
+pub(crate) struct InspectArgs {
+    /// A preset by name
+    #[arg(long, value_name = "NAME")]
+    pub(crate) preset: Option<String>,
+    /// A TOML file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// A run's folder, or one of its checkpoints
+    #[arg(long, value_name = "DIR")]
+    pub(crate) model: Option<PathBuf>,
+    /// List the presets
+    #[arg(long)]
+    pub(crate) list: bool,
+    /// Batch size for the memory of activations [default: the preset's]
+    #[arg(long, value_name = "B")]
+    pub(crate) batch: Option<usize>,
+    /// Change one setting, as in `--set model.experts=[4,8]`
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct DevicesArgs {
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct BenchArgs {
+    /// What to measure
+    #[arg(value_enum)]
+    pub(crate) what: BenchKind,
+    /// The model by name
+    #[arg(long, value_name = "NAME", default_value = "bench-cpu", conflicts_with = "config")]
+    pub(crate) preset: String,
+    /// The model from a TOML file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Device to compute on: auto or cpu
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    pub(crate) device: String,
+    /// Measured steps, or decoded tokens [default: 12 steps, 128 tokens]
+    #[arg(long, value_name = "N")]
+    pub(crate) steps: Option<usize>,
+    /// Print the time of every op of the plan too
+    #[arg(long)]
+    pub(crate) profile: bool,
+    /// Change one setting, as in `--set train.batch=8`
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum BenchKind {
+    /// Whole training steps: forward, backward, clipping, AdamW
+    Step,
+    /// Generation of one token at a time with a key/value cache
+    Decode,
+}

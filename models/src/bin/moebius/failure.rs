@@ -1,0 +1,89 @@
+//! How the program ends when it cannot do what was asked.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use moebius_models::config::ConfigError;
+use moebius_models::data::DataError;
+use moebius_models::report::ReportError;
+use moebius_models::tokenizer::TokenizerError;
+use moebius_models::training::TrainingError;
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Failure {
+    /// The command line or configuration asks for something that cannot be.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Arguments that do not go together.
+    #[error("{0}")]
+    Usage(String),
+    #[error(transparent)]
+    Training(#[from] TrainingError),
+    #[error(transparent)]
+    Engine(#[from] moebius::Error),
+    #[error(transparent)]
+    Graph(#[from] moebius::ir::Error),
+    #[error(transparent)]
+    Checkpoint(#[from] moebius::checkpoint::CheckpointError),
+    #[error(transparent)]
+    Data(#[from] DataError),
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    #[error(transparent)]
+    Report(#[from] ReportError),
+    #[error("{}: cannot {operation}: {source}", path.display())]
+    Io { operation: &'static str, path: PathBuf, source: std::io::Error },
+    #[error("{}: no model here: wanted a run's folder or one of its checkpoints, found {found}", path.display())]
+    NoModel { path: PathBuf, found: String },
+    /// Said already; only the exit code is left.
+    #[error("")]
+    Silent,
+}
+
+impl Failure {
+    /// Prints the failure and gives its exit code.
+    pub(crate) fn report(&self) -> ExitCode {
+        match self {
+            Failure::Silent => {}
+            Failure::Config(_)
+            | Failure::Usage(_)
+            | Failure::Training(_)
+            | Failure::Engine(_)
+            | Failure::Graph(_)
+            | Failure::Checkpoint(_)
+            | Failure::Data(_)
+            | Failure::Tokenizer(_)
+            | Failure::Report(_)
+            | Failure::Io { .. }
+            | Failure::NoModel { .. } => eprintln!("moebius: {self}"),
+        }
+        ExitCode::from(if self.is_wrong_use() { 2 } else { 1 })
+    }
+
+    fn is_wrong_use(&self) -> bool {
+        match self {
+            Failure::Config(_) | Failure::Usage(_) => true,
+            Failure::Training(e) => matches!(e, TrainingError::Config(_)),
+            Failure::Engine(e) => matches!(e, moebius::Error::NoSuchDevice { .. }),
+            Failure::Graph(_)
+            | Failure::Checkpoint(_)
+            | Failure::Data(_)
+            | Failure::Tokenizer(_)
+            | Failure::Report(_)
+            | Failure::Io { .. }
+            | Failure::NoModel { .. }
+            | Failure::Silent => false,
+        }
+    }
+}
+
+/// Says that a panic is a bug of the program, unless standard output was closed by its reader.
+pub(crate) fn report_panic(info: &std::panic::PanicHookInfo<'_>) {
+    let text = info.payload_as_str().unwrap_or("no message");
+    if text.starts_with("failed printing to stdout") && text.contains("Broken pipe") {
+        std::process::exit(0);
+    }
+    let place = info.location().map(|l| format!(" at {}:{}", l.file(), l.line())).unwrap_or_default();
+    eprintln!("moebius: a bug in moebius{place}: {text}\nPlease report it with the command you ran.");
+}

@@ -1,0 +1,62 @@
+//! `moebius generate`.
+
+use std::io::Write;
+
+use moebius::Session;
+use moebius_models::generate::{Generator, Sampling};
+use moebius_models::tokenizer::Tokenizer;
+
+use crate::cli::GenerateArgs;
+use crate::failure::Failure;
+use crate::model;
+
+pub(crate) fn run(args: &GenerateArgs) -> Result<(), Failure> {
+    let sampling =
+        Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
+    let fits = sampling.temperature.is_finite() && sampling.temperature >= 0.0;
+    if !fits {
+        return Err(Failure::Usage(format!("--temperature: wanted 0 or more, found {}", sampling.temperature)));
+    }
+    if !(sampling.top_p > 0.0 && sampling.top_p <= 1.0) {
+        return Err(Failure::Usage(format!("--top-p: wanted more than 0 and at most 1, found {}", sampling.top_p)));
+    }
+    let mut model = model::open(&args.model, &args.device)?;
+    let mut generator = Generator::new(&mut model.session, &model.config.model)?;
+    stream(&mut model.session, &mut generator, &model.tokenizer, &args.prompt, args.tokens, &sampling)
+}
+
+/// Prints `prompt` and then each token as it is chosen.
+pub(crate) fn stream(
+    session: &mut Session,
+    generator: &mut Generator,
+    tokenizer: &Tokenizer,
+    prompt: &str,
+    tokens: usize,
+    sampling: &Sampling,
+) -> Result<(), Failure> {
+    let io = |source| Failure::Io { operation: "write to standard output", path: "-".into(), source };
+    let mut stdout = std::io::stdout().lock();
+    let ids: Vec<i32> = tokenizer.encode(prompt)?.into_iter().map(|id| id as i32).collect();
+    if ids.is_empty() {
+        return Err(Failure::Usage("--prompt: wanted at least one token of text, found none".into()));
+    }
+    let known = tokenizer.vocab_size();
+    write!(stdout, "{prompt}").map_err(io)?;
+    stdout.flush().map_err(io)?;
+    let mut decoder = tokenizer.stream();
+    let mut logits = generator.take(session, &ids)?;
+    for index in 0..tokens {
+        // A vocabulary padded beyond the tokenizer's has ids that stand for no text.
+        let id = sampling.choose(&logits[..known.min(logits.len())], index as u64);
+        let text = decoder.push(id as u32)?;
+        // A reader that has seen enough may close the pipe.
+        if write!(stdout, "{text}").and_then(|()| stdout.flush()).is_err() {
+            return Ok(());
+        }
+        if index + 1 < tokens {
+            logits = generator.take(session, &[id as i32])?;
+        }
+    }
+    let rest = decoder.finish()?;
+    writeln!(stdout, "{rest}").map_err(io)
+}

@@ -1,0 +1,97 @@
+//! What a person sees while a model trains: a progress bar on a terminal, plain lines elsewhere.
+
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use moebius_models::metrics::{EvalRecord, TrainRecord};
+
+use crate::text;
+
+/// Seconds between plain lines.
+const QUIET: Duration = Duration::from_secs(10);
+
+pub(crate) struct Progress {
+    bar: Option<ProgressBar>,
+    total: u64,
+    first: u64,
+    begun: Instant,
+    printed: Option<Instant>,
+    /// Running means over about twenty steps, so that the figures can be read.
+    loss: Option<f64>,
+    speed: Option<f64>,
+    validation: Option<f64>,
+}
+
+impl Progress {
+    /// Of a run of `total` steps of which `done` are done.
+    pub(crate) fn new(total: u64, done: u64) -> Progress {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::new(total).with_position(done);
+            let style = ProgressStyle::with_template("{bar:28.cyan/dim} step {pos}/{len}  {msg}");
+            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("━━╌"));
+            bar
+        });
+        Progress {
+            bar,
+            total,
+            first: done,
+            begun: Instant::now(),
+            printed: None,
+            loss: None,
+            speed: None,
+            validation: None,
+        }
+    }
+
+    pub(crate) fn step(&mut self, record: &TrainRecord) {
+        let smooth = |old: Option<f64>, new: f64| Some(old.map_or(new, |o| o + (new - o) / 20.0));
+        self.loss = smooth(self.loss, record.lm_loss);
+        self.speed = smooth(self.speed, record.tokens_per_s);
+        let done = (record.step - self.first).max(1);
+        let left = self.begun.elapsed().mul_f64((self.total - record.step) as f64 / done as f64);
+        let loss = self.loss.unwrap_or(record.lm_loss);
+        let speed = text::count(self.speed.unwrap_or(record.tokens_per_s));
+        let mut line = format!("loss {loss:.3}");
+        if let Some(validation) = self.validation {
+            line += &format!("  val {validation:.3}");
+        }
+        line += &format!("  {speed} tokens/s  {} left", text::duration(left));
+        match &self.bar {
+            Some(bar) => {
+                bar.set_message(line);
+                bar.set_position(record.step);
+            }
+            None => {
+                let last = record.step == self.total;
+                if last || self.printed.is_none_or(|at| at.elapsed() >= QUIET) {
+                    self.printed = Some(Instant::now());
+                    eprintln!("step {}/{}  {line}", record.step, self.total);
+                }
+            }
+        }
+    }
+
+    pub(crate) fn evaluated(&mut self, record: &EvalRecord) {
+        self.validation = Some(record.val_loss);
+        let line = format!(
+            "step {}: validation loss {:.4} nats per token, {:.4} bits per byte",
+            record.step, record.val_loss, record.bits_per_byte
+        );
+        self.say(&line);
+    }
+
+    /// A line of its own, above the bar.
+    pub(crate) fn say(&self, line: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| eprintln!("{line}")),
+            None => eprintln!("{line}"),
+        }
+    }
+
+    pub(crate) fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish();
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! `moebius train`.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use moebius::Engine;
+use moebius_models::config::Config;
+use moebius_models::data::{Corpus, CorpusSpec, Source, Validation, default_cache_dir};
+use moebius_models::generate::{Generator, Sampling};
+use moebius_models::report;
+use moebius_models::tokenizer::Tokenizer;
+use moebius_models::training::{CONFIG_FILE, Ending, Event, METRICS_FILE, REPORT_FILE, Run, TOKENIZER_FILE, TrainingError};
+
+use crate::cli::TrainArgs;
+use crate::failure::Failure;
+use crate::progress::Progress;
+use crate::text;
+
+/// Trained when neither a preset nor a file is named.
+const QUICK_START: &str = "tiny-pr-moe";
+/// What the sample after training starts from, and how long it is.
+const SAMPLE_PROMPT: &str = "ROMEO:\n";
+const SAMPLE_TOKENS: usize = 400;
+
+pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
+    let engine = Engine::open(&args.device)?;
+    let out = out_folder(args)?;
+    let mut config = configuration(args, &out)?;
+    let tokenizer = tokenizer(args, &out)?;
+    fit_vocabulary(args, &mut config, &tokenizer)?;
+    config.validate()?;
+    let corpus = corpus(args, &config, &tokenizer)?;
+
+    let stop = Arc::new(AtomicBool::new(false));
+    let asked = Arc::clone(&stop);
+    // The first Ctrl-C ends the run after the step; a second one ends the program at once.
+    let handler = ctrlc::set_handler(move || {
+        if asked.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("\nstopping after this step (press Ctrl-C again to stop at once) ...");
+    });
+    if let Err(error) = handler {
+        eprintln!("moebius: warning: Ctrl-C will not save a checkpoint: {error}");
+    }
+
+    let parameters = config.model.parameters();
+    eprintln!(
+        "{}: {} parameters, {} active per token, on {} ({})",
+        config.model.name,
+        text::count(parameters.total as f64),
+        text::count(parameters.active as f64),
+        engine.name(),
+        engine.describe()
+    );
+    let mut early: Vec<String> = Vec::new();
+    let mut run = Run::open(&engine, config, &tokenizer, &corpus, &out, args.resume, &mut |event| match event {
+        Event::Damaged(step, why) => early.push(format!("warning: checkpoint step-{step} cannot be used: {why}")),
+        Event::Resumed(step) => early.push(format!("resuming after step {step}")),
+        Event::Step { .. } | Event::Evaluated(_) | Event::Saved(_) => {}
+    })?;
+    early.iter().for_each(|line| eprintln!("{line}"));
+    let (arena, state) = run.memory();
+    eprintln!(
+        "memory: {} of parameters and optimizer, {} of activations; writing to {}",
+        text::bytes(state as f64),
+        text::bytes(arena as f64),
+        out.display()
+    );
+
+    let mut progress = Progress::new(run.config().train.steps, run.steps_done());
+    let mut saved: Option<PathBuf> = None;
+    let ending = run.train(&stop, &mut |event| match event {
+        Event::Step { record, .. } => progress.step(record),
+        Event::Evaluated(record) => progress.evaluated(record),
+        Event::Saved(path) => saved = Some(path.to_owned()),
+        Event::Damaged(..) | Event::Resumed(_) => {}
+    });
+    progress.finish();
+    // The report is written also when the run ended badly: it shows how.
+    let reported = write_report(&run, &engine, &out, args);
+    let ending = match ending {
+        Ok(ending) => ending,
+        Err(error) => {
+            if let TrainingError::Engine(moebius::Error::NonFinite { .. }) = error {
+                eprintln!("moebius: {error}");
+                eprintln!("The parameters were not changed by this step; the last good checkpoint is in {}.", out.display());
+                return Err(Failure::Silent);
+            }
+            return Err(error.into());
+        }
+    };
+    reported?;
+    match ending {
+        Ending::Stopped => {
+            eprintln!("stopped after step {}; go on with:\n  moebius train --resume --out {}", run.steps_done(), shown(&out));
+            Err(Failure::Silent)
+        }
+        Ending::Done => finish(&mut run, &tokenizer, &out),
+    }
+}
+
+/// The folder of the run: the one named, or `runs/NAME` with the first number that is free.
+fn out_folder(args: &TrainArgs) -> Result<PathBuf, Failure> {
+    if let Some(out) = &args.out {
+        return Ok(out.clone());
+    }
+    let name = match (&args.preset, &args.config) {
+        (Some(name), _) => name.clone(),
+        (None, Some(file)) => file.file_stem().map_or_else(|| "model".into(), |s| s.to_string_lossy().into_owned()),
+        (None, None) => QUICK_START.into(),
+    };
+    let numbered = |n: usize| Path::new("runs").join(if n == 1 { name.clone() } else { format!("{name}-{n}") });
+    let free = (1..).find(|&n| !numbered(n).join(CONFIG_FILE).exists()).unwrap_or(1);
+    if !args.resume {
+        return Ok(numbered(free));
+    }
+    if free == 1 {
+        return Err(TrainingError::NoRun { path: numbered(1) }.into());
+    }
+    Ok(numbered(free - 1))
+}
+
+fn configuration(args: &TrainArgs, out: &Path) -> Result<Config, Failure> {
+    let mut config = if args.resume {
+        let path = out.join(CONFIG_FILE);
+        if !path.exists() {
+            return Err(TrainingError::NoRun { path: out.into() }.into());
+        }
+        if args.preset.is_some() || args.config.is_some() {
+            let message = format!("--resume takes the model from {}: leave out --preset and --config", path.display());
+            return Err(Failure::Usage(message));
+        }
+        Config::from_file(&path)?
+    } else {
+        match (&args.config, &args.preset) {
+            (Some(file), _) => Config::from_file(file)?,
+            (None, name) => Config::preset(name.as_deref().unwrap_or(QUICK_START))?,
+        }
+    };
+    if let Some(steps) = args.steps {
+        config.train.steps = steps;
+    }
+    if let Some(seed) = args.seed {
+        config.train.seed = seed;
+    }
+    if let Some(every) = args.checkpoint_every {
+        config.train.checkpoint_every = every;
+    }
+    if let Some(every) = args.eval_every {
+        config.train.eval_every = every;
+    }
+    for setting in &args.set {
+        config.set(setting)?;
+    }
+    Ok(config)
+}
+
+fn tokenizer(args: &TrainArgs, out: &Path) -> Result<Tokenizer, Failure> {
+    match &args.tokenizer {
+        Some(path) => Ok(Tokenizer::from_file(path)?),
+        None if args.resume && out.join(TOKENIZER_FILE).exists() => Ok(Tokenizer::from_file(&out.join(TOKENIZER_FILE))?),
+        None => Ok(Tokenizer::Bytes),
+    }
+}
+
+/// A model that is too small for the tokenizer gets a vocabulary of the next multiple of 128, as Megatron pads it, unless
+/// the size was set on purpose.
+fn fit_vocabulary(args: &TrainArgs, config: &mut Config, tokenizer: &Tokenizer) -> Result<(), Failure> {
+    let wanted = tokenizer.vocab_size();
+    if config.model.vocab >= wanted {
+        return Ok(());
+    }
+    if args.resume || args.set.iter().any(|s| s.starts_with("model.vocab")) {
+        let found = config.model.vocab;
+        let name = tokenizer.name();
+        return Err(Failure::Usage(format!("tokenizer {name} has {wanted} tokens: wanted model.vocab of at least that, found {found}")));
+    }
+    config.model.vocab = wanted.next_multiple_of(128);
+    Ok(())
+}
+
+fn corpus(args: &TrainArgs, config: &Config, tokenizer: &Tokenizer) -> Result<Corpus, Failure> {
+    let files = |paths: &[PathBuf]| paths.iter().cloned().map(Source::File).collect::<Vec<_>>();
+    let train = if args.data.is_empty() { vec![Source::TinyShakespeare] } else { files(&args.data) };
+    let validation = files(&args.val_data);
+    let validation = if validation.is_empty() { Validation::Fraction(0.1) } else { Validation::Sources(&validation) };
+    let cache = default_cache_dir();
+    let spec =
+        CorpusSpec { train: &train, validation, tokenizer, vocab: Some(config.model.vocab), cache_dir: &cache };
+    let mut told = None;
+    Ok(Corpus::open(&spec, &mut |name, done, all| {
+        let tenth = done * 10 / all.max(1);
+        if told != Some(tenth) {
+            told = Some(tenth);
+            eprintln!("tokenising {name}: {} %", tenth * 10);
+        }
+    })?)
+}
+
+fn write_report(run: &Run, engine: &Engine, out: &Path, args: &TrainArgs) -> Result<(), Failure> {
+    let config = run.config();
+    let parameters = config.model.parameters();
+    let facts = report::Facts {
+        title: config.model.name.clone(),
+        config: config.to_toml(),
+        parameters: parameters.total,
+        active_parameters: parameters.active,
+        device: format!("{} ({})", engine.name(), engine.describe()),
+        command: std::env::args().collect::<Vec<_>>().join(" "),
+        data: if args.data.is_empty() {
+            "Tiny Shakespeare".into()
+        } else {
+            args.data.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", ")
+        },
+        training_seconds: run.training_time().as_secs_f64(),
+    };
+    Ok(report::write(&out.join(METRICS_FILE), &facts, &out.join(REPORT_FILE))?)
+}
+
+fn finish(run: &mut Run, tokenizer: &Tokenizer, out: &Path) -> Result<(), Failure> {
+    if let Some(e) = run.last_evaluation() {
+        println!(
+            "trained {} steps in {}: validation loss {:.4} nats per token, {:.4} bits per byte",
+            run.steps_done(),
+            text::duration(run.training_time()),
+            e.loss,
+            e.bits_per_byte
+        );
+    }
+    let config = run.config().model.clone();
+    let mut generator = Generator::new(run.session(), &config)?;
+    println!("\nA sample:\n");
+    crate::generate::stream(run.session(), &mut generator, tokenizer, SAMPLE_PROMPT, SAMPLE_TOKENS, &Sampling::default())?;
+    let out = shown(out);
+    println!("\nNext:");
+    println!("  moebius generate --model {out} --prompt \"JULIET:\" --tokens 300");
+    println!("  moebius eval --model {out} --data FILE");
+    println!("  open {out}/{REPORT_FILE} in a browser for loss curves and the load of each expert");
+    println!("  moebius train --help");
+    println!("(`moebius` is target/release/moebius; `cargo run --release -- ...` does the same)");
+    Ok(())
+}
+
+/// A path as it can be typed into a shell.
+fn shown(path: &Path) -> String {
+    let text = path.display().to_string();
+    if text.chars().all(|c| c.is_ascii_alphanumeric() || "/._-".contains(c)) {
+        text
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
+    }
+}

@@ -1,0 +1,58 @@
+//! Evaluation: mean cross entropy over windows of text, each token counted once.
+
+use moebius::{Program, Session};
+
+use crate::config::ModelConfig;
+use crate::data::{Windows, bits_per_byte};
+use crate::gpt;
+
+/// What an evaluation found.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Evaluation {
+    /// Mean cross entropy, nats per token.
+    pub loss: f64,
+    /// The same per byte of text, in bits.
+    pub bits_per_byte: f64,
+    /// Tokens that were predicted.
+    pub tokens: u64,
+}
+
+/// A compiled evaluation.
+pub struct Evaluator {
+    program: Program,
+    tokens: Vec<i32>,
+    targets: Vec<i32>,
+    losses: Vec<f32>,
+}
+
+impl Evaluator {
+    /// Compiles the evaluation of `batch` sequences at a time; the session must hold the model's parameters.
+    ///
+    /// # Errors
+    /// As [`Session::compile`].
+    pub fn new(session: &mut Session, config: &ModelConfig, batch: usize) -> moebius::Result<Evaluator> {
+        let program = session.compile(&gpt::evaluation(config, batch)?)?;
+        let n = batch * config.sequence;
+        Ok(Evaluator { program, tokens: vec![0; n], targets: vec![0; n], losses: vec![0.0; n] })
+    }
+
+    /// The mean loss over all windows.
+    ///
+    /// # Errors
+    /// As [`Session::run`].
+    pub fn run(&mut self, session: &mut Session, windows: &Windows) -> moebius::Result<Evaluation> {
+        let mut sum = 0.0f64;
+        for index in 0..windows.batches() {
+            // Targets past the last window are negative and give a loss of 0.
+            windows.fill(index, &mut self.tokens, &mut self.targets);
+            self.program.feed("tokens", &self.tokens)?;
+            self.program.feed("targets", &self.targets)?;
+            session.run(&mut self.program)?;
+            self.program.output_into("loss", &mut self.losses)?;
+            sum += self.losses.iter().map(|&l| f64::from(l)).sum::<f64>();
+        }
+        let tokens = windows.tokens();
+        let loss = sum / tokens as f64;
+        Ok(Evaluation { loss, bits_per_byte: bits_per_byte(loss, tokens, windows.bytes()), tokens })
+    }
+}
