@@ -28,13 +28,14 @@ pub struct AdamW {
 /// p -= lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps).
 ///
 /// All four tensors have the same number of elements; arithmetic is f32, a `param` of another type is rounded once.
-/// When `grad_scale` or `lr` is not finite nothing changes: a step whose gradient norm overflowed is skipped.
+/// When `grad_scale` or `lr` is not finite (or `step` is 0) nothing changes: a step whose gradient norm overflowed is
+/// skipped.
 /// Panics when the sizes disagree.
 pub fn adamw<T: Element, G: Element>(param: &mut [T], grad: &[G], m: &mut [f32], v: &mut [f32], step: &AdamW) {
     let len = param.len();
     assert!(grad.len() == len && m.len() == len && v.len() == len);
     let AdamW { lr, beta1, beta2, eps, weight_decay, grad_scale, step } = *step;
-    if !grad_scale.is_finite() || !lr.is_finite() {
+    if !grad_scale.is_finite() || !lr.is_finite() || step == 0 {
         return;
     }
     let t = f64::from(step);
@@ -102,7 +103,7 @@ mod tests {
     #[test]
     fn a_step_that_is_not_finite_changes_nothing() {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            for step in [AdamW { grad_scale: bad, ..STEP }, AdamW { lr: bad, ..STEP }] {
+            for step in [AdamW { grad_scale: bad, ..STEP }, AdamW { lr: bad, ..STEP }, AdamW { step: 0, ..STEP }] {
                 let (mut p, mut m, mut v) = ([1.0_f32], [0.25], [0.5]);
                 adamw(&mut p, &[1.0_f32], &mut m, &mut v, &step);
                 assert_eq!((p, m, v), ([1.0], [0.25], [0.5]));
