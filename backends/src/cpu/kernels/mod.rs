@@ -1,1 +1,9 @@
 //! Kernels over plain slices, one file per op.
+
+pub mod attention;
+pub mod attention_cached;
+pub mod layer_norm;
+pub mod linear_cross_entropy;
+pub mod rms_norm;
+pub mod softmax;
+mod tile;
