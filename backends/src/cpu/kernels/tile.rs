@@ -188,8 +188,7 @@ unsafe fn micro<const MR: usize, const NR: usize, const FMA: bool>(args: Args<'_
             for r in 0..MR {
                 let scalar = *left_data.add(r * left.row + p * left.step);
                 for x in 0..NR {
-                    acc[r][x] =
-                        if FMA { scalar.mul_add(right[x], acc[r][x]) } else { scalar * right[x] + acc[r][x] };
+                    acc[r][x] = if FMA { scalar.mul_add(right[x], acc[r][x]) } else { scalar * right[x] + acc[r][x] };
                 }
             }
         }
@@ -355,7 +354,9 @@ mod tests {
 
     #[test]
     fn a_product_is_the_sum_over_k_wherever_it_lies() {
-        for [m, n, k] in [[1, 16, 1], [1, 1, 5], [19, 1, 7], [7, 16, 3], [64, 64, 64], [13, 48, 5], [8, 32, 0], [21, 80, 9]] {
+        for [m, n, k] in
+            [[1, 16, 1], [1, 1, 5], [19, 1, 7], [7, 16, 3], [64, 64, 64], [13, 48, 5], [8, 32, 0], [21, 80, 9]]
+        {
             let (ldb, ldc) = (n + 3, n + 5);
             let (a, b) = (values(m * k + m, 7), values(k * ldb + n, 9));
             for transposed in [false, true] {
@@ -368,7 +369,8 @@ mod tests {
                     product([m, n, k], Left { data: &a, row, step }, (&b, ldb), start, (&mut c, ldc));
                     for i in 0..m {
                         for j in 0..n {
-                            let mut want = [0.0, before[i * ldc + j] as f64, (before[i * ldc + j] * factor[j]) as f64][mode];
+                            let mut want =
+                                [0.0, before[i * ldc + j] as f64, (before[i * ldc + j] * factor[j]) as f64][mode];
                             for p in 0..k {
                                 want += a[i * row + p * step] as f64 * b[p * ldb + j] as f64;
                             }
