@@ -75,14 +75,9 @@ pub(super) fn product(
             // SAFETY: as above.
             return unsafe { product_avx2(args) };
         }
-        // SAFETY: the bounds were checked above. Without the instruction, `mul_add` would be a library call.
-        unsafe { blocks::<4, 16, false>(args) }
     }
     // SAFETY: the bounds were checked above.
-    #[cfg(not(target_arch = "x86_64"))]
-    unsafe {
-        blocks::<4, 16, true>(args)
-    }
+    unsafe { blocks::<[f32; 4], f32, 4, 4, 4>(args) }
 }
 
 #[derive(Clone, Copy)]
@@ -103,8 +98,8 @@ struct Args<'a> {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx2,fma")]
 unsafe fn product_avx512(args: Args<'_>) {
-    // SAFETY: passed on. 8 x 32 are 16 of the 32 registers as accumulators.
-    unsafe { blocks::<8, 32, true>(args) }
+    // SAFETY: passed on. 8 x 2 of the 32 registers are accumulators.
+    unsafe { blocks::<x86::Zmm, x86::Scalar, 8, 2, 1>(args) }
 }
 
 /// # Safety
@@ -112,88 +107,223 @@ unsafe fn product_avx512(args: Args<'_>) {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn product_avx2(args: Args<'_>) {
-    // SAFETY: passed on. 6 x 16 are 12 of the 16 registers as accumulators.
-    unsafe { blocks::<6, 16, true>(args) }
+    // SAFETY: passed on. 6 x 2 of the 16 registers are accumulators.
+    unsafe { blocks::<x86::Ymm, x86::Scalar, 6, 2, 2>(args) }
 }
 
-/// # Safety
-/// The operands hold what [`product`] checks.
+/// A vector register of f32. The methods are for code compiled for the register's instructions.
+trait Register: Copy {
+    const WIDTH: usize;
+    /// # Safety
+    /// The CPU has the instructions.
+    unsafe fn splat(x: f32) -> Self;
+    /// # Safety
+    /// As `splat`, and `WIDTH` elements can be read.
+    unsafe fn load(from: *const f32) -> Self;
+    /// # Safety
+    /// As `splat`, and `WIDTH` elements can be written.
+    unsafe fn store(self, to: *mut f32);
+    /// # Safety
+    /// As `splat`.
+    unsafe fn mul(self, other: Self) -> Self;
+    /// self + a b, rounded once where the CPU can.
+    ///
+    /// # Safety
+    /// As `splat`.
+    unsafe fn plus_product(self, a: Self, b: Self) -> Self;
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::Register;
+
+    macro_rules! register {
+        ($name:ident, $inner:ty, $width:literal, $splat:expr, $load:expr, $store:expr, $mul:expr, $fma:expr) => {
+            #[derive(Clone, Copy)]
+            pub(super) struct $name($inner);
+            impl Register for $name {
+                const WIDTH: usize = $width;
+                #[inline(always)]
+                unsafe fn splat(x: f32) -> Self {
+                    // SAFETY (this and the next): the caller has the instructions and valid pointers.
+                    unsafe { $name($splat(x)) }
+                }
+                #[inline(always)]
+                unsafe fn load(from: *const f32) -> Self {
+                    unsafe { $name($load(from)) }
+                }
+                #[inline(always)]
+                unsafe fn store(self, to: *mut f32) {
+                    unsafe { $store(to, self.0) }
+                }
+                #[inline(always)]
+                unsafe fn mul(self, other: Self) -> Self {
+                    unsafe { $name($mul(self.0, other.0)) }
+                }
+                #[inline(always)]
+                unsafe fn plus_product(self, a: Self, b: Self) -> Self {
+                    unsafe { $name($fma(a.0, b.0, self.0)) }
+                }
+            }
+        };
+    }
+    register!(Zmm, __m512, 16, _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_mul_ps, _mm512_fmadd_ps);
+    register!(Ymm, __m256, 8, _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_mul_ps, _mm256_fmadd_ps);
+    register!(Scalar, __m128, 1, _mm_set_ss, _mm_load_ss, _mm_store_ss, _mm_mul_ss, _mm_fmadd_ss);
+}
+
+/// Multiply-add where the compiler knows the target to have it; elsewhere it would be a library call.
 #[inline(always)]
-unsafe fn blocks<const MR: usize, const NR: usize, const FMA: bool>(args: Args<'_>) {
+fn multiply_add(a: f32, b: f32, c: f32) -> f32 {
+    if cfg!(target_arch = "aarch64") { a.mul_add(b, c) } else { a * b + c }
+}
+
+impl Register for f32 {
+    const WIDTH: usize = 1;
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        x
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller's pointer is valid.
+        unsafe { *from }
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the caller's pointer is valid.
+        unsafe { *to = self }
+    }
+    #[inline(always)]
+    unsafe fn mul(self, other: Self) -> Self {
+        self * other
+    }
+    #[inline(always)]
+    unsafe fn plus_product(self, a: Self, b: Self) -> Self {
+        multiply_add(a, b, self)
+    }
+}
+
+impl Register for [f32; 4] {
+    const WIDTH: usize = 4;
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        [x; 4]
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller's pointer is valid for four elements.
+        unsafe { *from.cast::<[f32; 4]>() }
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the caller's pointer is valid for four elements.
+        unsafe { *to.cast::<[f32; 4]>() = self }
+    }
+    #[inline(always)]
+    unsafe fn mul(self, other: Self) -> Self {
+        std::array::from_fn(|x| self[x] * other[x])
+    }
+    #[inline(always)]
+    unsafe fn plus_product(self, a: Self, b: Self) -> Self {
+        std::array::from_fn(|x| multiply_add(a[x], b[x], self[x]))
+    }
+}
+
+/// Cuts c into blocks of MR rows and NV registers W; what is left of the columns into blocks of [`LANES`], LV registers,
+/// and a single column into registers S of width 1.
+///
+/// # Safety
+/// The CPU has the instructions of W and S; the operands hold what [`product`] checks.
+#[inline(always)]
+unsafe fn blocks<W: Register, S: Register, const MR: usize, const NV: usize, const LV: usize>(args: Args<'_>) {
+    const { assert!(LV * W::WIDTH == LANES && S::WIDTH == 1) }
     let mut j = 0;
     // SAFETY (all calls): the columns are cut into [j, j + width) within n.
-    while j + NR <= args.n {
-        unsafe { rows::<MR, NR, FMA>(args, j) };
-        j += NR;
+    while j + NV * W::WIDTH <= args.n {
+        unsafe { rows::<W, MR, NV>(args, j) };
+        j += NV * W::WIDTH;
     }
     while j + LANES <= args.n {
-        unsafe { rows::<MR, LANES, FMA>(args, j) };
+        unsafe { rows::<W, MR, LV>(args, j) };
         j += LANES;
     }
     while j < args.n {
-        unsafe { rows::<8, 1, FMA>(args, j) };
+        unsafe { rows::<S, 8, 1>(args, j) };
         j += 1;
     }
 }
 
 /// # Safety
-/// As [`blocks`], and j + NR <= n.
+/// As [`blocks`], and the columns from j on are within n.
 #[inline(always)]
-unsafe fn rows<const MR: usize, const NR: usize, const FMA: bool>(args: Args<'_>, j: usize) {
+unsafe fn rows<R: Register, const MR: usize, const NV: usize>(args: Args<'_>, j: usize) {
     let mut i = 0;
     // SAFETY (all calls): the rows are cut into [i, i + height) within m.
     while i + MR <= args.m {
-        unsafe { micro::<MR, NR, FMA>(args, i, j) };
+        unsafe { micro::<R, MR, NV>(args, i, j) };
         i += MR;
     }
     while i + 4 <= args.m {
-        unsafe { micro::<4, NR, FMA>(args, i, j) };
+        unsafe { micro::<R, 4, NV>(args, i, j) };
         i += 4;
     }
     while i < args.m {
-        unsafe { micro::<1, NR, FMA>(args, i, j) };
+        unsafe { micro::<R, 1, NV>(args, i, j) };
         i += 1;
     }
 }
 
 /// # Safety
-/// As [`blocks`], and i + MR <= m, j + NR <= n.
+/// As [`rows`], and i + MR <= m.
 #[inline(always)]
-unsafe fn micro<const MR: usize, const NR: usize, const FMA: bool>(args: Args<'_>, i: usize, j: usize) {
+unsafe fn micro<R: Register, const MR: usize, const NV: usize>(args: Args<'_>, i: usize, j: usize) {
     let Args { k, left, b, ldb, start, c, ldc, .. } = args;
-    let mut acc = [[0.0f32; NR]; MR];
     // SAFETY: (i + r, j + x) is inside c, (p, j + x) inside b and (i + r, p) inside left, as the caller promises.
     unsafe {
         let c = c.add(i * ldc + j);
+        let mut acc = [[R::splat(0.0); NV]; MR];
         match start {
             Start::Zero => {}
             Start::Keep => {
                 for r in 0..MR {
-                    acc[r] = *c.add(r * ldc).cast::<[f32; NR]>();
+                    for x in 0..NV {
+                        acc[r][x] = R::load(c.add(r * ldc + x * R::WIDTH));
+                    }
                 }
             }
             Start::Scaled(factor) => {
-                let factor = &*factor.as_ptr().add(j).cast::<[f32; NR]>();
-                for r in 0..MR {
-                    let old = &*c.add(r * ldc).cast::<[f32; NR]>();
-                    for x in 0..NR {
-                        acc[r][x] = old[x] * factor[x];
+                for x in 0..NV {
+                    let factor = R::load(factor.as_ptr().add(j + x * R::WIDTH));
+                    for r in 0..MR {
+                        acc[r][x] = R::load(c.add(r * ldc + x * R::WIDTH)).mul(factor);
                     }
                 }
             }
         }
-        let left_data = left.data.as_ptr().add(i * left.row);
-        for p in 0..k {
-            let right = &*b.add(p * ldb + j).cast::<[f32; NR]>();
+        let mut scalars = left.data.as_ptr().add(i * left.row);
+        let mut right = b.add(j);
+        for _ in 0..k {
+            let mut vectors = [R::splat(0.0); NV];
+            for x in 0..NV {
+                vectors[x] = R::load(right.add(x * R::WIDTH));
+            }
             for r in 0..MR {
-                let scalar = *left_data.add(r * left.row + p * left.step);
-                for x in 0..NR {
-                    acc[r][x] = if FMA { scalar.mul_add(right[x], acc[r][x]) } else { scalar * right[x] + acc[r][x] };
+                let scalar = R::splat(*scalars.add(r * left.row));
+                for x in 0..NV {
+                    acc[r][x] = acc[r][x].plus_product(scalar, vectors[x]);
                 }
             }
+            // Wrapping: after the last round they point past the operands and are not read.
+            scalars = scalars.wrapping_add(left.step);
+            right = right.wrapping_add(ldb);
         }
         for r in 0..MR {
-            *c.add(r * ldc).cast::<[f32; NR]>() = acc[r];
+            for x in 0..NV {
+                acc[r][x].store(c.add(r * ldc + x * R::WIDTH));
+            }
         }
     }
 }
