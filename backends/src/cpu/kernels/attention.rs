@@ -1,0 +1,384 @@
+//! Attention over whole sequences (training and prefill), flash style: exact, without a tokens x tokens matrix.
+//!
+//! Dao et al., "FlashAttention" (arXiv:2205.14135), algorithms 1 and 4. Here the vector lanes run over queries.
+
+use crate::cpu::element::{Element, simd};
+use crate::cpu::kernels::tile::{
+    Left, Shared, Start, TILE, cut, lanes, load_rows, product, share_out, transpose, workspace_of,
+};
+use crate::cpu::vmath;
+
+/// The shape of an attention over packed operands.
+///
+/// `qkv` is [batch, tokens, (heads + 2 kv_heads) head_dim]: in each row first all query heads, then the key heads, then
+/// the value heads. Query head h uses key and value head h / (heads / kv_heads).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionShape {
+    /// Sequences.
+    pub batch: usize,
+    /// Tokens of each sequence.
+    pub tokens: usize,
+    /// Query heads, a multiple of `kv_heads`.
+    pub heads: usize,
+    /// Key and value heads, at least 1.
+    pub kv_heads: usize,
+    /// Columns of one head.
+    pub head_dim: usize,
+    /// Whether a token sees only itself and earlier ones.
+    pub causal: bool,
+    /// The factor on the scores, usually 1 / sqrt(head_dim).
+    pub scale: f32,
+}
+
+impl AttentionShape {
+    /// Columns of a row of `qkv`.
+    pub const fn packed(&self) -> usize {
+        (self.heads + 2 * self.kv_heads) * self.head_dim
+    }
+
+    /// Below this many multiplications waking another thread costs more than it brings.
+    fn parallel(&self) -> bool {
+        self.batch * self.heads * self.tokens * self.tokens * self.head_dim > 1 << 17
+    }
+
+    fn check(&self) {
+        assert!(self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads), "head counts of {self:?}");
+    }
+}
+
+/// Workspace of [`attention`] in f32, for `threads` threads. It does not grow with the number of tokens.
+pub const fn attention_workspace(shape: &AttentionShape, threads: usize) -> usize {
+    workspace_of(threads, attend_scratch(shape.head_dim))
+}
+
+/// out = softmax(scale q k^T, masked) v for each query head, and the log of each softmax's denominator.
+///
+/// `qkv` as in [`AttentionShape`]; `out` [batch, tokens, heads head_dim]; `lse` [batch, heads, tokens], the natural
+/// logsumexp of a query's scaled, visible scores. A causal row's bits depend on nothing but the tokens up to it, not on
+/// `tokens` nor on the thread count.
+///
+/// # Panics
+/// If a slice's length is not the shape's, or the workspace is below [`attention_workspace`] (bugs of the caller).
+pub fn attention<T: Element>(shape: &AttentionShape, qkv: &[T], out: &mut [T], lse: &mut [f32], workspace: &mut [f32]) {
+    shape.check();
+    let AttentionShape { batch, tokens, heads, kv_heads, head_dim, causal, scale } = *shape;
+    let (ld, ld_out) = (shape.packed(), heads * head_dim);
+    assert_eq!(qkv.len(), batch * tokens * ld);
+    assert_eq!(out.len(), batch * tokens * ld_out);
+    assert_eq!(lse.len(), batch * heads * tokens);
+    if out.is_empty() && lse.is_empty() {
+        return;
+    }
+    let tiles = tokens.div_ceil(TILE);
+    let (out, lse) = (Shared::new(out), Shared::new(lse));
+    share_out(batch * heads * tiles, shape.parallel(), workspace, attend_scratch(head_dim), |task, scratch| {
+        // The longest tasks of a causal mask come first, so that the threads finish together.
+        let (tile, head) = (tiles - 1 - task / (batch * heads), task % (batch * heads));
+        let (b, h) = (head / heads, head % heads);
+        let sequence = &qkv[b * tokens * ld..][..tokens * ld];
+        let kv = h / (heads / kv_heads);
+        let first = tile * TILE;
+        let rows = TILE.min(tokens - first);
+        attend(
+            &Attend {
+                rows,
+                position: first,
+                keys: tokens,
+                head_dim,
+                causal,
+                scale,
+                q: (&sequence[first * ld + h * head_dim..], ld),
+                k: (&sequence[(heads + kv) * head_dim..], ld),
+                v: (&sequence[(heads + kv_heads + kv) * head_dim..], ld),
+            },
+            (&out, (b * tokens + first) * ld_out + h * head_dim, ld_out),
+            // SAFETY: one task has this head and these rows.
+            Some(unsafe { lse.piece(head * tokens + first, rows) }),
+            scratch,
+        );
+    });
+}
+
+/// One head's attention of at most [`TILE`] consecutive queries; operands as (elements, distance of rows).
+pub(super) struct Attend<'a, T> {
+    /// Queries.
+    pub(super) rows: usize,
+    /// Position of the first query among the keys.
+    pub(super) position: usize,
+    /// Keys there are; a causal query at position p sees keys 0..=p of them.
+    pub(super) keys: usize,
+    pub(super) head_dim: usize,
+    pub(super) causal: bool,
+    pub(super) scale: f32,
+    pub(super) q: (&'a [T], usize),
+    pub(super) k: (&'a [T], usize),
+    pub(super) v: (&'a [T], usize),
+}
+
+/// f32 that [`attend`] works in: rows of keys or values, queries and result in lanes, scores, three per-query numbers.
+pub(super) const fn attend_scratch(head_dim: usize) -> usize {
+    3 * TILE * head_dim + TILE * TILE + 3 * TILE
+}
+
+/// Computes one task. Row r of the result goes to `out` at `start + r * ld`, `head_dim` elements that are the task's own.
+pub(super) fn attend<T: Element>(
+    job: &Attend<'_, T>,
+    (out, start, ld_out): (&Shared<T>, usize, usize),
+    lse: Option<&mut [f32]>,
+    mut scratch: &mut [f32],
+) {
+    let &Attend { rows, position, keys, head_dim, causal, scale, q, k, v } = job;
+    let loaded = cut(&mut scratch, TILE * head_dim);
+    let queries = cut(&mut scratch, TILE * head_dim);
+    let result = cut(&mut scratch, TILE * head_dim);
+    let scores = cut(&mut scratch, TILE * TILE);
+    let max = cut(&mut scratch, TILE);
+    let sum = cut(&mut scratch, TILE);
+    let rescale = cut(&mut scratch, TILE);
+    let n = lanes(rows);
+    simd(|| {
+        load_rows(rows, head_dim, q, scale, (loaded, head_dim));
+        transpose(rows, head_dim, (loaded, head_dim), queries);
+    });
+    max.fill(f32::NEG_INFINITY);
+    sum.fill(0.0);
+    let end = if causal { keys.min(position + rows) } else { keys };
+    for first in (0..end).step_by(TILE) {
+        let count = TILE.min(end - first);
+        simd(|| load_rows(count, head_dim, (&k.0[first * k.1..], k.1), 1.0, (loaded, head_dim)));
+        let left = Left { data: loaded, row: head_dim, step: 1 };
+        product([count, n, head_dim], left, (queries, TILE), Start::Zero, (scores, TILE));
+        simd(|| {
+            if causal && first + count > position + 1 {
+                mask(scores, count, n, first, position);
+            }
+            online_softmax(scores, count, n, max, sum, rescale);
+            load_rows(count, head_dim, (&v.0[first * v.1..], v.1), 1.0, (loaded, head_dim));
+        });
+        let left = Left { data: loaded, row: 1, step: head_dim };
+        let before = if first == 0 { Start::Zero } else { Start::Scaled(rescale) };
+        product([head_dim, n, count], left, (scores, TILE), before, (result, TILE));
+    }
+    simd(|| {
+        for r in 0..rows {
+            let inverse = 1.0 / sum[r];
+            // SAFETY: the rows of one head are the task's own.
+            let to = unsafe { out.piece(start + r * ld_out, head_dim) };
+            for (d, to) in to.iter_mut().enumerate() {
+                *to = T::from_f32(result[d * TILE + r] * inverse);
+            }
+        }
+        if let Some(lse) = lse {
+            for r in 0..rows {
+                lse[r] = max[r] + vmath::ln(sum[r]);
+            }
+        }
+    });
+}
+
+/// Sets the scores [count, n] of keys from `first` on to -inf where the query at `position` + lane comes before the key.
+#[inline(always)]
+fn mask(scores: &mut [f32], count: usize, n: usize, first: usize, position: usize) {
+    for key in 0..count {
+        let hidden = (first + key).saturating_sub(position).min(n);
+        scores[key * TILE..][..hidden].fill(f32::NEG_INFINITY);
+    }
+}
+
+/// Turns scores [count, n] into exp(score - max) for the running maximum of each lane, with the sum brought up to date
+/// and the factor by which what was summed before must shrink.
+#[inline(always)]
+fn online_softmax(scores: &mut [f32], count: usize, n: usize, max: &mut [f32], sum: &mut [f32], rescale: &mut [f32]) {
+    const W: usize = crate::cpu::kernels::tile::LANES;
+    for j in (0..n).step_by(W) {
+        let mut new = [0.0f32; W];
+        new.copy_from_slice(&max[j..j + W]);
+        for key in 0..count {
+            let row = &scores[key * TILE + j..][..W];
+            for x in 0..W {
+                new[x] = if row[x] > new[x] { row[x] } else { new[x] };
+            }
+        }
+        let mut total = [0.0f32; W];
+        for x in 0..W {
+            let factor = vmath::exp(max[j + x] - new[x]);
+            rescale[j + x] = factor;
+            total[x] = sum[j + x] * factor;
+        }
+        for key in 0..count {
+            let row = &mut scores[key * TILE + j..][..W];
+            for x in 0..W {
+                row[x] = vmath::exp(row[x] - new[x]);
+                total[x] += row[x];
+            }
+        }
+        max[j..j + W].copy_from_slice(&new);
+        sum[j..j + W].copy_from_slice(&total);
+    }
+}
+
+/// Workspace of [`attention_grad`] in f32, for `threads` threads: about 7 tokens x head_dim each.
+pub const fn attention_grad_workspace(shape: &AttentionShape, threads: usize) -> usize {
+    let tasks = shape.batch * shape.kv_heads;
+    workspace_of(if threads < tasks { threads } else { tasks }, grad_scratch(shape))
+}
+
+const fn grad_scratch(shape: &AttentionShape) -> usize {
+    let (tokens, head_dim) = (shape.tokens.next_multiple_of(TILE), shape.head_dim);
+    tokens * (3 * head_dim + 4 * lanes(head_dim) + 2) + 2 * TILE * head_dim + 2 * TILE * TILE
+}
+
+/// The vjp of [`attention`]: the cotangent of `qkv`, of its shape, from the cotangent `dout` of `out`.
+///
+/// With P = exp(scale q k^T - lse): dv = P^T dout, dS = P (dout v^T - rowsum(dout out)), dq = scale dS k,
+/// dk = scale dS^T q; P is computed again tile by tile. `out` and `lse` are what [`attention`] wrote. Threads share out
+/// the (sequence, key head) pairs, so the sums have a fixed order.
+///
+/// # Panics
+/// If a slice's length is not the shape's, or the workspace is below [`attention_grad_workspace`] (bugs of the caller).
+pub fn attention_grad<T: Element>(
+    shape: &AttentionShape,
+    qkv: &[T],
+    out: &[T],
+    lse: &[f32],
+    dout: &[T],
+    dqkv: &mut [T],
+    workspace: &mut [f32],
+) {
+    shape.check();
+    let AttentionShape { batch, tokens, heads, kv_heads, head_dim, .. } = *shape;
+    assert_eq!(qkv.len(), batch * tokens * shape.packed());
+    assert_eq!(dqkv.len(), qkv.len());
+    assert_eq!(out.len(), batch * tokens * heads * head_dim);
+    assert_eq!(dout.len(), out.len());
+    assert_eq!(lse.len(), batch * heads * tokens);
+    if dqkv.is_empty() {
+        return;
+    }
+    let dqkv = Shared::new(dqkv);
+    share_out(batch * kv_heads, shape.parallel(), workspace, grad_scratch(shape), |task, scratch| {
+        grad_of_kv_head(shape, qkv, out, lse, dout, &dqkv, (task / kv_heads, task % kv_heads), scratch);
+    });
+}
+
+/// All cotangents that belong to key head `kv` of sequence `b`: its keys, its values and the queries that use them.
+fn grad_of_kv_head<T: Element>(
+    shape: &AttentionShape,
+    qkv: &[T],
+    out: &[T],
+    lse: &[f32],
+    dout: &[T],
+    dqkv: &Shared<T>,
+    (b, kv): (usize, usize),
+    mut scratch: &mut [f32],
+) {
+    let AttentionShape { tokens, heads, kv_heads, head_dim, causal, scale, .. } = *shape;
+    let (ld, ld_out, wide) = (shape.packed(), heads * head_dim, lanes(head_dim));
+    let padded = tokens.next_multiple_of(TILE);
+    let group = heads / kv_heads;
+    let sequence = &qkv[b * tokens * ld..][..tokens * ld];
+    let (k_column, v_column) = ((heads + kv) * head_dim, (heads + kv_heads + kv) * head_dim);
+    // Rows of queries (times scale) and of dout, and the same in lanes, tile after tile.
+    let q_rows = cut(&mut scratch, padded * wide);
+    let d_rows = cut(&mut scratch, padded * wide);
+    let q_lanes = cut(&mut scratch, padded * head_dim);
+    let d_lanes = cut(&mut scratch, padded * head_dim);
+    let dq_lanes = cut(&mut scratch, padded * head_dim);
+    let dk = cut(&mut scratch, padded * wide);
+    let dv = cut(&mut scratch, padded * wide);
+    let denominators = cut(&mut scratch, padded);
+    let deltas = cut(&mut scratch, padded);
+    let k_tile = cut(&mut scratch, TILE * head_dim);
+    let v_tile = cut(&mut scratch, TILE * head_dim);
+    let p_tile = cut(&mut scratch, TILE * TILE);
+    let ds_tile = cut(&mut scratch, TILE * TILE);
+    // The columns that only fill a register up stay 0.
+    q_rows.fill(0.0);
+    d_rows.fill(0.0);
+    dk.fill(0.0);
+    dv.fill(0.0);
+    for h in kv * group..(kv + 1) * group {
+        let (o, d) = ((b * tokens * ld_out) + h * head_dim, (b * heads + h) * tokens);
+        simd(|| {
+            load_rows(tokens, head_dim, (&sequence[h * head_dim..], ld), scale, (q_rows, wide));
+            load_rows(tokens, head_dim, (&dout[o..], ld_out), 1.0, (d_rows, wide));
+            for first in (0..tokens).step_by(TILE) {
+                let rows = TILE.min(tokens - first);
+                transpose(rows, head_dim, (&q_rows[first * wide..], wide), &mut q_lanes[first * head_dim..]);
+                transpose(rows, head_dim, (&d_rows[first * wide..], wide), &mut d_lanes[first * head_dim..]);
+            }
+            for t in 0..tokens {
+                let (out, d) = (&out[o + t * ld_out..][..head_dim], &d_rows[t * wide..][..head_dim]);
+                deltas[t] = crate::cpu::kernels::tile::sum_of(head_dim, |i| out[i].to_f32() * d[i]);
+            }
+            denominators[..tokens].copy_from_slice(&lse[d..d + tokens]);
+            // Lanes past the last token: their query and dout are 0, so any finite number leaves them without effect.
+            denominators[tokens..].fill(0.0);
+            deltas[tokens..].fill(0.0);
+        });
+        for key in (0..tokens).step_by(TILE) {
+            let count = TILE.min(tokens - key);
+            simd(|| {
+                load_rows(count, head_dim, (&sequence[key * ld + k_column..], ld), 1.0, (k_tile, head_dim));
+                load_rows(count, head_dim, (&sequence[key * ld + v_column..], ld), 1.0, (v_tile, head_dim));
+            });
+            for first in (if causal { key } else { 0 }..tokens).step_by(TILE) {
+                let rows = TILE.min(tokens - first);
+                let n = lanes(rows);
+                let at = first * head_dim;
+                let k_rows = Left { data: k_tile, row: head_dim, step: 1 };
+                let v_rows = Left { data: v_tile, row: head_dim, step: 1 };
+                product([count, n, head_dim], k_rows, (&q_lanes[at..], TILE), Start::Zero, (p_tile, TILE));
+                product([count, n, head_dim], v_rows, (&d_lanes[at..], TILE), Start::Zero, (ds_tile, TILE));
+                simd(|| {
+                    if causal && first == key {
+                        mask(p_tile, count, n, key, first);
+                    }
+                    let (denominators, deltas) = (&denominators[first..][..n], &deltas[first..][..n]);
+                    for row in 0..count {
+                        let (p, ds) = (&mut p_tile[row * TILE..][..n], &mut ds_tile[row * TILE..][..n]);
+                        for x in 0..n {
+                            p[x] = vmath::exp(p[x] - denominators[x]);
+                            ds[x] = p[x] * (ds[x] - deltas[x]);
+                        }
+                    }
+                });
+                let p = Left { data: p_tile, row: TILE, step: 1 };
+                let ds = Left { data: ds_tile, row: TILE, step: 1 };
+                let (d, q) = (&d_rows[first * wide..], &q_rows[first * wide..]);
+                product([count, wide, rows], p, (d, wide), Start::Keep, (&mut dv[key * wide..], wide));
+                product([count, wide, rows], ds, (q, wide), Start::Keep, (&mut dk[key * wide..], wide));
+                // Every query sees the first tile of keys.
+                let before = if key == 0 { Start::Zero } else { Start::Keep };
+                let k_columns = Left { data: k_tile, row: 1, step: head_dim };
+                product([head_dim, n, count], k_columns, (ds_tile, TILE), before, (&mut dq_lanes[at..], TILE));
+            }
+        }
+        simd(|| {
+            for t in 0..tokens {
+                // SAFETY: query head h of sequence b is this task's.
+                let to = unsafe { dqkv.piece((b * tokens + t) * ld + h * head_dim, head_dim) };
+                let from = &dq_lanes[t / TILE * TILE * head_dim + t % TILE..];
+                for (d, to) in to.iter_mut().enumerate() {
+                    *to = T::from_f32(from[d * TILE] * scale);
+                }
+            }
+        });
+    }
+    simd(|| {
+        for t in 0..tokens {
+            let row = (b * tokens + t) * ld;
+            for (column, from) in [(k_column, &*dk), (v_column, &*dv)] {
+                // SAFETY: key and value head `kv` of sequence b are this task's.
+                let to = unsafe { dqkv.piece(row + column, head_dim) };
+                for (to, from) in to.iter_mut().zip(&from[t * wide..]) {
+                    *to = T::from_f32(*from);
+                }
+            }
+        }
+    });
+}
+
+#[cfg(test)]
+#[path = "attention_tests.rs"]
+mod tests;

@@ -1,0 +1,568 @@
+//! What the attention and loss kernels share: products of small f32 tiles, sharing tasks out over threads with a piece
+//! of workspace each, and sums over a row in a fixed order.
+//!
+//! Tiles are laid out so that the vector lanes run over rows of the result (queries, tokens), which need no sum across
+//! lanes: a softmax over keys or vocabulary is then plain elementwise work.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use rayon::prelude::*;
+
+use crate::cpu::element::Element;
+
+/// Rows of a tile in either direction. 64 x 64 floats are 16 KiB: the tiles of one product fit the L2 cache with room.
+pub(super) const TILE: usize = 64;
+/// Lane counts are multiples of this (one AVX-512 register).
+pub(super) const LANES: usize = 16;
+
+/// `n` rounded up to whole registers.
+pub(super) const fn lanes(n: usize) -> usize {
+    n.next_multiple_of(LANES)
+}
+
+/// The left operand of [`product`]: element (i, p) is `data[i * row + p * step]`. It is read one scalar at a time.
+#[derive(Clone, Copy)]
+pub(super) struct Left<'a> {
+    pub(super) data: &'a [f32],
+    pub(super) row: usize,
+    pub(super) step: usize,
+}
+
+/// What a product is added to.
+#[derive(Clone, Copy)]
+pub(super) enum Start<'a> {
+    /// Nothing.
+    Zero,
+    /// The values in C.
+    Keep,
+    /// The values in C, each column multiplied by its factor first.
+    Scaled(&'a [f32]),
+}
+
+/// c [m, n] = start + left [m, k] * b [k, n], rows of b and c being `ldb` and `ldc` apart; n in whole [`LANES`], or 1.
+///
+/// Each element is one chain of multiply-adds over k in order, so its bits depend neither on m and n nor on its place.
+///
+/// # Panics
+/// If a slice is too short (a bug of the calling kernel).
+pub(super) fn product(
+    [m, n, k]: [usize; 3],
+    left: Left<'_>,
+    (b, ldb): (&[f32], usize),
+    start: Start<'_>,
+    (c, ldc): (&mut [f32], usize),
+) {
+    if m == 0 || n == 0 {
+        return;
+    }
+    assert!(n.is_multiple_of(LANES) || n == 1, "tile product of {n} columns");
+    assert!(c.len() >= (m - 1) * ldc + n && (m == 1 || ldc >= n));
+    if k > 0 {
+        assert!(b.len() >= (k - 1) * ldb + n);
+        assert!(left.data.len() > (m - 1) * left.row + (k - 1) * left.step);
+    }
+    if let Start::Scaled(factor) = start {
+        assert!(factor.len() >= n);
+    }
+    let args = Args { m, n, k, left, b: b.as_ptr(), ldb, start, c: c.as_mut_ptr(), ldc };
+    #[cfg(target_arch = "x86_64")]
+    {
+        if std::arch::is_x86_feature_detected!("avx512f") && std::arch::is_x86_feature_detected!("fma") {
+            // SAFETY: the features were just found; the bounds were checked above.
+            return unsafe { product_avx512(args) };
+        }
+        if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
+            // SAFETY: as above.
+            return unsafe { product_avx2(args) };
+        }
+    }
+    // SAFETY: the bounds were checked above.
+    unsafe { blocks::<[f32; 4], f32, 4, 4, 4>(args) }
+}
+
+#[derive(Clone, Copy)]
+struct Args<'a> {
+    m: usize,
+    n: usize,
+    k: usize,
+    left: Left<'a>,
+    b: *const f32,
+    ldb: usize,
+    start: Start<'a>,
+    c: *mut f32,
+    ldc: usize,
+}
+
+/// # Safety
+/// The CPU has AVX-512F and FMA; the operands hold what [`product`] checks.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx2,fma")]
+unsafe fn product_avx512(args: Args<'_>) {
+    // SAFETY: passed on. 8 x 2 of the 32 registers are accumulators.
+    unsafe { blocks::<x86::Zmm, x86::Scalar, 8, 2, 1>(args) }
+}
+
+/// # Safety
+/// The CPU has AVX2 and FMA; the operands hold what [`product`] checks.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn product_avx2(args: Args<'_>) {
+    // SAFETY: passed on. 6 x 2 of the 16 registers are accumulators.
+    unsafe { blocks::<x86::Ymm, x86::Scalar, 6, 2, 2>(args) }
+}
+
+/// A vector register of f32. The methods are for code compiled for the register's instructions.
+trait Register: Copy {
+    const WIDTH: usize;
+    /// # Safety
+    /// The CPU has the instructions.
+    unsafe fn splat(x: f32) -> Self;
+    /// # Safety
+    /// As `splat`, and `WIDTH` elements can be read.
+    unsafe fn load(from: *const f32) -> Self;
+    /// # Safety
+    /// As `splat`, and `WIDTH` elements can be written.
+    unsafe fn store(self, to: *mut f32);
+    /// # Safety
+    /// As `splat`.
+    unsafe fn mul(self, other: Self) -> Self;
+    /// self + a b, rounded once where the CPU can.
+    ///
+    /// # Safety
+    /// As `splat`.
+    unsafe fn plus_product(self, a: Self, b: Self) -> Self;
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::Register;
+
+    macro_rules! register {
+        ($name:ident, $inner:ty, $width:literal, $splat:expr, $load:expr, $store:expr, $mul:expr, $fma:expr) => {
+            #[derive(Clone, Copy)]
+            pub(super) struct $name($inner);
+            impl Register for $name {
+                const WIDTH: usize = $width;
+                #[inline(always)]
+                unsafe fn splat(x: f32) -> Self {
+                    // SAFETY (this and the next): the caller has the instructions and valid pointers.
+                    unsafe { $name($splat(x)) }
+                }
+                #[inline(always)]
+                unsafe fn load(from: *const f32) -> Self {
+                    unsafe { $name($load(from)) }
+                }
+                #[inline(always)]
+                unsafe fn store(self, to: *mut f32) {
+                    unsafe { $store(to, self.0) }
+                }
+                #[inline(always)]
+                unsafe fn mul(self, other: Self) -> Self {
+                    unsafe { $name($mul(self.0, other.0)) }
+                }
+                #[inline(always)]
+                unsafe fn plus_product(self, a: Self, b: Self) -> Self {
+                    unsafe { $name($fma(a.0, b.0, self.0)) }
+                }
+            }
+        };
+    }
+    register!(Zmm, __m512, 16, _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_mul_ps, _mm512_fmadd_ps);
+    register!(Ymm, __m256, 8, _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_mul_ps, _mm256_fmadd_ps);
+    register!(Scalar, __m128, 1, _mm_set_ss, _mm_load_ss, _mm_store_ss, _mm_mul_ss, _mm_fmadd_ss);
+}
+
+/// Multiply-add where the compiler knows the target to have it; elsewhere it would be a library call.
+#[inline(always)]
+fn multiply_add(a: f32, b: f32, c: f32) -> f32 {
+    if cfg!(target_arch = "aarch64") { a.mul_add(b, c) } else { a * b + c }
+}
+
+impl Register for f32 {
+    const WIDTH: usize = 1;
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        x
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller's pointer is valid.
+        unsafe { *from }
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the caller's pointer is valid.
+        unsafe { *to = self }
+    }
+    #[inline(always)]
+    unsafe fn mul(self, other: Self) -> Self {
+        self * other
+    }
+    #[inline(always)]
+    unsafe fn plus_product(self, a: Self, b: Self) -> Self {
+        multiply_add(a, b, self)
+    }
+}
+
+impl Register for [f32; 4] {
+    const WIDTH: usize = 4;
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        [x; 4]
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller's pointer is valid for four elements.
+        unsafe { *from.cast::<[f32; 4]>() }
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the caller's pointer is valid for four elements.
+        unsafe { *to.cast::<[f32; 4]>() = self }
+    }
+    #[inline(always)]
+    unsafe fn mul(self, other: Self) -> Self {
+        std::array::from_fn(|x| self[x] * other[x])
+    }
+    #[inline(always)]
+    unsafe fn plus_product(self, a: Self, b: Self) -> Self {
+        std::array::from_fn(|x| multiply_add(a[x], b[x], self[x]))
+    }
+}
+
+/// Cuts c into blocks of MR rows and NV registers W; what is left of the columns into blocks of [`LANES`], LV registers,
+/// and a single column into registers S of width 1.
+///
+/// # Safety
+/// The CPU has the instructions of W and S; the operands hold what [`product`] checks.
+#[inline(always)]
+unsafe fn blocks<W: Register, S: Register, const MR: usize, const NV: usize, const LV: usize>(args: Args<'_>) {
+    const { assert!(LV * W::WIDTH == LANES && S::WIDTH == 1) }
+    let mut j = 0;
+    // SAFETY (all calls): the columns are cut into [j, j + width) within n.
+    while j + NV * W::WIDTH <= args.n {
+        unsafe { rows::<W, MR, NV>(args, j) };
+        j += NV * W::WIDTH;
+    }
+    while j + LANES <= args.n {
+        unsafe { rows::<W, MR, LV>(args, j) };
+        j += LANES;
+    }
+    while j < args.n {
+        unsafe { rows::<S, 8, 1>(args, j) };
+        j += 1;
+    }
+}
+
+/// # Safety
+/// As [`blocks`], and the columns from j on are within n.
+#[inline(always)]
+unsafe fn rows<R: Register, const MR: usize, const NV: usize>(args: Args<'_>, j: usize) {
+    let mut i = 0;
+    // SAFETY (all calls): the rows are cut into [i, i + height) within m.
+    while i + MR <= args.m {
+        unsafe { micro::<R, MR, NV>(args, i, j) };
+        i += MR;
+    }
+    while i + 4 <= args.m {
+        unsafe { micro::<R, 4, NV>(args, i, j) };
+        i += 4;
+    }
+    while i < args.m {
+        unsafe { micro::<R, 1, NV>(args, i, j) };
+        i += 1;
+    }
+}
+
+/// # Safety
+/// As [`rows`], and i + MR <= m.
+#[inline(always)]
+unsafe fn micro<R: Register, const MR: usize, const NV: usize>(args: Args<'_>, i: usize, j: usize) {
+    let Args { k, left, b, ldb, start, c, ldc, .. } = args;
+    // SAFETY: (i + r, j + x) is inside c, (p, j + x) inside b and (i + r, p) inside left, as the caller promises.
+    unsafe {
+        let c = c.add(i * ldc + j);
+        let mut acc = [[R::splat(0.0); NV]; MR];
+        match start {
+            Start::Zero => {}
+            Start::Keep => {
+                for r in 0..MR {
+                    for x in 0..NV {
+                        acc[r][x] = R::load(c.add(r * ldc + x * R::WIDTH));
+                    }
+                }
+            }
+            Start::Scaled(factor) => {
+                for x in 0..NV {
+                    let factor = R::load(factor.as_ptr().add(j + x * R::WIDTH));
+                    for r in 0..MR {
+                        acc[r][x] = R::load(c.add(r * ldc + x * R::WIDTH)).mul(factor);
+                    }
+                }
+            }
+        }
+        let mut scalars = left.data.as_ptr().add(i * left.row);
+        let mut right = b.add(j);
+        for _ in 0..k {
+            let mut vectors = [R::splat(0.0); NV];
+            for x in 0..NV {
+                vectors[x] = R::load(right.add(x * R::WIDTH));
+            }
+            for r in 0..MR {
+                let scalar = R::splat(*scalars.add(r * left.row));
+                for x in 0..NV {
+                    acc[r][x] = acc[r][x].plus_product(scalar, vectors[x]);
+                }
+            }
+            // Wrapping: after the last round they point past the operands and are not read.
+            scalars = scalars.wrapping_add(left.step);
+            right = right.wrapping_add(ldb);
+        }
+        for r in 0..MR {
+            for x in 0..NV {
+                acc[r][x].store(c.add(r * ldc + x * R::WIDTH));
+            }
+        }
+    }
+}
+
+/// Copies `rows` rows of `width` elements, `ld_in` apart, to f32 rows `ld_out` apart.
+#[inline(always)]
+pub(super) fn load_rows<T: Element>(
+    rows: usize,
+    width: usize,
+    (src, ld_in): (&[T], usize),
+    scale: f32,
+    (dst, ld_out): (&mut [f32], usize),
+) {
+    for r in 0..rows {
+        let from = &src[r * ld_in..][..width];
+        let to = &mut dst[r * ld_out..][..width];
+        for (to, from) in to.iter_mut().zip(from) {
+            *to = from.to_f32() * scale;
+        }
+    }
+}
+
+/// Copies `rows` (at most [`TILE`]) rows of `width` f32, `ld_in` apart, to the lanes of `dst` [width, TILE]: element
+/// (r, d) goes to d * TILE + r. Lanes from `rows` up to the next multiple of [`LANES`] become 0.
+#[inline(always)]
+pub(super) fn transpose(rows: usize, width: usize, (src, ld_in): (&[f32], usize), dst: &mut [f32]) {
+    let full = rows / LANES * LANES;
+    for r in (0..full).step_by(LANES) {
+        let from: [&[f32]; LANES] = std::array::from_fn(|x| &src[(r + x) * ld_in..][..width]);
+        for d in 0..width {
+            let to = &mut dst[d * TILE + r..][..LANES];
+            for x in 0..LANES {
+                to[x] = from[x][d];
+            }
+        }
+    }
+    if full < rows {
+        for d in 0..width {
+            let to = &mut dst[d * TILE + full..][..LANES];
+            for x in 0..LANES {
+                to[x] = if full + x < rows { src[(full + x) * ld_in + d] } else { 0.0 };
+            }
+        }
+    }
+}
+
+/// A slice that several tasks write, each its own elements.
+#[derive(Clone, Copy)]
+pub(super) struct Shared<T> {
+    data: *mut T,
+    len: usize,
+}
+
+// SAFETY: it hands out pieces only through `piece`, whose callers promise that no two tasks have the same elements.
+unsafe impl<T: Send> Send for Shared<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for Shared<T> {}
+
+impl<T> Shared<T> {
+    /// Shares `data` out; it must outlive every piece.
+    pub(super) fn new(data: &mut [T]) -> Self {
+        Shared { data: data.as_mut_ptr(), len: data.len() }
+    }
+
+    /// Elements [start, start + len).
+    ///
+    /// # Safety
+    /// The slice is still borrowed by the kernel, and no other live piece, in any task, overlaps this one.
+    #[inline(always)]
+    #[allow(clippy::mut_from_ref)] // Disjointness is the callers' promise.
+    pub(super) unsafe fn piece(&self, start: usize, len: usize) -> &mut [T] {
+        assert!(start <= self.len && len <= self.len - start);
+        // SAFETY: in bounds, and exclusive by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(start), len) }
+    }
+}
+
+/// The workspace of `threads` threads with `per_thread` f32 each, with room to align each part to a cache line.
+pub(super) const fn workspace_of(threads: usize, per_thread: usize) -> usize {
+    let threads = if threads == 0 { 1 } else { threads };
+    threads * (lanes(per_thread) + LANES)
+}
+
+/// Runs `task(i, scratch)` for i in 0..tasks, on as many threads as `workspace` has parts for ([`workspace_of`]), or on
+/// the calling one if `parallel` is false. Tasks go to whichever thread is free, so each must write its own output.
+///
+/// # Panics
+/// If `workspace` has no room for one thread (a bug of the caller).
+pub(super) fn share_out(
+    tasks: usize,
+    parallel: bool,
+    workspace: &mut [f32],
+    per_thread: usize,
+    task: impl Fn(usize, &mut [f32]) + Sync,
+) {
+    let part = workspace_of(1, per_thread);
+    assert!(workspace.len() >= part, "a workspace of {} f32 where {part} are needed", workspace.len());
+    let aligned = |scratch: &mut [f32]| -> usize { scratch.as_ptr().align_offset(64).min(LANES) };
+    if !parallel || tasks <= 1 || workspace.len() < 2 * part {
+        let skip = aligned(workspace);
+        for i in 0..tasks {
+            task(i, &mut workspace[skip..skip + per_thread]);
+        }
+        return;
+    }
+    let next = AtomicUsize::new(0);
+    let parts = (workspace.len() / part).min(tasks);
+    workspace[..parts * part].par_chunks_exact_mut(part).with_max_len(1).for_each(|scratch| {
+        let skip = aligned(scratch);
+        loop {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            if i >= tasks {
+                return;
+            }
+            task(i, &mut scratch[skip..skip + per_thread]);
+        }
+    });
+}
+
+/// Cuts the first `n` elements off `scratch`.
+pub(super) fn cut<'a>(scratch: &mut &'a mut [f32], n: usize) -> &'a mut [f32] {
+    let (head, tail) = std::mem::take(scratch).split_at_mut(n);
+    *scratch = tail;
+    head
+}
+
+/// The sum of `term(i)` over 0..n in f32: 32 running sums, added up pairwise at the end.
+#[inline(always)]
+pub(super) fn sum_of(n: usize, term: impl Fn(usize) -> f32) -> f32 {
+    const WIDE: usize = 2 * LANES;
+    let mut sums = [0.0f32; WIDE];
+    let full = n / WIDE * WIDE;
+    for i in (0..full).step_by(WIDE) {
+        for x in 0..WIDE {
+            sums[x] += term(i + x);
+        }
+    }
+    for i in full..n {
+        sums[i - full] += term(i);
+    }
+    let mut width = WIDE / 2;
+    while width > 0 {
+        for x in 0..width {
+            sums[x] += sums[x + width];
+        }
+        width /= 2;
+    }
+    sums[0]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn values(n: usize, seed: u32) -> Vec<f32> {
+        (0..n as u32).map(|i| ((i.wrapping_mul(2_654_435_761) ^ seed) >> 8) as f32 / 8_388_608.0 - 1.0).collect()
+    }
+
+    #[test]
+    fn a_product_is_the_sum_over_k_wherever_it_lies() {
+        for [m, n, k] in
+            [[1, 16, 1], [1, 1, 5], [19, 1, 7], [7, 16, 3], [64, 64, 64], [13, 48, 5], [8, 32, 0], [21, 80, 9]]
+        {
+            let (ldb, ldc) = (n + 3, n + 5);
+            let (a, b) = (values(m * k + m, 7), values(k * ldb + n, 9));
+            for transposed in [false, true] {
+                let (row, step) = if transposed { (1, m) } else { (k, 1) };
+                let factor = values(n, 11);
+                for mode in 0..3 {
+                    let before = values(m * ldc, 3);
+                    let mut c = if mode == 0 { vec![f32::NAN; m * ldc] } else { before.clone() };
+                    let start = [Start::Zero, Start::Keep, Start::Scaled(&factor)][mode];
+                    product([m, n, k], Left { data: &a, row, step }, (&b, ldb), start, (&mut c, ldc));
+                    for i in 0..m {
+                        for j in 0..n {
+                            let mut want =
+                                [0.0, before[i * ldc + j] as f64, (before[i * ldc + j] * factor[j]) as f64][mode];
+                            for p in 0..k {
+                                want += a[i * row + p * step] as f64 * b[p * ldb + j] as f64;
+                            }
+                            let got = c[i * ldc + j] as f64;
+                            assert!((got - want).abs() < 1e-5, "{m} {n} {k} {mode}: ({i}, {j}) {got} {want}");
+                        }
+                    }
+                }
+                // One row or one column alone has the same bits as inside the whole.
+                let mut whole = vec![0.0; m * ldc];
+                product([m, n, k], Left { data: &a, row, step }, (&b, ldb), Start::Zero, (&mut whole, ldc));
+                for i in 0..m {
+                    let mut one = vec![0.0; n];
+                    product([1, n, k], Left { data: &a[i * row..], row, step }, (&b, ldb), Start::Zero, (&mut one, n));
+                    assert_eq!(one, whole[i * ldc..][..n]);
+                }
+                let mut column = vec![0.0; m];
+                product([m, 1, k], Left { data: &a, row, step }, (&b[n / 2..], ldb), Start::Zero, (&mut column, 1));
+                for i in 0..m {
+                    assert_eq!(column[i], whole[i * ldc + n / 2]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_task_runs_once_with_its_own_scratch() {
+        for threads in [1, 2, 5] {
+            let mut workspace = vec![f32::NAN; workspace_of(threads, 33)];
+            let mut counts = vec![0u32; 100];
+            let shared = Shared::new(&mut counts);
+            share_out(100, true, &mut workspace, 33, |i, scratch| {
+                assert_eq!(scratch.len(), 33);
+                scratch.fill(i as f32);
+                // SAFETY: task i has element i.
+                unsafe { shared.piece(i, 1)[0] += 1 };
+                assert!(scratch.iter().all(|&x| x == i as f32));
+            });
+            assert!(counts.iter().all(|&c| c == 1));
+        }
+    }
+
+    #[test]
+    fn a_row_sum_is_right_for_every_length() {
+        for n in [0, 1, 31, 32, 33, 100, 1000] {
+            let x = values(n, 5);
+            let want: f64 = x.iter().map(|&v| v as f64).sum();
+            assert!((sum_of(n, |i| x[i]) as f64 - want).abs() < 1e-5);
+        }
+    }
+
+    #[test]
+    fn transposing_pads_the_lanes_with_zeros() {
+        for (rows, width) in [(1, 1), (16, 5), (17, 3), (64, 8), (63, 2)] {
+            let src = values(rows * (width + 2), 1);
+            let mut dst = vec![f32::NAN; width * TILE];
+            transpose(rows, width, (&src, width + 2), &mut dst);
+            for d in 0..width {
+                for r in 0..lanes(rows) {
+                    assert_eq!(dst[d * TILE + r], if r < rows { src[r * (width + 2) + d] } else { 0.0 });
+                }
+            }
+        }
+    }
+}
