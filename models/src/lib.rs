@@ -2,5 +2,5 @@
 
 pub mod data;
 pub mod metrics;
-//REPORT
+pub mod report;
 pub mod tokenizer;
