@@ -21,6 +21,8 @@ use super::{
 const HEADER_LIMIT: u64 = 100_000_000;
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
+/// Takes (offset, bytes).
+type Sink<'s> = dyn FnMut(u64, &[u8]) -> Result<(), BoxError> + 's;
 
 /// A safetensors file open for reading. Only its header is in memory.
 #[derive(Debug)]
@@ -215,11 +217,7 @@ impl TensorFile {
         }
     }
 
-    fn stream(
-        &mut self,
-        i: usize,
-        sink: &mut dyn FnMut(u64, &[u8]) -> Result<(), BoxError>,
-    ) -> Result<Option<DamagedTensor>, CheckpointError> {
+    fn stream(&mut self, i: usize, sink: &mut Sink<'_>) -> Result<Option<DamagedTensor>, CheckpointError> {
         let bytes = self.seek(i)?;
         let mut buffer = vec![0; bytes.min(CHUNK as u64) as usize];
         let mut hash = Xxh3::new();
