@@ -13,8 +13,10 @@ use crate::error::Result;
 use crate::graph::{Graph, Node, NodeId, Value};
 use crate::ops::{ElementFn, Elementwise, Instr, Op};
 
-/// A group takes no more nodes than this, so that its registers fit the first-level cache.
-const MOST_NODES: usize = 48;
+/// Operands and nodes of a group together: what a backend can hold in registers without looking for free ones.
+const MOST_REGISTERS: usize = 28;
+/// Results of a group.
+const MOST_OUTPUTS: usize = 8;
 
 /// The graph with its elementwise nodes fused; single ones are put in fused form too.
 ///
@@ -22,7 +24,8 @@ const MOST_NODES: usize = 48;
 /// None on a verified graph.
 pub fn fuse_elementwise(graph: &Graph) -> Result<Graph> {
     let graph = sink_broadcasts(graph)?;
-    let groups = Groups::find(&graph);
+    let mut groups = Groups::find(&graph);
+    groups.split_large(&graph);
     emit(&graph, &groups)
 }
 
@@ -94,7 +97,7 @@ impl Groups {
             let shape = &graph.ty(node.results[0]).shape;
             let joinable = |group: usize| {
                 let first = groups.members[group][0];
-                groups.members[group].len() < MOST_NODES
+                groups.members[group].len() < MOST_REGISTERS
                     && graph.ty(graph.node(first).results[0]).shape == *shape
                     && node.operands.iter().all(|&v| {
                         of_operand(&groups, v) == Some(group) || !groups.reaches(&needs_of(&groups, v), group)
@@ -112,6 +115,25 @@ impl Groups {
             groups.needs[group].extend(needs.into_iter().filter(|&n| n != group));
         }
         groups
+    }
+
+    /// Cuts groups in two until each keeps the limits. Node order is an order of execution, so a cut in it closes no cycle.
+    fn split_large(&mut self, graph: &Graph) {
+        let mut group = 0;
+        while group < self.members.len() {
+            let members = &self.members[group];
+            let used = outside_uses(graph, self);
+            let outputs = members.iter().filter(|id| used[graph.node(**id).results[0].index()]).count();
+            let registers = members.len() + external_operands(graph, members).len();
+            if members.len() > 1 && (registers > MOST_REGISTERS || outputs > MOST_OUTPUTS) {
+                let later = self.members[group].split_off(members.len() / 2);
+                let new = self.members.len();
+                later.iter().for_each(|id| self.of[id.index()] = Some(new));
+                self.members.push(later);
+            } else {
+                group += 1;
+            }
+        }
     }
 
     /// Whether something that needs `from` needs `target`, directly or through other groups.
@@ -198,13 +220,8 @@ fn outside_uses(graph: &Graph, groups: &Groups) -> Vec<bool> {
     used
 }
 
-fn emit_group(
-    graph: &Graph,
-    members: &[NodeId],
-    used_outside: &[bool],
-    out: &mut Graph,
-    map: &mut [Option<Value>],
-) -> Result<()> {
+/// What a group reads that is not computed in it, in the order of first use.
+fn external_operands(graph: &Graph, members: &[NodeId]) -> Vec<Value> {
     let inside: BTreeSet<Value> = members.iter().flat_map(|&id| graph.node(id).results.iter().copied()).collect();
     let mut operands: Vec<Value> = Vec::new();
     for &id in members {
@@ -214,6 +231,17 @@ fn emit_group(
             }
         }
     }
+    operands
+}
+
+fn emit_group(
+    graph: &Graph,
+    members: &[NodeId],
+    used_outside: &[bool],
+    out: &mut Graph,
+    map: &mut [Option<Value>],
+) -> Result<()> {
+    let operands = external_operands(graph, members);
     let mut register: HashMap<Value, u32> = operands.iter().enumerate().map(|(i, &v)| (v, i as u32)).collect();
     let mut op = Elementwise {
         shape: graph.ty(graph.node(members[0]).results[0]).shape.clone(),
