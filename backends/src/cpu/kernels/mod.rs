@@ -4,6 +4,7 @@ pub mod adamw;
 pub mod assign;
 pub mod combine;
 pub mod dispatch;
+pub mod elementwise;
 pub mod embedding;
 pub mod gate_grad;
 pub mod global_norm;
