@@ -6,6 +6,7 @@ pub mod attention;
 pub mod attention_cached;
 pub mod combine;
 pub mod dispatch;
+pub mod elementwise;
 pub mod embedding;
 pub mod gate_grad;
 pub mod global_norm;

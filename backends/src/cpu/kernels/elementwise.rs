@@ -1,0 +1,333 @@
+//! Runs a fused chain of elementwise operations tile by tile: the registers of a tile stay in the nearest caches,
+//! every instruction is one vectorised loop over them, and tiles run in parallel.
+
+mod ops;
+mod program;
+#[cfg(test)]
+mod tests;
+
+use std::mem::MaybeUninit;
+
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+
+pub use program::{
+    Action, Binary, Compare, Constant, Input, Instr, Kind, MAX_DIMS, MAX_OUTPUTS, MAX_REGISTERS, Output, Program,
+    ProgramError, Register, Storage, Unary,
+};
+use program::{Step, Walk};
+
+use super::par::{Shared, tasks};
+use crate::cpu::element::{Element, simd};
+
+/// Elements of one tile: a register is 4 KiB.
+const TILE: usize = 1024;
+/// Elements times their cost in one task.
+const SPAN: usize = 32 * 1024;
+
+/// The elements of an input, from the first one on.
+#[derive(Clone, Copy, Debug)]
+pub enum Operand<'a> {
+    /// For [`Storage::F32`].
+    F32(&'a [f32]),
+    /// For [`Storage::Bf16`].
+    Bf16(&'a [bf16]),
+    /// For [`Storage::F16`].
+    F16(&'a [f16]),
+    /// For [`Storage::I32`].
+    I32(&'a [i32]),
+    /// For [`Storage::U32`].
+    U32(&'a [u32]),
+    /// For [`Storage::Bool`].
+    Bool(&'a [u8]),
+}
+
+/// The elements of an output.
+#[derive(Debug)]
+pub enum OperandMut<'a> {
+    /// For [`Storage::F32`].
+    F32(&'a mut [f32]),
+    /// For [`Storage::Bf16`].
+    Bf16(&'a mut [bf16]),
+    /// For [`Storage::F16`].
+    F16(&'a mut [f16]),
+    /// For [`Storage::I32`].
+    I32(&'a mut [i32]),
+    /// For [`Storage::U32`].
+    U32(&'a mut [u32]),
+    /// For [`Storage::Bool`].
+    Bool(&'a mut [u8]),
+}
+
+impl Operand<'_> {
+    fn len(&self, storage: Storage) -> Option<usize> {
+        match (self, storage) {
+            (Operand::F32(x), Storage::F32) => Some(x.len()),
+            (Operand::Bf16(x), Storage::Bf16) => Some(x.len()),
+            (Operand::F16(x), Storage::F16) => Some(x.len()),
+            (Operand::I32(x), Storage::I32) => Some(x.len()),
+            (Operand::U32(x), Storage::U32) => Some(x.len()),
+            (Operand::Bool(x), Storage::Bool) => Some(x.len()),
+            (Operand::F32(_) | Operand::Bf16(_) | Operand::F16(_), _) => None,
+            (Operand::I32(_) | Operand::U32(_) | Operand::Bool(_), _) => None,
+        }
+    }
+}
+
+/// An output whose tiles several threads write.
+enum SharedOut<'a> {
+    F32(Shared<'a, f32>),
+    Bf16(Shared<'a, bf16>),
+    F16(Shared<'a, f16>),
+    I32(Shared<'a, i32>),
+    U32(Shared<'a, u32>),
+    Bool(Shared<'a, u8>),
+}
+
+impl<'a> SharedOut<'a> {
+    fn new(out: &'a mut OperandMut<'_>, storage: Storage, len: usize) -> Self {
+        let (shared, matches) = match out {
+            OperandMut::F32(x) => (x.len(), storage == Storage::F32),
+            OperandMut::Bf16(x) => (x.len(), storage == Storage::Bf16),
+            OperandMut::F16(x) => (x.len(), storage == Storage::F16),
+            OperandMut::I32(x) => (x.len(), storage == Storage::I32),
+            OperandMut::U32(x) => (x.len(), storage == Storage::U32),
+            OperandMut::Bool(x) => (x.len(), storage == Storage::Bool),
+        };
+        assert!(matches && shared == len, "an output of another type or size than its program says");
+        match out {
+            OperandMut::F32(x) => SharedOut::F32(Shared::new(x)),
+            OperandMut::Bf16(x) => SharedOut::Bf16(Shared::new(x)),
+            OperandMut::F16(x) => SharedOut::F16(Shared::new(x)),
+            OperandMut::I32(x) => SharedOut::I32(Shared::new(x)),
+            OperandMut::U32(x) => SharedOut::U32(Shared::new(x)),
+            OperandMut::Bool(x) => SharedOut::Bool(Shared::new(x)),
+        }
+    }
+}
+
+/// Runs `program` over `inputs`, writing every element of `outputs`, both in the order of the program.
+///
+/// The result does not depend on the number of threads, and nothing is allocated. Panics when an operand is of another
+/// type than its program says, an input is shorter than its strides reach, or an output has not exactly the shape's
+/// elements.
+pub fn elementwise(program: &Program, inputs: &[Operand<'_>], outputs: &mut [OperandMut<'_>]) {
+    assert!(inputs.len() == program.inputs.len() && outputs.len() == program.outputs.len());
+    for (input, (storage, walk)) in inputs.iter().zip(&program.inputs) {
+        assert!(input.len(*storage).is_some_and(|len| len >= walk.span), "an input of another type or too short");
+    }
+    let len = program.len;
+    let mut rest = outputs.iter_mut().zip(&program.outputs);
+    let outs: [Option<SharedOut<'_>>; MAX_OUTPUTS] =
+        std::array::from_fn(|_| rest.next().map(|(out, want)| SharedOut::new(out, want.storage, len)));
+    let span = (SPAN / (TILE * program.weight)).clamp(1, 16) * TILE;
+    tasks(len.div_ceil(span), len.saturating_mul(program.weight), |task| {
+        let from = task * span;
+        // SAFETY: tasks have disjoint ranges of every output.
+        unsafe { run_span(program, inputs, &outs, from, len.min(from + span)) };
+    });
+}
+
+/// The registers of one tile. References are made from the raw pointer one by one, so that an instruction can hold its
+/// operands and its result, which the program keeps distinct.
+struct Registers {
+    start: *mut u32,
+    count: usize,
+    /// Initialised words of each register.
+    len: usize,
+}
+
+impl Registers {
+    /// The first `len` values of a register, to read.
+    ///
+    /// # Safety
+    /// No mutable reference to the register is alive.
+    #[inline(always)]
+    unsafe fn read(&self, register: Register, len: usize) -> &[u32] {
+        assert!(usize::from(register) < self.count && len <= self.len);
+        // SAFETY: in range and initialised by the assertion, not aliased by the caller's promise.
+        unsafe { std::slice::from_raw_parts(self.start.add(usize::from(register) * TILE), len) }
+    }
+
+    /// The first `len` values of a register, to write.
+    ///
+    /// # Safety
+    /// No other reference to the register is alive.
+    #[allow(clippy::mut_from_ref)]
+    #[inline(always)]
+    unsafe fn write(&self, register: Register, len: usize) -> &mut [u32] {
+        assert!(usize::from(register) < self.count && len <= self.len);
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(usize::from(register) * TILE), len) }
+    }
+}
+
+/// Elements `from..to`.
+///
+/// # Safety
+/// No other thread writes these elements of the outputs.
+unsafe fn run_span(
+    program: &Program,
+    inputs: &[Operand<'_>],
+    outs: &[Option<SharedOut<'_>>; MAX_OUTPUTS],
+    from: usize,
+    to: usize,
+) {
+    let mut words = MaybeUninit::<[[u32; TILE]; MAX_REGISTERS]>::uninit();
+    let registers = Registers { start: words.as_mut_ptr().cast(), count: program.registers, len: TILE.min(to - from) };
+    for register in 0..registers.count {
+        // SAFETY: inside `words`. Only what is used is cleared: a decode step must not pay for whole tiles.
+        unsafe { registers.start.add(register * TILE).write_bytes(0, registers.len) };
+    }
+    simd(|| {
+        // What is equal everywhere is loaded once: no instruction writes these registers.
+        for (i, &constant) in program.constants.iter().enumerate() {
+            // SAFETY: the only reference alive.
+            unsafe { registers.write((program.inputs.len() + i) as Register, registers.len) }.fill(constant.word());
+        }
+        for (i, (operand, (_, walk))) in
+            inputs.iter().zip(&program.inputs).enumerate().filter(|(_, i)| i.1.1.is_scalar())
+        {
+            // SAFETY: the only reference alive.
+            load(operand, walk, 0, unsafe { registers.write(i as Register, registers.len) });
+        }
+        for start in (from..to).step_by(TILE) {
+            let len = TILE.min(to - start);
+            for (i, (operand, (_, walk))) in inputs.iter().zip(&program.inputs).enumerate() {
+                if !walk.is_scalar() {
+                    // SAFETY: the only reference alive.
+                    load(operand, walk, start, unsafe { registers.write(i as Register, len) });
+                }
+            }
+            for step in &program.steps {
+                // SAFETY: no reference into the registers is alive here.
+                unsafe { run_step(step, &registers, len) };
+            }
+            for (out, want) in outs.iter().flatten().zip(&program.outputs) {
+                // SAFETY: nothing is written here but this task's part of the output.
+                unsafe { store(out, start, registers.read(want.register, len)) };
+            }
+        }
+    });
+}
+
+/// One instruction on the first `len` values.
+///
+/// # Safety
+/// No reference into the registers is alive.
+#[inline(always)]
+unsafe fn run_step(step: &Step, registers: &Registers, len: usize) {
+    // SAFETY: by the promise above, and since a result is never one of the instruction's operands.
+    let (read, out) = unsafe { (|r| registers.read(r, len), registers.write(step.instr.out, len)) };
+    match step.instr.action {
+        Action::Unary { op, x } => ops::unary(op, step.kind, read(x), out),
+        Action::Binary { op, a, b } => ops::binary(op, step.kind, read(a), read(b), out),
+        Action::Compare { op, a, b } => ops::compare(op, step.kind, read(a), read(b), out),
+        Action::Select { condition, a, b } => ops::select(read(condition), read(a), read(b), out),
+        Action::Cast { x, to } => ops::cast(step.kind, to, read(x), out),
+    }
+}
+
+/// Elements from `start` on of the broadcast input, as register words.
+#[inline(always)]
+fn load(operand: &Operand<'_>, walk: &Walk, start: usize, out: &mut [u32]) {
+    match operand {
+        Operand::F32(x) => {
+            gather(x, walk, start, out, |x| x.to_bits(), |x, out| out.copy_from_slice(bytemuck::cast_slice(x)))
+        }
+        Operand::Bf16(x) => {
+            gather(x, walk, start, out, |x| u32::from(x.to_bits()) << 16, each(|x: bf16| u32::from(x.to_bits()) << 16))
+        }
+        // The slice conversion of `half` uses the vector instruction where there is one.
+        Operand::F16(x) => gather(
+            x,
+            walk,
+            start,
+            out,
+            |x| x.to_f32().to_bits(),
+            |x, out| x.convert_to_f32_slice(bytemuck::cast_slice_mut(out)),
+        ),
+        Operand::I32(x) => {
+            gather(x, walk, start, out, |x| x as u32, |x, out| out.copy_from_slice(bytemuck::cast_slice(x)))
+        }
+        Operand::U32(x) => gather(x, walk, start, out, |x| x, |x, out| out.copy_from_slice(x)),
+        Operand::Bool(x) => gather(x, walk, start, out, |x| u32::from(x != 0), each(|x: u8| u32::from(x != 0))),
+    }
+}
+
+/// Applies `f` to a run.
+#[inline(always)]
+fn each<T: Copy>(f: impl Fn(T) -> u32) -> impl Fn(&[T], &mut [u32]) {
+    move |x, out| out.iter_mut().zip(x).for_each(|(o, &x)| *o = f(x))
+}
+
+/// Follows the walk from its element `start` on, run by run of its innermost dimension: `run` converts a contiguous
+/// one, `one` a single element.
+#[inline(always)]
+fn gather<T: Copy>(
+    x: &[T],
+    walk: &Walk,
+    start: usize,
+    out: &mut [u32],
+    one: impl Fn(T) -> u32,
+    run: impl Fn(&[T], &mut [u32]),
+) {
+    let rank = walk.dims.len();
+    let (n, stride) = walk.dims[rank - 1];
+    let mut index = [0; MAX_DIMS];
+    let (mut base, mut left) = (0, start / n);
+    for (i, &(n, stride)) in walk.dims[..rank - 1].iter().enumerate().rev() {
+        index[i] = left % n;
+        base += index[i] * stride;
+        left /= n;
+    }
+    let (mut at, mut out) = (start % n, out);
+    loop {
+        let count = out.len().min(n - at);
+        let (now, later) = out.split_at_mut(count);
+        let first = base + at * stride;
+        match stride {
+            1 => run(&x[first..first + count], now),
+            0 => now.fill(one(x[first])),
+            _ => now.iter_mut().zip(x[first..].iter().step_by(stride)).for_each(|(o, &x)| *o = one(x)),
+        }
+        if later.is_empty() {
+            return;
+        }
+        (out, at) = (later, 0);
+        // The next run: count up the outer dimensions like an odometer.
+        for (i, &(n, stride)) in walk.dims[..rank - 1].iter().enumerate().rev() {
+            index[i] += 1;
+            base += stride;
+            if index[i] < n {
+                break;
+            }
+            base -= n * stride;
+            index[i] = 0;
+        }
+    }
+}
+
+/// Writes register words to the elements from `start` on.
+///
+/// # Safety
+/// No other thread writes these elements.
+#[inline(always)]
+unsafe fn store(out: &SharedOut<'_>, start: usize, words: &[u32]) {
+    let n = words.len();
+    // SAFETY: by the promise above.
+    unsafe {
+        match out {
+            SharedOut::F32(out) => out.part(start, n).copy_from_slice(bytemuck::cast_slice(words)),
+            SharedOut::I32(out) => out.part(start, n).copy_from_slice(bytemuck::cast_slice(words)),
+            SharedOut::U32(out) => out.part(start, n).copy_from_slice(words),
+            SharedOut::F16(out) => out.part(start, n).convert_from_f32_slice(bytemuck::cast_slice(words)),
+            SharedOut::Bf16(out) => {
+                for (o, &w) in out.part(start, n).iter_mut().zip(words) {
+                    *o = Element::from_f32(f32::from_bits(w));
+                }
+            }
+            SharedOut::Bool(out) => out.part(start, n).iter_mut().zip(words).for_each(|(o, &w)| *o = w as u8),
+        }
+    }
+}
