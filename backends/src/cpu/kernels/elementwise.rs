@@ -17,7 +17,7 @@ pub use program::{
 };
 use program::{Step, Walk};
 
-use super::par::{Shared, tasks};
+use super::par::tasks;
 use crate::cpu::element::{Element, simd};
 
 /// Elements of one tile: a register is 4 KiB.
@@ -74,34 +74,18 @@ impl Operand<'_> {
     }
 }
 
-/// An output whose tiles several threads write.
-enum SharedOut<'a> {
-    F32(Shared<'a, f32>),
-    Bf16(Shared<'a, bf16>),
-    F16(Shared<'a, f16>),
-    I32(Shared<'a, i32>),
-    U32(Shared<'a, u32>),
-    Bool(Shared<'a, u8>),
-}
 
-impl<'a> SharedOut<'a> {
-    fn new(out: &'a mut OperandMut<'_>, storage: Storage, len: usize) -> Self {
-        let (shared, matches) = match out {
-            OperandMut::F32(x) => (x.len(), storage == Storage::F32),
-            OperandMut::Bf16(x) => (x.len(), storage == Storage::Bf16),
-            OperandMut::F16(x) => (x.len(), storage == Storage::F16),
-            OperandMut::I32(x) => (x.len(), storage == Storage::I32),
-            OperandMut::U32(x) => (x.len(), storage == Storage::U32),
-            OperandMut::Bool(x) => (x.len(), storage == Storage::Bool),
-        };
-        assert!(matches && shared == len, "an output of another type or size than its program says");
-        match out {
-            OperandMut::F32(x) => SharedOut::F32(Shared::new(x)),
-            OperandMut::Bf16(x) => SharedOut::Bf16(Shared::new(x)),
-            OperandMut::F16(x) => SharedOut::F16(Shared::new(x)),
-            OperandMut::I32(x) => SharedOut::I32(Shared::new(x)),
-            OperandMut::U32(x) => SharedOut::U32(Shared::new(x)),
-            OperandMut::Bool(x) => SharedOut::Bool(Shared::new(x)),
+impl OperandMut<'_> {
+    fn len(&self, storage: Storage) -> Option<usize> {
+        match (self, storage) {
+            (OperandMut::F32(x), Storage::F32) => Some(x.len()),
+            (OperandMut::Bf16(x), Storage::Bf16) => Some(x.len()),
+            (OperandMut::F16(x), Storage::F16) => Some(x.len()),
+            (OperandMut::I32(x), Storage::I32) => Some(x.len()),
+            (OperandMut::U32(x), Storage::U32) => Some(x.len()),
+            (OperandMut::Bool(x), Storage::Bool) => Some(x.len()),
+            (OperandMut::F32(_) | OperandMut::Bf16(_) | OperandMut::F16(_), _) => None,
+            (OperandMut::I32(_) | OperandMut::U32(_) | OperandMut::Bool(_), _) => None,
         }
     }
 }
@@ -116,17 +100,63 @@ pub fn elementwise(program: &Program, inputs: &[Operand<'_>], outputs: &mut [Ope
     for (input, (storage, walk)) in inputs.iter().zip(&program.inputs) {
         assert!(input.len(*storage).is_some_and(|len| len >= walk.span), "an input of another type or too short");
     }
+    for (output, want) in outputs.iter().zip(&program.outputs) {
+        let fits = output.len(want.storage) == Some(program.len);
+        assert!(fits, "an output of another type or size than its program says");
+    }
+    let mut from = [std::ptr::null(); MAX_REGISTERS];
+    let mut to = [std::ptr::null_mut(); MAX_OUTPUTS];
+    for (from, input) in from.iter_mut().zip(inputs) {
+        *from = match input {
+            Operand::F32(x) => x.as_ptr().cast(),
+            Operand::Bf16(x) => x.as_ptr().cast(),
+            Operand::F16(x) => x.as_ptr().cast(),
+            Operand::I32(x) => x.as_ptr().cast(),
+            Operand::U32(x) => x.as_ptr().cast(),
+            Operand::Bool(x) => x.as_ptr().cast(),
+        };
+    }
+    for (to, output) in to.iter_mut().zip(outputs.iter_mut()) {
+        *to = match output {
+            OperandMut::F32(x) => x.as_mut_ptr().cast(),
+            OperandMut::Bf16(x) => x.as_mut_ptr().cast(),
+            OperandMut::F16(x) => x.as_mut_ptr().cast(),
+            OperandMut::I32(x) => x.as_mut_ptr().cast(),
+            OperandMut::U32(x) => x.as_mut_ptr().cast(),
+            OperandMut::Bool(x) => x.as_mut_ptr().cast(),
+        };
+    }
+    // SAFETY: the slices are of the program's types and sizes, as checked, and borrowed for the whole call.
+    unsafe { elementwise_at(program, &from[..inputs.len()], &to[..outputs.len()]) }
+}
+
+/// Runs `program` over memory given by address.
+///
+/// # Safety
+/// For the time of the call, each address is that of initialised, aligned memory of its type in the program, long enough
+/// for its strides (inputs) or of exactly the shape's elements (outputs), that nobody else writes. Outputs do not
+/// overlap each other. An output may lie exactly over an input of the same type that is not broadcast, not otherwise
+/// overlap one: a tile of every input is loaded before that tile of any output is stored.
+pub unsafe fn elementwise_at(program: &Program, inputs: &[*const u8], outputs: &[*mut u8]) {
+    assert!(inputs.len() == program.inputs.len() && outputs.len() == program.outputs.len());
     let len = program.len;
-    let mut rest = outputs.iter_mut().zip(&program.outputs);
-    let outs: [Option<SharedOut<'_>>; MAX_OUTPUTS] =
-        std::array::from_fn(|_| rest.next().map(|(out, want)| SharedOut::new(out, want.storage, len)));
+    let memory = Memory { inputs, outputs };
     let span = (SPAN / (TILE * program.weight)).clamp(1, 16) * TILE;
     tasks(len.div_ceil(span), len.saturating_mul(program.weight), |task| {
         let from = task * span;
-        // SAFETY: tasks have disjoint ranges of every output.
-        unsafe { run_span(program, inputs, &outs, from, len.min(from + span)) };
+        // SAFETY: by the promise above, and tasks have disjoint ranges of every output.
+        unsafe { run_span(program, &memory, from, len.min(from + span)) };
     });
 }
+
+/// The addresses of one run, for the threads that share it.
+struct Memory<'a> {
+    inputs: &'a [*const u8],
+    outputs: &'a [*mut u8],
+}
+
+// SAFETY: the addresses are used only as `elementwise_at` promises, by tasks with disjoint ranges of every output.
+unsafe impl Sync for Memory<'_> {}
 
 /// The registers of one tile. References are made from the raw pointer one by one, so that an instruction can hold its
 /// operands and its result, which the program keeps distinct.
@@ -165,14 +195,9 @@ impl Registers {
 /// Elements `from..to`.
 ///
 /// # Safety
-/// No other thread writes these elements of the outputs.
-unsafe fn run_span(
-    program: &Program,
-    inputs: &[Operand<'_>],
-    outs: &[Option<SharedOut<'_>>; MAX_OUTPUTS],
-    from: usize,
-    to: usize,
-) {
+/// As [`elementwise_at`], and no other thread writes these elements of the outputs.
+unsafe fn run_span(program: &Program, memory: &Memory<'_>, from: usize, to: usize) {
+    let Memory { inputs, outputs } = *memory;
     let mut words = MaybeUninit::<[[u32; TILE]; MAX_REGISTERS]>::uninit();
     let registers = Registers { start: words.as_mut_ptr().cast(), count: program.registers, len: TILE.min(to - from) };
     for register in 0..registers.count {
@@ -185,27 +210,26 @@ unsafe fn run_span(
             // SAFETY: the only reference alive.
             unsafe { registers.write((program.inputs.len() + i) as Register, registers.len) }.fill(constant.word());
         }
-        for (i, (operand, (_, walk))) in
-            inputs.iter().zip(&program.inputs).enumerate().filter(|(_, i)| i.1.1.is_scalar())
-        {
-            // SAFETY: the only reference alive.
-            load(operand, walk, 0, unsafe { registers.write(i as Register, registers.len) });
+        let scalars = inputs.iter().zip(&program.inputs).enumerate().filter(|(_, (_, input))| input.1.is_scalar());
+        for (i, (&operand, (storage, walk))) in scalars {
+            // SAFETY: the only reference alive; the operand's memory by the promise above.
+            unsafe { load(operand, *storage, walk, 0, registers.write(i as Register, registers.len)) };
         }
         for start in (from..to).step_by(TILE) {
             let len = TILE.min(to - start);
-            for (i, (operand, (_, walk))) in inputs.iter().zip(&program.inputs).enumerate() {
+            for (i, (&operand, (storage, walk))) in inputs.iter().zip(&program.inputs).enumerate() {
                 if !walk.is_scalar() {
-                    // SAFETY: the only reference alive.
-                    load(operand, walk, start, unsafe { registers.write(i as Register, len) });
+                    // SAFETY: the only reference alive; the operand's memory by the promise above.
+                    unsafe { load(operand, *storage, walk, start, registers.write(i as Register, len)) };
                 }
             }
             for step in &program.steps {
                 // SAFETY: no reference into the registers is alive here.
                 unsafe { run_step(step, &registers, len) };
             }
-            for (out, want) in outs.iter().flatten().zip(&program.outputs) {
+            for (&out, want) in outputs.iter().zip(&program.outputs) {
                 // SAFETY: nothing is written here but this task's part of the output.
-                unsafe { store(out, start, registers.read(want.register, len)) };
+                unsafe { store(out, want.storage, start, registers.read(want.register, len)) };
             }
         }
     });
@@ -229,29 +253,30 @@ unsafe fn run_step(step: &Step, registers: &Registers, len: usize) {
 }
 
 /// Elements from `start` on of the broadcast input, as register words.
+///
+/// # Safety
+/// `x` is the address of the input, as [`elementwise_at`] wants it.
 #[inline(always)]
-fn load(operand: &Operand<'_>, walk: &Walk, start: usize, out: &mut [u32]) {
-    match operand {
-        Operand::F32(x) => {
-            gather(x, walk, start, out, |x| x.to_bits(), |x, out| out.copy_from_slice(bytemuck::cast_slice(x)))
+unsafe fn load(x: *const u8, storage: Storage, walk: &Walk, start: usize, out: &mut [u32]) {
+    let bf16 = |x: bf16| u32::from(x.to_bits()) << 16;
+    // SAFETY: by the promise above.
+    unsafe {
+        match storage {
+            Storage::F32 | Storage::I32 | Storage::U32 => {
+                gather(x.cast::<u32>(), walk, start, out, |x| x, |x, out| out.copy_from_slice(x))
+            }
+            Storage::Bf16 => gather(x.cast::<bf16>(), walk, start, out, bf16, each(bf16)),
+            // The slice conversion of `half` uses the vector instruction where there is one.
+            Storage::F16 => gather(
+                x.cast::<f16>(),
+                walk,
+                start,
+                out,
+                |x| x.to_f32().to_bits(),
+                |x, out| x.convert_to_f32_slice(bytemuck::cast_slice_mut(out)),
+            ),
+            Storage::Bool => gather(x, walk, start, out, |x| u32::from(x != 0), each(|x: u8| u32::from(x != 0))),
         }
-        Operand::Bf16(x) => {
-            gather(x, walk, start, out, |x| u32::from(x.to_bits()) << 16, each(|x: bf16| u32::from(x.to_bits()) << 16))
-        }
-        // The slice conversion of `half` uses the vector instruction where there is one.
-        Operand::F16(x) => gather(
-            x,
-            walk,
-            start,
-            out,
-            |x| x.to_f32().to_bits(),
-            |x, out| x.convert_to_f32_slice(bytemuck::cast_slice_mut(out)),
-        ),
-        Operand::I32(x) => {
-            gather(x, walk, start, out, |x| x as u32, |x, out| out.copy_from_slice(bytemuck::cast_slice(x)))
-        }
-        Operand::U32(x) => gather(x, walk, start, out, |x| x, |x, out| out.copy_from_slice(x)),
-        Operand::Bool(x) => gather(x, walk, start, out, |x| u32::from(x != 0), each(|x: u8| u32::from(x != 0))),
     }
 }
 
@@ -263,9 +288,12 @@ fn each<T: Copy>(f: impl Fn(T) -> u32) -> impl Fn(&[T], &mut [u32]) {
 
 /// Follows the walk from its element `start` on, run by run of its innermost dimension: `run` converts a contiguous
 /// one, `one` a single element.
+///
+/// # Safety
+/// `x` is the address of as many elements as the walk spans.
 #[inline(always)]
-fn gather<T: Copy>(
-    x: &[T],
+unsafe fn gather<T: Copy>(
+    x: *const T,
     walk: &Walk,
     start: usize,
     out: &mut [u32],
@@ -286,10 +314,13 @@ fn gather<T: Copy>(
         let count = out.len().min(n - at);
         let (now, later) = out.split_at_mut(count);
         let first = base + at * stride;
-        match stride {
-            1 => run(&x[first..first + count], now),
-            0 => now.fill(one(x[first])),
-            _ => now.iter_mut().zip(x[first..].iter().step_by(stride)).for_each(|(o, &x)| *o = one(x)),
+        // SAFETY: the walk stays inside its span.
+        unsafe {
+            match stride {
+                1 => run(std::slice::from_raw_parts(x.add(first), count), now),
+                0 => now.fill(one(*x.add(first))),
+                _ => now.iter_mut().enumerate().for_each(|(i, o)| *o = one(*x.add(first + i * stride))),
+            }
         }
         if later.is_empty() {
             return;
@@ -311,23 +342,27 @@ fn gather<T: Copy>(
 /// Writes register words to the elements from `start` on.
 ///
 /// # Safety
-/// No other thread writes these elements.
+/// `out` is the address of the output, as [`elementwise_at`] wants it, and no other thread writes these elements.
 #[inline(always)]
-unsafe fn store(out: &SharedOut<'_>, start: usize, words: &[u32]) {
+unsafe fn store(out: *mut u8, storage: Storage, start: usize, words: &[u32]) {
+    /// # Safety
+    /// As `store`.
+    #[inline(always)]
+    unsafe fn part<'a, T>(out: *mut u8, start: usize, n: usize) -> &'a mut [T] {
+        // SAFETY: by the promise above.
+        unsafe { std::slice::from_raw_parts_mut(out.cast::<T>().add(start), n) }
+    }
     let n = words.len();
     // SAFETY: by the promise above.
     unsafe {
-        match out {
-            SharedOut::F32(out) => out.part(start, n).copy_from_slice(bytemuck::cast_slice(words)),
-            SharedOut::I32(out) => out.part(start, n).copy_from_slice(bytemuck::cast_slice(words)),
-            SharedOut::U32(out) => out.part(start, n).copy_from_slice(words),
-            SharedOut::F16(out) => out.part(start, n).convert_from_f32_slice(bytemuck::cast_slice(words)),
-            SharedOut::Bf16(out) => {
-                for (o, &w) in out.part(start, n).iter_mut().zip(words) {
-                    *o = Element::from_f32(f32::from_bits(w));
-                }
+        match storage {
+            Storage::F32 | Storage::I32 | Storage::U32 => part::<u32>(out, start, n).copy_from_slice(words),
+            Storage::F16 => part::<f16>(out, start, n).convert_from_f32_slice(bytemuck::cast_slice(words)),
+            Storage::Bf16 => {
+                let words = words.iter().map(|&w| f32::from_bits(w));
+                part::<bf16>(out, start, n).iter_mut().zip(words).for_each(|(o, w)| *o = Element::from_f32(w));
             }
-            SharedOut::Bool(out) => out.part(start, n).iter_mut().zip(words).for_each(|(o, &w)| *o = w as u8),
+            Storage::Bool => part::<u8>(out, start, n).iter_mut().zip(words).for_each(|(o, &w)| *o = w as u8),
         }
     }
 }
