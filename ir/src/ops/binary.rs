@@ -43,7 +43,7 @@ pub enum BinaryFn {
     GeluErfGrad,
     /// `b` times the derivative of [`super::UnaryFn::Silu`] at `a`.
     SiluGrad,
-    /// `b` times the derivative of [`super::UnaryFn::Relu`] at `a`, which is 1 above 0, else 0.
+    /// `b` where `a` is above 0, else 0, whatever `b` is: the gradient of [`super::UnaryFn::Relu`].
     ReluGrad,
 }
 
@@ -97,7 +97,8 @@ impl BinaryFn {
             BinaryFn::GeluTanhGrad => b * gelu_tanh_grad(a),
             BinaryFn::GeluErfGrad => b * gelu_erf_grad(a),
             BinaryFn::SiluGrad => b * silu_grad(a),
-            BinaryFn::ReluGrad => b * f64::from(u8::from(a > 0.0)),
+            BinaryFn::ReluGrad if a > 0.0 => b,
+            BinaryFn::ReluGrad => 0.0,
         }
     }
 }
@@ -298,6 +299,8 @@ mod tests {
             assert!(function.evaluate(f64::NAN, 1.0, DType::F32).is_nan());
             assert!(function.evaluate(1.0, f64::NAN, DType::F32).is_nan());
         }
+        let relu_grad = [-1.0, 0.0, 1.0].map(|x| BinaryFn::ReluGrad.evaluate(x, f64::INFINITY, DType::F32));
+        assert_eq!(relu_grad, [0.0, 0.0, f64::INFINITY]);
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! `cast`: the same values in another dtype.
 //!
-//! `x -> same shape, other dtype`. To a float: rounded to nearest even. To an integer: truncated towards 0 and
-//! saturated, NaN gives 0; also from one integer type to the other. To a bool: whether it is not 0. Differentiable from
-//! float to float, where the gradient is cast back; any other cast has the derivative 0.
+//! `x -> same shape, other dtype`. To a float: rounded to nearest even. From a float to an integer: truncated towards 0
+//! and saturated, NaN gives 0. Between `i32` and `u32`: the same bits. To a bool: whether it is not 0; from a bool: 0 or 1.
+//! Differentiable from float to float, where the gradient is cast back; any other cast has the derivative 0.
 
 use serde::{Deserialize, Serialize};
 use smallvec::smallvec;
@@ -23,9 +23,14 @@ pub struct Cast {
     pub dtype: DType,
 }
 
-/// `x` in `dtype`; floats are not rounded, which is left to whoever stores the value.
-pub(super) fn evaluate(x: f64, dtype: DType) -> f64 {
-    if dtype.is_float() { x } else { dtype.round(x) }
+/// `x` of dtype `from` in dtype `to`; floats are not rounded, which is left to whoever stores the value.
+pub(super) fn evaluate(x: f64, from: DType, to: DType) -> f64 {
+    match (from, to) {
+        (_, DType::F32 | DType::Bf16 | DType::F16) => x,
+        (DType::U32, DType::I32) => f64::from(x as u32 as i32),
+        (DType::I32, DType::U32) => f64::from(x as i32 as u32),
+        (_, DType::I32 | DType::U32 | DType::Bool) => to.round(x),
+    }
 }
 
 impl Rule for Cast {
@@ -46,7 +51,7 @@ impl Rule for Cast {
     }
 
     fn reference(&self, operands: &[&Tensor], results: &[TensorType]) -> Vec<Tensor> {
-        let data = operands[0].data.iter().map(|&x| evaluate(x, self.dtype)).collect();
+        let data = operands[0].data.iter().map(|&x| evaluate(x, operands[0].ty.dtype, self.dtype)).collect();
         vec![Tensor::new(results[0].clone(), data)]
     }
 
@@ -71,12 +76,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn integers_saturate_and_floats_wait_for_their_store() {
-        let to = |dtype, xs: [f64; 4]| xs.map(|x| evaluate(x, dtype));
+    fn floats_saturate_in_integers_which_keep_their_bits_among_themselves() {
+        let to = |dtype, xs: [f64; 4]| xs.map(|x| evaluate(x, DType::F32, dtype));
         assert_eq!(to(DType::I32, [-1.9, f64::NAN, 1e20, 2.9]), [-1.0, 0.0, 2_147_483_647.0, 2.0]);
         assert_eq!(to(DType::U32, [-1.0, f64::NEG_INFINITY, 1e20, 7.0]), [0.0, 0.0, 4_294_967_295.0, 7.0]);
         assert_eq!(to(DType::Bool, [0.0, -0.0, 0.5, -3.0]), [0.0, 0.0, 1.0, 1.0]);
-        assert_eq!(evaluate(0.1, DType::Bf16), 0.1);
+        assert_eq!(evaluate(0.1, DType::F32, DType::Bf16), 0.1);
+        assert_eq!(evaluate(-1.0, DType::I32, DType::U32), 4_294_967_295.0);
+        assert_eq!(evaluate(4_294_967_295.0, DType::U32, DType::I32), -1.0);
+        assert_eq!(evaluate(1.0, DType::Bool, DType::I32), 1.0);
     }
 
     #[test]

@@ -76,7 +76,7 @@ impl ElementFn {
             ElementFn::Binary(function) => function.evaluate(args[0], args[1], dtypes[0]),
             ElementFn::Compare(function) => f64::from(u8::from(function.evaluate(args[0], args[1]))),
             ElementFn::Select => select::evaluate(args[0], args[1], args[2]),
-            ElementFn::Cast(_) => cast::evaluate(args[0], result),
+            ElementFn::Cast(_) => cast::evaluate(args[0], dtypes[0], result),
         }
     }
 }
