@@ -381,4 +381,4 @@ fn grad_of_kv_head<T: Element>(
 
 #[cfg(test)]
 #[path = "attention_tests.rs"]
-mod tests;
+pub(super) mod tests;
