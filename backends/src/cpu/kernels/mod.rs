@@ -5,5 +5,6 @@ pub mod attention_cached;
 pub mod layer_norm;
 pub mod linear_cross_entropy;
 pub mod rms_norm;
+mod rows;
 pub mod softmax;
 mod tile;

@@ -1,5 +1,5 @@
 //! What the attention and loss kernels share: products of small f32 tiles, sharing tasks out over threads with a piece
-//! of workspace each, and sums over a row in a fixed order.
+//! of workspace each.
 //!
 //! Tiles are laid out so that the vector lanes run over rows of the result (queries, tokens), which need no sum across
 //! lanes: a softmax over keys or vocabulary is then plain elementwise work.
@@ -450,30 +450,6 @@ pub(super) fn cut<'a>(scratch: &mut &'a mut [f32], n: usize) -> &'a mut [f32] {
     head
 }
 
-/// The sum of `term(i)` over 0..n in f32: 32 running sums, added up pairwise at the end.
-#[inline(always)]
-pub(super) fn sum_of(n: usize, term: impl Fn(usize) -> f32) -> f32 {
-    const WIDE: usize = 2 * LANES;
-    let mut sums = [0.0f32; WIDE];
-    let full = n / WIDE * WIDE;
-    for i in (0..full).step_by(WIDE) {
-        for x in 0..WIDE {
-            sums[x] += term(i + x);
-        }
-    }
-    for i in full..n {
-        sums[i - full] += term(i);
-    }
-    let mut width = WIDE / 2;
-    while width > 0 {
-        for x in 0..width {
-            sums[x] += sums[x + width];
-        }
-        width /= 2;
-    }
-    sums[0]
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -540,15 +516,6 @@ mod tests {
                 assert!(scratch.iter().all(|&x| x == i as f32));
             });
             assert!(counts.iter().all(|&c| c == 1));
-        }
-    }
-
-    #[test]
-    fn a_row_sum_is_right_for_every_length() {
-        for n in [0, 1, 31, 32, 33, 100, 1000] {
-            let x = values(n, 5);
-            let want: f64 = x.iter().map(|&v| v as f64).sum();
-            assert!((sum_of(n, |i| x[i]) as f64 - want).abs() < 1e-5);
         }
     }
 
