@@ -1,11 +1,9 @@
 //! Attention of new tokens over a cache of the keys and values of all tokens so far (generation).
 
-use std::any::TypeId;
-
 use crate::cpu::element::{Element, simd};
 use crate::cpu::kernels::attention::{Attend, attend, attend_scratch};
 use crate::cpu::kernels::tile::{
-    LANES, Left, Shared, Start, TILE, cut, lanes, load_rows, product, share_out, workspace_of,
+    LANES, Left, Shared, Start, TILE, as_f32, cut, lanes, load_rows, product, share_out, workspace_of,
 };
 use crate::cpu::vmath;
 
@@ -130,12 +128,6 @@ pub fn attention_cached<T: Element>(
         }
     });
     Ok(())
-}
-
-/// The elements as f32 without a copy, if they are f32.
-#[inline(always)]
-fn as_f32<T: Element>(elements: &[T]) -> Option<&[f32]> {
-    (TypeId::of::<T>() == TypeId::of::<f32>()).then(|| bytemuck::cast_slice(elements))
 }
 
 /// What [`attend`] computes for one of the job's queries, with the same operations in the same order on each number,

@@ -47,7 +47,7 @@ pub(super) fn add_partials<T: Element>(
         to.fill(T::from_f32(0.0));
         return;
     }
-    let (total, rest) = partials[offset..].split_at_mut(width.max(stride - offset));
+    let (total, rest) = partials[offset..].split_at_mut(stride - offset);
     for block in 1..blocks {
         let from = &rest[(block - 1) * stride + offset..][..width];
         for (total, from) in total.iter_mut().zip(from) {

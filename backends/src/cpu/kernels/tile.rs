@@ -4,6 +4,7 @@
 //! Tiles are laid out so that the vector lanes run over rows of the result (queries, tokens), which need no sum across
 //! lanes: a softmax over keys or vocabulary is then plain elementwise work.
 
+use std::any::TypeId;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
@@ -326,6 +327,12 @@ unsafe fn micro<R: Register, const MR: usize, const NV: usize>(args: Args<'_>, i
             }
         }
     }
+}
+
+/// The elements as f32 without a copy, if they are f32.
+#[inline(always)]
+pub(super) fn as_f32<T: Element>(elements: &[T]) -> Option<&[f32]> {
+    (TypeId::of::<T>() == TypeId::of::<f32>()).then(|| bytemuck::cast_slice(elements))
 }
 
 /// Copies `rows` rows of `width` elements, `ld_in` apart, to f32 rows `ld_out` apart.
