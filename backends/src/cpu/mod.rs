@@ -83,7 +83,7 @@ impl Backend for Cpu {
     }
 
     fn describe(&self) -> String {
-        format!("{} threads, {}", self.threads(), gemm::instructions())
+        format!("{} threads, {}", self.threads(), gemm::instruction_set())
     }
 
     fn plan(&self, graph: Graph) -> Result<Plan> {

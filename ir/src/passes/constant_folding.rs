@@ -66,7 +66,7 @@ fn evaluate(graph: &Graph, node: &Node, operands: &[Value]) -> Option<Vec<Tensor
     if types.iter().any(|t| t.elements() > MOST_ELEMENTS) {
         return None;
     }
-    let tensors: Vec<Tensor> = constants.iter().map(|c| c.tensor()).collect();
+    let tensors: Vec<Tensor> = constants.iter().map(|c| c.tensor().rounded()).collect();
     let tensors: Vec<&Tensor> = tensors.iter().collect();
     Some(node.op.reference(&tensors, &types).into_iter().map(Tensor::rounded).collect())
 }

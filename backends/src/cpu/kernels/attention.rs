@@ -3,8 +3,9 @@
 //! Dao et al., "FlashAttention" (arXiv:2205.14135), algorithms 1 and 4. Here the vector lanes run over queries.
 
 use crate::cpu::element::{Element, simd};
+use crate::cpu::kernels::rows::sum_over;
 use crate::cpu::kernels::tile::{
-    Left, Shared, Start, TILE, cut, lanes, load_rows, product, share_out, transpose, workspace_of,
+    LANES, Left, Shared, Start, TILE, cut, lanes, load_rows, product, share_out, transpose, workspace_of,
 };
 use crate::cpu::vmath;
 
@@ -189,7 +190,7 @@ fn mask(scores: &mut [f32], count: usize, n: usize, first: usize, position: usiz
 /// and the factor by which what was summed before must shrink.
 #[inline(always)]
 fn online_softmax(scores: &mut [f32], count: usize, n: usize, max: &mut [f32], sum: &mut [f32], rescale: &mut [f32]) {
-    const W: usize = crate::cpu::kernels::tile::LANES;
+    const W: usize = LANES;
     for j in (0..n).step_by(W) {
         let mut new = [0.0f32; W];
         new.copy_from_slice(&max[j..j + W]);
@@ -309,7 +310,7 @@ fn grad_of_kv_head<T: Element>(
             }
             for t in 0..tokens {
                 let (out, d) = (&out[o + t * ld_out..][..head_dim], &d_rows[t * wide..][..head_dim]);
-                deltas[t] = crate::cpu::kernels::tile::sum_of(head_dim, |i| out[i].to_f32() * d[i]);
+                deltas[t] = sum_over(out, d, d, |out, d, _| out * d);
             }
             denominators[..tokens].copy_from_slice(&lse[d..d + tokens]);
             // Lanes past the last token: their query and dout are 0, so any finite number leaves them without effect.
@@ -381,4 +382,4 @@ fn grad_of_kv_head<T: Element>(
 
 #[cfg(test)]
 #[path = "attention_tests.rs"]
-mod tests;
+pub(super) mod tests;

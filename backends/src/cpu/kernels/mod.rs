@@ -18,7 +18,11 @@ pub mod random;
 pub mod random_fill;
 pub mod reduce;
 pub mod rms_norm;
+<<<<<<< HEAD
 pub mod route;
 pub mod segment_sum;
+=======
+mod rows;
+>>>>>>> w-kerna
 pub mod softmax;
 mod tile;

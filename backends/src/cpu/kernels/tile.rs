@@ -1,9 +1,10 @@
 //! What the attention and loss kernels share: products of small f32 tiles, sharing tasks out over threads with a piece
-//! of workspace each, and sums over a row in a fixed order.
+//! of workspace each.
 //!
 //! Tiles are laid out so that the vector lanes run over rows of the result (queries, tokens), which need no sum across
 //! lanes: a softmax over keys or vocabulary is then plain elementwise work.
 
+use std::any::TypeId;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
@@ -147,23 +148,27 @@ mod x86 {
                 const WIDTH: usize = $width;
                 #[inline(always)]
                 unsafe fn splat(x: f32) -> Self {
-                    // SAFETY (this and the next): the caller has the instructions and valid pointers.
+                    // SAFETY: the caller has the instructions and valid pointers.
                     unsafe { $name($splat(x)) }
                 }
                 #[inline(always)]
                 unsafe fn load(from: *const f32) -> Self {
+                    // SAFETY: the caller has the instructions and valid pointers.
                     unsafe { $name($load(from)) }
                 }
                 #[inline(always)]
                 unsafe fn store(self, to: *mut f32) {
+                    // SAFETY: the caller has the instructions and valid pointers.
                     unsafe { $store(to, self.0) }
                 }
                 #[inline(always)]
                 unsafe fn mul(self, other: Self) -> Self {
+                    // SAFETY: the caller has the instructions and valid pointers.
                     unsafe { $name($mul(self.0, other.0)) }
                 }
                 #[inline(always)]
                 unsafe fn plus_product(self, a: Self, b: Self) -> Self {
+                    // SAFETY: the caller has the instructions and valid pointers.
                     unsafe { $name($fma(a.0, b.0, self.0)) }
                 }
             }
@@ -241,16 +246,18 @@ impl Register for [f32; 4] {
 unsafe fn blocks<W: Register, S: Register, const MR: usize, const NV: usize, const LV: usize>(args: Args<'_>) {
     const { assert!(LV * W::WIDTH == LANES && S::WIDTH == 1) }
     let mut j = 0;
-    // SAFETY (all calls): the columns are cut into [j, j + width) within n.
     while j + NV * W::WIDTH <= args.n {
+        // SAFETY: the columns of the block are within n.
         unsafe { rows::<W, MR, NV>(args, j) };
         j += NV * W::WIDTH;
     }
     while j + LANES <= args.n {
+        // SAFETY: the columns of the block are within n.
         unsafe { rows::<W, MR, LV>(args, j) };
         j += LANES;
     }
     while j < args.n {
+        // SAFETY: the columns of the block are within n.
         unsafe { rows::<S, 8, 1>(args, j) };
         j += 1;
     }
@@ -261,16 +268,18 @@ unsafe fn blocks<W: Register, S: Register, const MR: usize, const NV: usize, con
 #[inline(always)]
 unsafe fn rows<R: Register, const MR: usize, const NV: usize>(args: Args<'_>, j: usize) {
     let mut i = 0;
-    // SAFETY (all calls): the rows are cut into [i, i + height) within m.
     while i + MR <= args.m {
+        // SAFETY: the rows of the block are within m.
         unsafe { micro::<R, MR, NV>(args, i, j) };
         i += MR;
     }
     while i + 4 <= args.m {
+        // SAFETY: the rows of the block are within m.
         unsafe { micro::<R, 4, NV>(args, i, j) };
         i += 4;
     }
     while i < args.m {
+        // SAFETY: the rows of the block are within m.
         unsafe { micro::<R, 1, NV>(args, i, j) };
         i += 1;
     }
@@ -326,6 +335,12 @@ unsafe fn micro<R: Register, const MR: usize, const NV: usize>(args: Args<'_>, i
             }
         }
     }
+}
+
+/// The elements as f32 without a copy, if they are f32.
+#[inline(always)]
+pub(super) fn as_f32<T: Element>(elements: &[T]) -> Option<&[f32]> {
+    (TypeId::of::<T>() == TypeId::of::<f32>()).then(|| bytemuck::cast_slice(elements))
 }
 
 /// Copies `rows` rows of `width` elements, `ld_in` apart, to f32 rows `ld_out` apart.
@@ -450,119 +465,6 @@ pub(super) fn cut<'a>(scratch: &mut &'a mut [f32], n: usize) -> &'a mut [f32] {
     head
 }
 
-/// The sum of `term(i)` over 0..n in f32: 32 running sums, added up pairwise at the end.
-#[inline(always)]
-pub(super) fn sum_of(n: usize, term: impl Fn(usize) -> f32) -> f32 {
-    const WIDE: usize = 2 * LANES;
-    let mut sums = [0.0f32; WIDE];
-    let full = n / WIDE * WIDE;
-    for i in (0..full).step_by(WIDE) {
-        for x in 0..WIDE {
-            sums[x] += term(i + x);
-        }
-    }
-    for i in full..n {
-        sums[i - full] += term(i);
-    }
-    let mut width = WIDE / 2;
-    while width > 0 {
-        for x in 0..width {
-            sums[x] += sums[x + width];
-        }
-        width /= 2;
-    }
-    sums[0]
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn values(n: usize, seed: u32) -> Vec<f32> {
-        (0..n as u32).map(|i| ((i.wrapping_mul(2_654_435_761) ^ seed) >> 8) as f32 / 8_388_608.0 - 1.0).collect()
-    }
-
-    #[test]
-    fn a_product_is_the_sum_over_k_wherever_it_lies() {
-        for [m, n, k] in
-            [[1, 16, 1], [1, 1, 5], [19, 1, 7], [7, 16, 3], [64, 64, 64], [13, 48, 5], [8, 32, 0], [21, 80, 9]]
-        {
-            let (ldb, ldc) = (n + 3, n + 5);
-            let (a, b) = (values(m * k + m, 7), values(k * ldb + n, 9));
-            for transposed in [false, true] {
-                let (row, step) = if transposed { (1, m) } else { (k, 1) };
-                let factor = values(n, 11);
-                for mode in 0..3 {
-                    let before = values(m * ldc, 3);
-                    let mut c = if mode == 0 { vec![f32::NAN; m * ldc] } else { before.clone() };
-                    let start = [Start::Zero, Start::Keep, Start::Scaled(&factor)][mode];
-                    product([m, n, k], Left { data: &a, row, step }, (&b, ldb), start, (&mut c, ldc));
-                    for i in 0..m {
-                        for j in 0..n {
-                            let mut want =
-                                [0.0, before[i * ldc + j] as f64, (before[i * ldc + j] * factor[j]) as f64][mode];
-                            for p in 0..k {
-                                want += a[i * row + p * step] as f64 * b[p * ldb + j] as f64;
-                            }
-                            let got = c[i * ldc + j] as f64;
-                            assert!((got - want).abs() < 1e-5, "{m} {n} {k} {mode}: ({i}, {j}) {got} {want}");
-                        }
-                    }
-                }
-                // One row or one column alone has the same bits as inside the whole.
-                let mut whole = vec![0.0; m * ldc];
-                product([m, n, k], Left { data: &a, row, step }, (&b, ldb), Start::Zero, (&mut whole, ldc));
-                for i in 0..m {
-                    let mut one = vec![0.0; n];
-                    product([1, n, k], Left { data: &a[i * row..], row, step }, (&b, ldb), Start::Zero, (&mut one, n));
-                    assert_eq!(one, whole[i * ldc..][..n]);
-                }
-                let mut column = vec![0.0; m];
-                product([m, 1, k], Left { data: &a, row, step }, (&b[n / 2..], ldb), Start::Zero, (&mut column, 1));
-                for i in 0..m {
-                    assert_eq!(column[i], whole[i * ldc + n / 2]);
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn every_task_runs_once_with_its_own_scratch() {
-        for threads in [1, 2, 5] {
-            let mut workspace = vec![f32::NAN; workspace_of(threads, 33)];
-            let mut counts = vec![0u32; 100];
-            let shared = Shared::new(&mut counts);
-            share_out(100, true, &mut workspace, 33, |i, scratch| {
-                assert_eq!(scratch.len(), 33);
-                scratch.fill(i as f32);
-                // SAFETY: task i has element i.
-                unsafe { shared.piece(i, 1)[0] += 1 };
-                assert!(scratch.iter().all(|&x| x == i as f32));
-            });
-            assert!(counts.iter().all(|&c| c == 1));
-        }
-    }
-
-    #[test]
-    fn a_row_sum_is_right_for_every_length() {
-        for n in [0, 1, 31, 32, 33, 100, 1000] {
-            let x = values(n, 5);
-            let want: f64 = x.iter().map(|&v| v as f64).sum();
-            assert!((sum_of(n, |i| x[i]) as f64 - want).abs() < 1e-5);
-        }
-    }
-
-    #[test]
-    fn transposing_pads_the_lanes_with_zeros() {
-        for (rows, width) in [(1, 1), (16, 5), (17, 3), (64, 8), (63, 2)] {
-            let src = values(rows * (width + 2), 1);
-            let mut dst = vec![f32::NAN; width * TILE];
-            transpose(rows, width, (&src, width + 2), &mut dst);
-            for d in 0..width {
-                for r in 0..lanes(rows) {
-                    assert_eq!(dst[d * TILE + r], if r < rows { src[r * (width + 2) + d] } else { 0.0 });
-                }
-            }
-        }
-    }
-}
+#[path = "tile_tests.rs"]
+mod tests;

@@ -1,0 +1,153 @@
+//! What the kernels over rows share: sharing rows out over threads, and sums along a row in a fixed order.
+
+use rayon::prelude::*;
+
+use crate::cpu::element::Element;
+
+/// Elements a block of rows should have: enough that handing it to another thread pays.
+const BLOCK_ELEMENTS: usize = 1 << 14;
+/// Running sums along a row: enough registers to hide the latency of an addition.
+const SUMS: usize = 32;
+
+/// Calls `block(first, count)` for consecutive blocks of the `rows` rows of `width` elements, in parallel where it pays.
+pub(super) fn for_blocks(rows: usize, width: usize, block: impl Fn(usize, usize) + Sync) {
+    let height = (BLOCK_ELEMENTS / width.max(1)).max(1);
+    for_blocks_of(height, rows, width, block);
+}
+
+/// [`for_blocks`] with blocks of `height` rows.
+pub(super) fn for_blocks_of(height: usize, rows: usize, width: usize, block: impl Fn(usize, usize) + Sync) {
+    let blocks = rows.div_ceil(height);
+    let call = |i: usize| block(i * height, height.min(rows - i * height));
+    if blocks <= 1 || rows * width < 2 * BLOCK_ELEMENTS {
+        (0..blocks).for_each(call);
+    } else {
+        (0..blocks).into_par_iter().for_each(call);
+    }
+}
+
+/// Rows in a block of a sum over `rows` rows: it depends on `rows` only and leaves at most 64 blocks, so that the partial
+/// sums take little room and their order does not depend on the threads.
+pub(super) const fn partial_height(rows: usize) -> usize {
+    let height = rows.div_ceil(64);
+    if height < 16 { 16 } else { height }
+}
+
+/// Adds up the partial sums [blocks, `stride`] of each column, in the order of the blocks.
+#[inline(always)]
+pub(super) fn add_partials<T: Element>(
+    partials: &mut [f32],
+    blocks: usize,
+    stride: usize,
+    offset: usize,
+    to: &mut [T],
+) {
+    let width = to.len();
+    if blocks == 0 {
+        to.fill(T::from_f32(0.0));
+        return;
+    }
+    let (total, rest) = partials[offset..].split_at_mut(stride - offset);
+    for block in 1..blocks {
+        let from = &rest[(block - 1) * stride + offset..][..width];
+        for (total, from) in total.iter_mut().zip(from) {
+            *total += from;
+        }
+    }
+    for (to, total) in to.iter_mut().zip(total) {
+        *to = T::from_f32(*total);
+    }
+}
+
+/// The sum of `term(a[i], b[i], c[i])` in f32: 32 running sums, added up pairwise at the end. The slices have one length.
+#[inline(always)]
+pub(super) fn sum_over<A: Element, B: Element, C: Element>(
+    a: &[A],
+    b: &[B],
+    c: &[C],
+    term: impl Fn(f32, f32, f32) -> f32,
+) -> f32 {
+    let n = a.len();
+    let (b, c) = (&b[..n], &c[..n]);
+    let mut sums = [0.0f32; SUMS];
+    let parts = a.chunks_exact(SUMS).zip(b.chunks_exact(SUMS)).zip(c.chunks_exact(SUMS));
+    for ((a, b), c) in parts {
+        for x in 0..SUMS {
+            sums[x] += term(a[x].to_f32(), b[x].to_f32(), c[x].to_f32());
+        }
+    }
+    let full = n / SUMS * SUMS;
+    for i in full..n {
+        sums[i - full] += term(a[i].to_f32(), b[i].to_f32(), c[i].to_f32());
+    }
+    let mut width = SUMS / 2;
+    while width > 0 {
+        for x in 0..width {
+            sums[x] += sums[x + width];
+        }
+        width /= 2;
+    }
+    sums[0]
+}
+
+/// The largest element, -inf if there is none; NaN are passed over.
+#[inline(always)]
+pub(super) fn max_over<T: Element>(row: &[T]) -> f32 {
+    let larger = |max: f32, x: f32| if x > max { x } else { max };
+    let mut maxima = [f32::NEG_INFINITY; SUMS];
+    let parts = row.chunks_exact(SUMS);
+    let rest = parts.remainder();
+    for part in parts {
+        for x in 0..SUMS {
+            maxima[x] = larger(maxima[x], part[x].to_f32());
+        }
+    }
+    for (max, x) in maxima.iter_mut().zip(rest) {
+        *max = larger(*max, x.to_f32());
+    }
+    maxima.into_iter().fold(f32::NEG_INFINITY, larger)
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// Runs `f` on a pool of `threads` threads.
+    pub(crate) fn with_threads<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R {
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(f)
+    }
+
+    /// Asserts |got - want| <= tolerance (1 + |want|) for each element.
+    pub(crate) fn close<T: Element>(got: &[T], want: &[f64], tolerance: f64, what: &str) {
+        assert_eq!(got.len(), want.len(), "{what}");
+        for (i, (got, want)) in got.iter().zip(want).enumerate() {
+            let got = got.to_f32() as f64;
+            assert!((got - want).abs() <= tolerance * (1.0 + want.abs()), "{what}[{i}]: {got}, not {want}");
+        }
+    }
+
+    #[test]
+    fn sums_and_maxima_are_right_for_every_length() {
+        for n in [0, 1, 31, 32, 33, 100, 1000] {
+            let x: Vec<f32> = (0..n).map(|i| ((i * 37 + 11) % 101) as f32 / 50.0 - 1.0).collect();
+            let want: f64 = x.iter().map(|&v| (v * v) as f64).sum();
+            assert!((sum_over(&x, &x, &x, |a, b, _| a * b) as f64 - want).abs() < 1e-4);
+            assert_eq!(max_over(&x), x.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        }
+    }
+
+    #[test]
+    fn blocks_cover_every_row_once() {
+        for (rows, width) in [(0, 4), (1, 1), (5, 20_000), (1000, 100)] {
+            let seen: Vec<_> = (0..rows).map(|_| std::sync::atomic::AtomicUsize::new(0)).collect();
+            with_threads(3, || {
+                for_blocks(rows, width, |first, count| {
+                    for seen in &seen[first..first + count] {
+                        seen.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                    }
+                })
+            });
+            assert!(seen.iter().all(|n| n.load(std::sync::atomic::Ordering::Relaxed) == 1));
+        }
+    }
+}
