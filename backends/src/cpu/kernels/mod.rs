@@ -18,11 +18,8 @@ pub mod random;
 pub mod random_fill;
 pub mod reduce;
 pub mod rms_norm;
-<<<<<<< HEAD
 pub mod route;
-pub mod segment_sum;
-=======
 mod rows;
->>>>>>> w-kerna
+pub mod segment_sum;
 pub mod softmax;
 mod tile;
