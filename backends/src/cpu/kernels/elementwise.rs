@@ -179,36 +179,39 @@ unsafe fn run_span(
         // SAFETY: inside `words`. Only what is used is cleared: a decode step must not pay for whole tiles.
         unsafe { registers.start.add(register * TILE).write_bytes(0, registers.len) };
     }
-    simd(|| {
-        // What is equal everywhere is loaded once: no instruction writes these registers.
-        for (i, &constant) in program.constants.iter().enumerate() {
-            // SAFETY: the only reference alive.
-            unsafe { registers.write((program.inputs.len() + i) as Register, registers.len) }.fill(constant.word());
-        }
-        for (i, (operand, (_, walk))) in
-            inputs.iter().zip(&program.inputs).enumerate().filter(|(_, i)| i.1.1.is_scalar())
-        {
-            // SAFETY: the only reference alive.
-            load(operand, walk, 0, unsafe { registers.write(i as Register, registers.len) });
-        }
-        for start in (from..to).step_by(TILE) {
-            let len = TILE.min(to - start);
-            for (i, (operand, (_, walk))) in inputs.iter().zip(&program.inputs).enumerate() {
-                if !walk.is_scalar() {
-                    // SAFETY: the only reference alive.
-                    load(operand, walk, start, unsafe { registers.write(i as Register, len) });
+    simd(
+        #[inline(always)]
+        || {
+            // What is equal everywhere is loaded once: no instruction writes these registers.
+            for (i, &constant) in program.constants.iter().enumerate() {
+                // SAFETY: the only reference alive.
+                unsafe { registers.write((program.inputs.len() + i) as Register, registers.len) }.fill(constant.word());
+            }
+            for (i, (operand, (_, walk))) in
+                inputs.iter().zip(&program.inputs).enumerate().filter(|(_, i)| i.1.1.is_scalar())
+            {
+                // SAFETY: the only reference alive.
+                load(operand, walk, 0, unsafe { registers.write(i as Register, registers.len) });
+            }
+            for start in (from..to).step_by(TILE) {
+                let len = TILE.min(to - start);
+                for (i, (operand, (_, walk))) in inputs.iter().zip(&program.inputs).enumerate() {
+                    if !walk.is_scalar() {
+                        // SAFETY: the only reference alive.
+                        load(operand, walk, start, unsafe { registers.write(i as Register, len) });
+                    }
+                }
+                for step in &program.steps {
+                    // SAFETY: no reference into the registers is alive here.
+                    unsafe { run_step(step, &registers, len) };
+                }
+                for (out, want) in outs.iter().flatten().zip(&program.outputs) {
+                    // SAFETY: nothing is written here but this task's part of the output.
+                    unsafe { store(out, start, registers.read(want.register, len)) };
                 }
             }
-            for step in &program.steps {
-                // SAFETY: no reference into the registers is alive here.
-                unsafe { run_step(step, &registers, len) };
-            }
-            for (out, want) in outs.iter().flatten().zip(&program.outputs) {
-                // SAFETY: nothing is written here but this task's part of the output.
-                unsafe { store(out, start, registers.read(want.register, len)) };
-            }
-        }
-    });
+        },
+    );
 }
 
 /// One instruction on the first `len` values.
