@@ -49,15 +49,18 @@ pub fn adamw<T: Element, G: Element>(param: &mut [T], grad: &[G], m: &mut [f32],
         // SAFETY: tasks have disjoint elements.
         let (param, m, v) = unsafe { (param.part(from, count), m.part(from, count), v.part(from, count)) };
         let grad = &grad[from..from + count];
-        simd(|| {
-            for i in 0..count {
-                let g = grad[i].to_f32() * grad_scale;
-                m[i] = beta1 * m[i] + gain1 * g;
-                v[i] = beta2 * v[i] + gain2 * (g * g);
-                let denominator = v[i].sqrt() * root + eps;
-                param[i] = T::from_f32(keep * param[i].to_f32() - rate * (m[i] / denominator));
-            }
-        });
+        simd(
+            #[inline(always)]
+            || {
+                for i in 0..count {
+                    let g = grad[i].to_f32() * grad_scale;
+                    m[i] = beta1 * m[i] + gain1 * g;
+                    v[i] = beta2 * v[i] + gain2 * (g * g);
+                    let denominator = v[i].sqrt() * root + eps;
+                    param[i] = T::from_f32(keep * param[i].to_f32() - rate * (m[i] / denominator));
+                }
+            },
+        );
     });
 }
 

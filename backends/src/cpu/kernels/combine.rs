@@ -21,23 +21,26 @@ pub fn combine<T: Element>(rows: &[T], choice_slot: &[i32], k: usize, d: usize, 
     row_tasks(n, k * d, |from, to| {
         // SAFETY: tasks have disjoint tokens.
         let out = unsafe { out.part(from * d, (to - from) * d) };
-        simd(|| {
-            for t in from..to {
-                let y = &mut out[(t - from) * d..(t - from + 1) * d];
-                for (block, y) in y.chunks_mut(COLUMNS).enumerate() {
-                    let mut sum = [0.0_f32; COLUMNS];
-                    let width = y.len();
-                    for c in t * k..(t + 1) * k {
-                        let Ok(slot) = usize::try_from(choice_slot[c]) else { continue };
-                        let at = slot * d + block * COLUMNS;
-                        add(&mut sum, &rows[at..at + width], gate.map_or(1.0, |g| g[c]));
-                    }
-                    for (y, &s) in y.iter_mut().zip(&sum) {
-                        *y = T::from_f32(s);
+        simd(
+            #[inline(always)]
+            || {
+                for t in from..to {
+                    let y = &mut out[(t - from) * d..(t - from + 1) * d];
+                    for (block, y) in y.chunks_mut(COLUMNS).enumerate() {
+                        let mut sum = [0.0_f32; COLUMNS];
+                        let width = y.len();
+                        for c in t * k..(t + 1) * k {
+                            let Ok(slot) = usize::try_from(choice_slot[c]) else { continue };
+                            let at = slot * d + block * COLUMNS;
+                            add(&mut sum, &rows[at..at + width], gate.map_or(1.0, |g| g[c]));
+                        }
+                        for (y, &s) in y.iter_mut().zip(&sum) {
+                            *y = T::from_f32(s);
+                        }
                     }
                 }
-            }
-        });
+            },
+        );
     });
 }
 

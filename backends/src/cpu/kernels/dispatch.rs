@@ -16,25 +16,28 @@ pub fn dispatch<T: Element>(x: &[T], slot_choice: &[i32], k: usize, d: usize, ga
     row_tasks(slot_choice.len(), d, |from, to| {
         // SAFETY: tasks have disjoint slots.
         let out = unsafe { out.part(from * d, (to - from) * d) };
-        simd(|| {
-            for (s, &choice) in slot_choice[from..to].iter().enumerate() {
-                let row = &mut out[s * d..(s + 1) * d];
-                let Ok(choice) = usize::try_from(choice) else {
-                    row.fill(T::zeroed());
-                    continue;
-                };
-                let token = &x[choice / k * d..(choice / k + 1) * d];
-                match gate {
-                    None => row.copy_from_slice(token),
-                    Some(gate) => {
-                        let g = gate[choice];
-                        for (o, &v) in row.iter_mut().zip(token) {
-                            *o = T::from_f32(g * v.to_f32());
+        simd(
+            #[inline(always)]
+            || {
+                for (s, &choice) in slot_choice[from..to].iter().enumerate() {
+                    let row = &mut out[s * d..(s + 1) * d];
+                    let Ok(choice) = usize::try_from(choice) else {
+                        row.fill(T::zeroed());
+                        continue;
+                    };
+                    let token = &x[choice / k * d..(choice / k + 1) * d];
+                    match gate {
+                        None => row.copy_from_slice(token),
+                        Some(gate) => {
+                            let g = gate[choice];
+                            for (o, &v) in row.iter_mut().zip(token) {
+                                *o = T::from_f32(g * v.to_f32());
+                            }
                         }
                     }
                 }
-            }
-        });
+            },
+        );
     });
 }
 

@@ -204,7 +204,9 @@ unsafe fn run_span(program: &Program, memory: &Memory<'_>, from: usize, to: usiz
         // SAFETY: inside `words`. Only what is used is cleared: a decode step must not pay for whole tiles.
         unsafe { registers.start.add(register * TILE).write_bytes(0, registers.len) };
     }
-    simd(|| {
+    simd(
+        #[inline(always)]
+        || {
         // What is equal everywhere is loaded once: no instruction writes these registers.
         for (i, &constant) in program.constants.iter().enumerate() {
             // SAFETY: the only reference alive.
@@ -232,7 +234,8 @@ unsafe fn run_span(program: &Program, memory: &Memory<'_>, from: usize, to: usiz
                 unsafe { store(out, want.storage, start, registers.read(want.register, len)) };
             }
         }
-    });
+    },
+    );
 }
 
 /// One instruction on the first `len` values.

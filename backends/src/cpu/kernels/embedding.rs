@@ -96,28 +96,31 @@ pub fn embedding_grad<T: Element, O: Element>(
     row_tasks(rows, d, |from, to| {
         // SAFETY: tasks have disjoint rows.
         let out = unsafe { out.part(from * d, (to - from) * d) };
-        simd(|| {
-            for v in from..to {
-                let mine = &positions[start[v] as usize..start[v + 1] as usize];
-                let row = &mut out[(v - from) * d..(v - from + 1) * d];
-                if mine.is_empty() {
-                    row.fill(O::zeroed());
-                    continue;
-                }
-                for (block, out) in row.chunks_mut(COLUMNS).enumerate() {
-                    let mut sum = [0.0_f32; COLUMNS];
-                    for &i in mine {
-                        let at = i as usize * d + block * COLUMNS;
-                        for (s, v) in sum.iter_mut().zip(&dy[at..at + out.len()]) {
-                            *s += v.to_f32();
+        simd(
+            #[inline(always)]
+            || {
+                for v in from..to {
+                    let mine = &positions[start[v] as usize..start[v + 1] as usize];
+                    let row = &mut out[(v - from) * d..(v - from + 1) * d];
+                    if mine.is_empty() {
+                        row.fill(O::zeroed());
+                        continue;
+                    }
+                    for (block, out) in row.chunks_mut(COLUMNS).enumerate() {
+                        let mut sum = [0.0_f32; COLUMNS];
+                        for &i in mine {
+                            let at = i as usize * d + block * COLUMNS;
+                            for (s, v) in sum.iter_mut().zip(&dy[at..at + out.len()]) {
+                                *s += v.to_f32();
+                            }
+                        }
+                        for (o, &s) in out.iter_mut().zip(&sum) {
+                            *o = O::from_f32(s);
                         }
                     }
-                    for (o, &s) in out.iter_mut().zip(&sum) {
-                        *o = O::from_f32(s);
-                    }
                 }
-            }
-        });
+            },
+        );
     });
     Ok(())
 }

@@ -18,18 +18,21 @@ pub fn gate_grad<T: Element>(rows: &[T], dy: &[T], choice_slot: &[i32], k: usize
     row_tasks(n, k * d, |from, to| {
         // SAFETY: tasks have disjoint tokens.
         let out = unsafe { out.part(from * k, (to - from) * k) };
-        simd(|| {
-            for (c, (out, &slot)) in out.iter_mut().zip(&choice_slot[from * k..to * k]).enumerate() {
-                let t = from + c / k;
-                *out = match usize::try_from(slot) {
-                    Ok(slot) => {
-                        let (a, b) = (&rows[slot * d..(slot + 1) * d], &dy[t * d..(t + 1) * d]);
-                        lane_sum(d, |i| a[i].to_f32() * b[i].to_f32())
-                    }
-                    Err(_) => 0.0,
-                };
-            }
-        });
+        simd(
+            #[inline(always)]
+            || {
+                for (c, (out, &slot)) in out.iter_mut().zip(&choice_slot[from * k..to * k]).enumerate() {
+                    let t = from + c / k;
+                    *out = match usize::try_from(slot) {
+                        Ok(slot) => {
+                            let (a, b) = (&rows[slot * d..(slot + 1) * d], &dy[t * d..(t + 1) * d]);
+                            lane_sum(d, |i| a[i].to_f32() * b[i].to_f32())
+                        }
+                        Err(_) => 0.0,
+                    };
+                }
+            },
+        );
     });
 }
 

@@ -23,21 +23,24 @@ pub fn sum_of_squares<T: Element>(x: &[T], workspace: &mut [f64]) -> f64 {
         // SAFETY: each chunk has its own element.
         let out = unsafe { out.part(c, 1) };
         let x = &x[c * CHUNK..x.len().min((c + 1) * CHUNK)];
-        simd(|| {
-            let mut lanes = [0.0_f64; LANES];
-            let (whole, rest) = x.as_chunks::<LANES>();
-            for x in whole {
-                for l in 0..LANES {
-                    let v = f64::from(x[l].to_f32());
-                    lanes[l] += v * v;
+        simd(
+            #[inline(always)]
+            || {
+                let mut lanes = [0.0_f64; LANES];
+                let (whole, rest) = x.as_chunks::<LANES>();
+                for x in whole {
+                    for l in 0..LANES {
+                        let v = f64::from(x[l].to_f32());
+                        lanes[l] += v * v;
+                    }
                 }
-            }
-            for (lane, x) in lanes.iter_mut().zip(rest) {
-                let v = f64::from(x.to_f32());
-                *lane += v * v;
-            }
-            out[0] = lanes.iter().sum();
-        });
+                for (lane, x) in lanes.iter_mut().zip(rest) {
+                    let v = f64::from(x.to_f32());
+                    *lane += v * v;
+                }
+                out[0] = lanes.iter().sum();
+            },
+        );
     });
     partial.iter().sum()
 }

@@ -76,18 +76,6 @@ fn fill<U: Copy>(
     }
 }
 
-/// Maps each word by itself.
-#[inline(always)]
-fn each<U: Copy + Default>(words: &[[u32; BLOCKS]; 4], f: impl Fn(u32) -> U) -> [U; WORDS] {
-    let mut values = [[U::default(); BLOCKS]; 4];
-    for w in 0..4 {
-        for b in 0..BLOCKS {
-            values[w][b] = f(words[w][b]);
-        }
-    }
-    interleave(&values)
-}
-
 /// Element 4 b + w of the result is `[w][b]`.
 #[inline(always)]
 fn interleave<U: Copy + Default>(values: &[[U; BLOCKS]; 4]) -> [U; WORDS] {
@@ -103,7 +91,29 @@ fn interleave<U: Copy + Default>(values: &[[U; BLOCKS]; 4]) -> [U; WORDS] {
 /// Elements `first..first + out.len()` of the raw u32 sequence.
 #[inline(always)]
 pub fn bits(key: [u32; 2], stream: u64, first: u64, out: &mut [u32]) {
-    fill(key, stream, first, out, |words| each(words, |w| w));
+    fill(key, stream, first, out, interleave);
+}
+
+/// Elements `first..first + out.len()` of the uniform sequence: multiples of 2^-24 in [0, 1).
+#[inline(always)]
+pub fn uniform(key: [u32; 2], stream: u64, first: u64, out: &mut [f32]) {
+    fill(key, stream, first, out, uniforms);
+}
+
+/// Elements `first..first + out.len()` of the standard normal sequence, |z| < 5.8.
+///
+/// Box and Muller: of the words (a, b) at an even place, r = sqrt(-2 ln u) with u = (a / 256 + 1) 2^-24 in (0, 1] and
+/// an angle of b / 256 2^-24 turns give r cos at the even element and r sin at the odd one.
+#[inline(always)]
+pub fn normal(key: [u32; 2], stream: u64, first: u64, out: &mut [f32]) {
+    fill(key, stream, first, out, normals);
+}
+
+/// Elements `first..first + out.len()` of the standard Gumbel sequence: -ln(-ln u), u an odd multiple of 2^-24 in
+/// (0, 1).
+#[inline(always)]
+pub fn gumbel(key: [u32; 2], stream: u64, first: u64, out: &mut [f32]) {
+    fill(key, stream, first, out, gumbels);
 }
 
 /// The upper 24 bits as a multiple of 2^-24 in [0, 1).
@@ -113,43 +123,42 @@ fn unit(word: u32) -> f32 {
     (word >> 8) as i32 as f32 * (1.0 / 16_777_216.0)
 }
 
-/// Elements `first..first + out.len()` of the uniform sequence: multiples of 2^-24 in [0, 1).
 #[inline(always)]
-pub fn uniform(key: [u32; 2], stream: u64, first: u64, out: &mut [f32]) {
-    fill(key, stream, first, out, |words| each(words, unit));
-}
-
-/// Elements `first..first + out.len()` of the standard normal sequence, |z| < 5.8.
-///
-/// Box and Muller: of the words (a, b) at an even place, r = sqrt(-2 ln u) with u = (a / 256 + 1) 2^-24 in (0, 1] and
-/// an angle of b / 256 2^-24 turns give r cos at the even element and r sin at the odd one.
-#[inline(always)]
-pub fn normal(key: [u32; 2], stream: u64, first: u64, out: &mut [f32]) {
-    fill(key, stream, first, out, |words| {
-        let mut values = [[0.0; BLOCKS]; 4];
-        for pair in [0, 2] {
-            for b in 0..BLOCKS {
-                let u = unit(words[pair][b]) + 1.0 / 16_777_216.0;
-                let r = (-2.0 * ln(u)).sqrt();
-                let (cos, sin) = cos_sin_turns(unit(words[pair + 1][b]));
-                values[pair][b] = r * cos;
-                values[pair + 1][b] = r * sin;
-            }
+fn uniforms(words: &[[u32; BLOCKS]; 4]) -> [f32; WORDS] {
+    let mut values = [[0.0; BLOCKS]; 4];
+    for w in 0..4 {
+        for b in 0..BLOCKS {
+            values[w][b] = unit(words[w][b]);
         }
-        interleave(&values)
-    });
+    }
+    interleave(&values)
 }
 
-/// Elements `first..first + out.len()` of the standard Gumbel sequence: -ln(-ln u), u an odd multiple of 2^-24 in
-/// (0, 1).
 #[inline(always)]
-pub fn gumbel(key: [u32; 2], stream: u64, first: u64, out: &mut [f32]) {
-    fill(key, stream, first, out, |words| {
-        each(words, |w| {
-            let u = ((w >> 8) | 1) as i32 as f32 * (1.0 / 16_777_216.0);
-            -ln(-ln(u))
-        })
-    });
+fn normals(words: &[[u32; BLOCKS]; 4]) -> [f32; WORDS] {
+    let mut values = [[0.0; BLOCKS]; 4];
+    for pair in [0, 2] {
+        for b in 0..BLOCKS {
+            let u = unit(words[pair][b]) + 1.0 / 16_777_216.0;
+            let r = (-2.0 * ln(u)).sqrt();
+            let (cos, sin) = cos_sin_turns(unit(words[pair + 1][b]));
+            values[pair][b] = r * cos;
+            values[pair + 1][b] = r * sin;
+        }
+    }
+    interleave(&values)
+}
+
+#[inline(always)]
+fn gumbels(words: &[[u32; BLOCKS]; 4]) -> [f32; WORDS] {
+    let mut values = [[0.0; BLOCKS]; 4];
+    for w in 0..4 {
+        for b in 0..BLOCKS {
+            let u = ((words[w][b] >> 8) | 1) as i32 as f32 * (1.0 / 16_777_216.0);
+            values[w][b] = -ln(-ln(u));
+        }
+    }
+    interleave(&values)
 }
 
 /// The natural logarithm of a positive normal number (the coefficients of Cephes' `logf`).

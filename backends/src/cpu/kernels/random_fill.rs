@@ -29,18 +29,21 @@ pub fn random<T: Element>(distribution: Distribution, key: [u32; 2], stream: u64
         let from = task * TILE;
         // SAFETY: tasks have disjoint tiles.
         let out = unsafe { out.part(from, TILE.min(len - from)) };
-        simd(|| {
-            let mut tile = [0.0; TILE];
-            let values = &mut tile[..out.len()];
-            match distribution {
-                Distribution::Uniform => random::uniform(key, stream, from as u64, values),
-                Distribution::Normal => random::normal(key, stream, from as u64, values),
-                Distribution::Gumbel => random::gumbel(key, stream, from as u64, values),
-            }
-            for (o, &v) in out.iter_mut().zip(&*values) {
-                *o = T::from_f32(v);
-            }
-        });
+        simd(
+            #[inline(always)]
+            || {
+                let mut tile = [0.0; TILE];
+                let values = &mut tile[..out.len()];
+                match distribution {
+                    Distribution::Uniform => random::uniform(key, stream, from as u64, values),
+                    Distribution::Normal => random::normal(key, stream, from as u64, values),
+                    Distribution::Gumbel => random::gumbel(key, stream, from as u64, values),
+                }
+                for (o, &v) in out.iter_mut().zip(&*values) {
+                    *o = T::from_f32(v);
+                }
+            },
+        );
     });
 }
 
@@ -52,7 +55,10 @@ pub fn random_bits(key: [u32; 2], stream: u64, out: &mut [u32]) {
         let from = task * TILE;
         // SAFETY: tasks have disjoint tiles.
         let out = unsafe { out.part(from, TILE.min(len - from)) };
-        simd(|| random::bits(key, stream, from as u64, out));
+        simd(
+            #[inline(always)]
+            || random::bits(key, stream, from as u64, out),
+        );
     });
 }
 

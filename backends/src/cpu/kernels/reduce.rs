@@ -84,13 +84,16 @@ fn partials<T: Element, O: Element>(
             let (first, last) = (task * step, groups.min((task + 1) * step));
             // SAFETY: tasks have disjoint outputs.
             let out = unsafe { out.part(first, last - first) };
-            simd(|| {
-                for (g, out) in (first..last).zip(out) {
-                    let from = g / chunks * n + g % chunks * chunk;
-                    let x = &x[from..from + chunk.min(n - g % chunks * chunk)];
-                    *out = O::from_f32(scale * if max { greatest(x) } else { total(x) });
-                }
-            });
+            simd(
+                #[inline(always)]
+                || {
+                    for (g, out) in (first..last).zip(out) {
+                        let from = g / chunks * n + g % chunks * chunk;
+                        let x = &x[from..from + chunk.min(n - g % chunks * chunk)];
+                        *out = O::from_f32(scale * if max { greatest(x) } else { total(x) });
+                    }
+                },
+            );
         });
         return;
     }
@@ -101,7 +104,10 @@ fn partials<T: Element, O: Element>(
         let from = (g / chunks * n + g % chunks * chunk) * inner + column;
         // SAFETY: tasks have disjoint outputs.
         let out = unsafe { out.part(g * inner + column, width) };
-        simd(|| columns(x, from, inner, rows, max, scale, out));
+        simd(
+            #[inline(always)]
+            || columns(x, from, inner, rows, max, scale, out),
+        );
     });
 }
 

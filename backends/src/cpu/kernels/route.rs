@@ -125,19 +125,22 @@ pub fn route(
             )
         };
         let logits = &logits[from * e..to * e];
-        simd(|| {
-            sum.fill(0.0);
-            z[0] = 0.0;
-            for t in 0..to - from {
-                let (max, total) = softmax(&logits[t * e..(t + 1) * e], row);
-                let lse = max + vmath::ln(total);
-                z[0] += lse * lse;
-                for (s, &p) in sum.iter_mut().zip(row.iter()) {
-                    *s += p;
+        simd(
+            #[inline(always)]
+            || {
+                sum.fill(0.0);
+                z[0] = 0.0;
+                for t in 0..to - from {
+                    let (max, total) = softmax(&logits[t * e..(t + 1) * e], row);
+                    let lse = max + vmath::ln(total);
+                    z[0] += lse * lse;
+                    for (s, &p) in sum.iter_mut().zip(row.iter()) {
+                        *s += p;
+                    }
+                    top_k(row, &mut index[t * k..(t + 1) * k], &mut gate[t * k..(t + 1) * k]);
                 }
-                top_k(row, &mut index[t * k..(t + 1) * k], &mut gate[t * k..(t + 1) * k]);
-            }
-        });
+            },
+        );
     });
     counts.fill(0);
     for t in 0..n {
@@ -239,33 +242,36 @@ pub fn route_grad(
         let (from, to) = (c * TOKENS, n.min((c + 1) * TOKENS));
         // SAFETY: each chunk has its own tokens.
         let out = unsafe { out.part(from * e, (to - from) * e) };
-        simd(|| {
-            for t in from..to {
-                let row = &mut out[(t - from) * e..(t - from + 1) * e];
-                let logits = &logits[t * e..(t + 1) * e];
-                let choices = &expert_index[t * k..(t + 1) * k];
-                let (max, sum) = softmax(logits, row);
-                let mut dot = lane_sum(e, |i| row[i] * shift[i]);
-                if let Some(d) = d_gate {
-                    for (&x, &d) in choices.iter().zip(&d[t * k..(t + 1) * k]) {
-                        dot += expert(x, e).map_or(0.0, |x| row[x] * d);
+        simd(
+            #[inline(always)]
+            || {
+                for t in from..to {
+                    let row = &mut out[(t - from) * e..(t - from + 1) * e];
+                    let logits = &logits[t * e..(t + 1) * e];
+                    let choices = &expert_index[t * k..(t + 1) * k];
+                    let (max, sum) = softmax(logits, row);
+                    let mut dot = lane_sum(e, |i| row[i] * shift[i]);
+                    if let Some(d) = d_gate {
+                        for (&x, &d) in choices.iter().zip(&d[t * k..(t + 1) * k]) {
+                            dot += expert(x, e).map_or(0.0, |x| row[x] * d);
+                        }
                     }
-                }
-                let lse = max + vmath::ln(sum);
-                let minus = dot - if d_z_loss.is_some() { z_scale * lse } else { 0.0 };
-                for (p, &s) in row.iter_mut().zip(shift) {
-                    *p *= s - minus;
-                }
-                if let Some(d) = d_gate {
-                    for (&x, &d) in choices.iter().zip(&d[t * k..(t + 1) * k]) {
-                        if let Some(x) = expert(x, e) {
-                            // p again, since its place holds the gradient by now.
-                            row[x] += vmath::exp(logits[x] - max) * (1.0 / sum) * d;
+                    let lse = max + vmath::ln(sum);
+                    let minus = dot - if d_z_loss.is_some() { z_scale * lse } else { 0.0 };
+                    for (p, &s) in row.iter_mut().zip(shift) {
+                        *p *= s - minus;
+                    }
+                    if let Some(d) = d_gate {
+                        for (&x, &d) in choices.iter().zip(&d[t * k..(t + 1) * k]) {
+                            if let Some(x) = expert(x, e) {
+                                // p again, since its place holds the gradient by now.
+                                row[x] += vmath::exp(logits[x] - max) * (1.0 / sum) * d;
+                            }
                         }
                     }
                 }
-            }
-        });
+            },
+        );
     });
 }
 

@@ -26,33 +26,36 @@ pub fn segment_sum<T: Element, O: Element>(rows: &[T], offsets: &[i32], width: u
         let columns = COLUMNS.min(width - column);
         // SAFETY: each task has its own expert and columns.
         let out = unsafe { out.part(expert * width + column, columns) };
-        simd(|| {
-            let mut total = [0.0_f32; COLUMNS];
-            let (mut from, to) = (offsets[expert] as usize, offsets[expert + 1] as usize);
-            while from < to {
-                let mut sum = [0.0_f32; COLUMNS];
-                let end = to.min(from + ROWS);
-                for s in from..end {
-                    let row = &rows[s * width + column..s * width + column + columns];
-                    if let Ok(row) = <&[T; COLUMNS]>::try_from(row) {
-                        for i in 0..COLUMNS {
-                            sum[i] += row[i].to_f32();
-                        }
-                    } else {
-                        for (s, v) in sum.iter_mut().zip(row) {
-                            *s += v.to_f32();
+        simd(
+            #[inline(always)]
+            || {
+                let mut total = [0.0_f32; COLUMNS];
+                let (mut from, to) = (offsets[expert] as usize, offsets[expert + 1] as usize);
+                while from < to {
+                    let mut sum = [0.0_f32; COLUMNS];
+                    let end = to.min(from + ROWS);
+                    for s in from..end {
+                        let row = &rows[s * width + column..s * width + column + columns];
+                        if let Ok(row) = <&[T; COLUMNS]>::try_from(row) {
+                            for i in 0..COLUMNS {
+                                sum[i] += row[i].to_f32();
+                            }
+                        } else {
+                            for (s, v) in sum.iter_mut().zip(row) {
+                                *s += v.to_f32();
+                            }
                         }
                     }
+                    for (t, s) in total.iter_mut().zip(&sum) {
+                        *t += s;
+                    }
+                    from = end;
                 }
-                for (t, s) in total.iter_mut().zip(&sum) {
-                    *t += s;
+                for (o, &t) in out.iter_mut().zip(&total) {
+                    *o = O::from_f32(t);
                 }
-                from = end;
-            }
-            for (o, &t) in out.iter_mut().zip(&total) {
-                *o = O::from_f32(t);
-            }
-        });
+            },
+        );
     });
 }
 
