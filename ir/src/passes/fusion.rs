@@ -124,9 +124,9 @@ impl Groups {
             let members = &self.members[group];
             let used = outside_uses(graph, self);
             let outputs = members.iter().filter(|id| used[graph.node(**id).results[0].index()]).count();
-            let registers = members.len() + external_operands(graph, members).len();
-            if members.len() > 1 && (registers > MOST_REGISTERS || outputs > MOST_OUTPUTS) {
-                let later = self.members[group].split_off(members.len() / 2);
+            let (nodes, registers) = (members.len(), members.len() + external_operands(graph, members).len());
+            if nodes > 1 && (registers > MOST_REGISTERS || outputs > MOST_OUTPUTS) {
+                let later = self.members[group].split_off(nodes / 2);
                 let new = self.members.len();
                 later.iter().for_each(|id| self.of[id.index()] = Some(new));
                 self.members.push(later);
