@@ -50,7 +50,7 @@ const SMALL: Frame = Frame { width: 500.0, height: 190.0, left: 44.0, right: 14.
 const WIDE: Frame = Frame { width: 1040.0, height: 380.0, left: 44.0, right: 112.0, top: 12.0, bottom: 28.0 };
 const NARROW: Frame = Frame { width: 360.0, height: 260.0, left: 38.0, right: 14.0, top: 10.0, bottom: 26.0 };
 /// Least distance of two names at the ends of lines.
-const NAME_GAP: f64 = 34.0;
+const NAME_GAP: f64 = 38.0;
 
 impl Chart {
     /// The chart as a `figure`; empty if there is nothing to draw.
@@ -67,9 +67,10 @@ impl Chart {
             .collect();
         let kind = if self.large { "chart large" } else { "chart" };
         let mut html = format!(
-            "<figure class=\"{kind}\"><figcaption><h3>{}</h3><span class=\"unit\">{}</span>{heading}</figcaption>\n",
+            "<figure class=\"{kind}\"><figcaption><h3>{}</h3><span class=\"unit\">{}{}</span>{heading}</figcaption>\n",
             escape(self.title),
-            escape(self.unit)
+            escape(self.unit),
+            if self.is_log() { ", log scale" } else { "" }
         );
         if self.large {
             self.svg(&mut html, WIDE, "wide");
@@ -125,9 +126,9 @@ impl Chart {
         let last = ticks.len().saturating_sub(1);
         for (i, (value, text)) in ticks.into_iter().enumerate() {
             let text = if i == last { text + " steps" } else { text };
-            // The last one ends at the frame at the latest.
             let at = x.pixel(value);
-            let (at, class) = if i == last && at > width - right - 24.0 { (width - 2.0, "x end") } else { (at, "x") };
+            // The last one must not run out of the drawing.
+            let (at, class) = if i == last && at > width - 30.0 { (width - 2.0, "x last") } else { (at, "x") };
             let _ = write!(html, "<text class=\"{class}\" x=\"{at:.1}\" y=\"{:.1}\">{text}</text>", height - 7.0);
         }
         let _ = write!(html, "<path class=\"axis\" d=\"M{left} {:.1}H{:.1}\"/>", height - bottom, width - right);

@@ -199,13 +199,14 @@ impl LoadBin {
     }
 }
 
-/// A centred moving mean whose window shrinks towards both ends, so that it neither lags nor leaves the data there.
+/// A centred moving mean. Its window shrinks towards the start, where values fall fast and a wide one would be off; at the
+/// end it only loses the half that is not there, so that the last value is no noisier than the others.
 pub(super) fn smooth(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
-    let reach = points.len() / 50;
+    let reach = points.len() / 70;
     (0..points.len())
         .map(|at| {
-            let reach = reach.min(at).min(points.len() - 1 - at);
-            let window = &points[at - reach..=at + reach];
+            let reach = reach.min(at);
+            let window = &points[at - reach..=(at + reach).min(points.len() - 1)];
             (points[at].0, window.iter().map(|point| point.1).sum::<f64>() / window.len() as f64)
         })
         .collect()

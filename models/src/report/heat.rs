@@ -126,17 +126,17 @@ fn map(html: &mut String, index: usize, layer: &LayerBins, columns: usize) {
     bars(html, &end);
     html.push_str("<div class=\"xs\">");
     let steps = count as f64 * bins.width() as f64;
-    for (value, text) in Scale::new((0.0, steps), false, (0.0, 100.0)).ticks(4) {
+    for (value, text) in Scale::new((0.0, steps), false, (0.0, 100.0)).ticks(5) {
         let at = value / steps * 100.0;
-        if at < 97.0 {
+        if at < 92.0 {
             let _ = write!(html, "<span style=\"left:{at:.2}%\">{text}</span>");
         }
     }
-    html.push_str("</div><div class=\"xr\">last tenth</div></div>\n");
+    html.push_str("<span class=\"last\">steps</span></div><div class=\"xr\">last tenth</div></div>\n");
     stats(html, &end);
     let cells: String = columns.iter().flatten().map(|&ratio| char::from(LEVELS[level(ratio)])).collect();
     let json = serde_json::json!({"experts": experts, "columns": count, "width": bins.width(), "cells": cells});
-    let _ = write!(html, "<script type=\"application/json\" id=\"map{index}\">{json}</script></figure>\n");
+    let _ = writeln!(html, "<script type=\"application/json\" id=\"map{index}\">{json}</script></figure>");
 }
 
 /// Column by column the ratios of all experts. A column without a measurement shows the one before it (the first ones
@@ -189,8 +189,8 @@ fn stats(html: &mut String, end: &End) {
     if experts > 1 {
         let _ = write!(
             html,
-            "Busiest: expert {busy} at {most:.2}×; idlest: expert {idle} at {least:.2}×; used as {:.1} of {experts} would \
-             be in balance. ",
+            "Busiest: expert {busy} at {most:.2}×; idlest: expert {idle} at {least:.2}×; effectively {:.1} of {experts} in \
+             use. ",
             end.effective
         );
     }

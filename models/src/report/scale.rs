@@ -44,7 +44,8 @@ impl Scale {
     pub(super) fn ticks(&self, count: usize) -> Vec<(f64, String)> {
         let values = if self.log { self.log_ticks(count) } else { self.linear_ticks(count) };
         let step = values.windows(2).map(|w| w[1] - w[0]).fold(f64::INFINITY, f64::min);
-        let text = |&value: &f64| (value, if self.log { short(value) } else { tick_text(value, step) });
+        let largest = values.iter().fold(0.0, |largest: f64, value| largest.max(value.abs()));
+        let text = |&value: &f64| (value, if self.log { short(value) } else { tick_text(value, step, largest) });
         values.iter().map(text).collect()
     }
 
@@ -88,19 +89,22 @@ pub(super) fn round_step(span: f64, count: usize) -> f64 {
     times.unwrap_or(10.0) * ten
 }
 
-fn tick_text(value: f64, step: f64) -> String {
+/// `largest` is the largest of the axis: all of its ticks are written the same way.
+fn tick_text(value: f64, step: f64, largest: f64) -> String {
     if value.abs() < step * 1e-6 {
         return "0".to_owned();
+    }
+    if largest < 5e-3 {
+        return scientific(value, (largest / step).log10().ceil().clamp(0.0, 9.0) as usize);
     }
     let (divisor, unit) = match value.abs() {
         v if v >= 1e9 => (1e9, "G"),
         v if v >= 1e6 => (1e6, "M"),
         v if v >= 1e3 => (1e3, "k"),
-        v if v < 1e-3 => return scientific(value, 1),
         _ => (1.0, ""),
     };
     // As many decimals as the step needs, so that neighbours differ.
-    let decimals = (0..6).find(|&d| (step / divisor * 10f64.powi(d) + 1e-9).fract() < 1e-6).unwrap_or(6);
+    let decimals = (0..12).find(|&d| (step / divisor * 10f64.powi(d) + 1e-9).fract() < 1e-6).unwrap_or(12);
     trim(format!("{:.*}", decimals as usize, value / divisor)) + unit
 }
 
@@ -163,6 +167,8 @@ mod tests {
         assert_eq!(linear(0.0, 7300.0), ["0", "2k", "4k", "6k"]);
         assert_eq!(linear(1.61, 1.74), ["1.65", "1.7"]);
         assert_eq!(linear(0.0, 3e-4), ["0", "1e-4", "2e-4", "3e-4"]);
+        assert_eq!(linear(0.0, 1e-3), ["0", "2e-4", "4e-4", "6e-4", "8e-4", "1e-3"]);
+        assert_eq!(linear(1.6231, 1.6249), ["1.6235", "1.624", "1.6245"]);
         assert_eq!(texts(Scale::new((1.5, 5.6), true, (0.0, 1.0)), 5), ["1.5", "2", "2.5", "3", "4", "5"]);
         assert_eq!(texts(Scale::new((0.02, 300.0), true, (0.0, 1.0)), 5), ["0.1", "1", "10", "100"]);
     }
