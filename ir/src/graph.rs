@@ -181,7 +181,8 @@ impl Graph {
             site: site.clone(),
         };
         let types = op.infer(&found).map_err(|m| refuse(m.operand, m.wanted, &found))?;
-        if let Some(ty) = types.iter().find(|t| t.shape.checked_elements().is_none_or(|n| n > isize::MAX as usize / 8)) {
+        if let Some(ty) = types.iter().find(|t| t.shape.checked_elements().is_none_or(|n| n > isize::MAX as usize / 8))
+        {
             return Err(refuse(None, format!("results that can be addressed, not {ty}"), &found));
         }
         if let Some(input) = op.as_input()
@@ -301,9 +302,11 @@ impl Graph {
 
     /// Takes over the outputs and updates of `from`, whose values `map` translates.
     pub(crate) fn adopt_ends(&mut self, from: &Graph, map: &[Option<Value>]) {
-        let translate = |v: Value| map[v.index()].unwrap_or_else(|| unreachable!("a pass dropped a value that is used"));
+        let translate =
+            |v: Value| map[v.index()].unwrap_or_else(|| unreachable!("a pass dropped a value that is used"));
         self.outputs = from.outputs.iter().map(|(n, v)| (n.clone(), translate(*v))).collect();
-        self.updates = from.updates.iter().map(|u| Update { state: translate(u.state), new: translate(u.new) }).collect();
+        self.updates =
+            from.updates.iter().map(|u| Update { state: translate(u.state), new: translate(u.new) }).collect();
     }
 
     /// Appends `node` of another graph with translated operands.

@@ -13,7 +13,7 @@ use crate::graph::{Graph, NodeId, Value};
 use crate::ops::{Op, Role};
 
 /// Every buffer starts at a multiple of this many bytes.
-pub const ALIGN: usize = 128;
+const ALIGN: usize = 128;
 
 /// Unused bytes after every buffer of a fenced plan.
 pub const FENCE_BYTES: usize = ALIGN;
@@ -227,14 +227,19 @@ impl Plan {
         let padded = |bytes: usize| bytes.max(1).next_multiple_of(ALIGN) + fence;
         let mut buffers: Vec<Lifetime> = Vec::new();
         for value in graph.values() {
-            if roots[value.index()] == value && !is_state(value) && let Some((first, last)) = span[value.index()] {
+            if roots[value.index()] == value
+                && !is_state(value)
+                && let Some((first, last)) = span[value.index()]
+            {
                 let bytes = padded(graph.ty(value).bytes());
                 buffers.push(Lifetime { value: Some(value), offset: 0, bytes, first, last });
             }
         }
         let mut scratch_of: Vec<(usize, usize)> = Vec::new();
         for (i, step) in self.steps.iter().enumerate() {
-            if let Step::Run { scratch_bytes, .. } = *step && scratch_bytes > 0 {
+            if let Step::Run { scratch_bytes, .. } = *step
+                && scratch_bytes > 0
+            {
                 scratch_of.push((i, buffers.len()));
                 buffers.push(Lifetime { value: None, offset: 0, bytes: padded(scratch_bytes), first: i, last: i });
             }

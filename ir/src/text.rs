@@ -227,7 +227,9 @@ impl<'t> Scanner<'_, 't> {
         let attributes = self.json()?;
         let op = match Op::parse(name, attributes) {
             Some(Ok(op)) => op,
-            Some(Err(error)) => return Err(parse_error(self.line, format!("attributes of {name} ({error})"), attributes)),
+            Some(Err(error)) => {
+                return Err(parse_error(self.line, format!("attributes of {name} ({error})"), attributes));
+            }
             None => return Err(parse_error(self.line, "an op", before.trim_start())),
         };
         self.expect(":")?;

@@ -70,7 +70,8 @@ pub fn verify(graph: &Graph, stage: Stage) -> Result<()> {
         next_value += node.results.len();
         for &(result, operand) in node.op.in_place() {
             let Some(input) = graph.input_of(node.operands[operand]) else { continue };
-            let updates = graph.updates().iter().any(|u| u.state == node.operands[operand] && u.new == node.results[result]);
+            let updates =
+                graph.updates().iter().any(|u| u.state == node.operands[operand] && u.new == node.results[result]);
             if !updates {
                 let wanted = format!("result {result} to be the update of {:?}, which it overwrites", input.name);
                 return Err(invalid(index, node, wanted, "no such update".into()));

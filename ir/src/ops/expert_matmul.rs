@@ -10,7 +10,6 @@ use smallvec::{SmallVec, smallvec};
 
 use super::{Cotangents, Rule, Types, check};
 use crate::autodiff::{Cotangent, Vjp};
-use crate::dtype::DType;
 use crate::error::{Mismatch, Result};
 use crate::graph::{Graph, Value};
 use crate::tensor::Tensor;
@@ -113,6 +112,7 @@ impl Graph {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dtype::DType;
 
     #[test]
     fn an_idle_expert_and_unused_slots_give_zero() {

@@ -46,7 +46,9 @@ fn times_one(graph: &Graph, node: &Node, operands: &[Value]) -> Option<Value> {
         return None;
     }
     let is_one = |v: Value| constant(graph, v).is_some_and(|c| c.literal == Literal::Splat(1.0));
-    let keeps = |v: Value, other: Value| graph.ty(v).shape.broadcast(&graph.ty(other).shape).as_ref() == Some(&graph.ty(v).shape);
+    let keeps = |v: Value, other: Value| {
+        graph.ty(v).shape.broadcast(&graph.ty(other).shape).as_ref() == Some(&graph.ty(v).shape)
+    };
     match *operands {
         [a, b] if is_one(b) && keeps(a, b) => Some(a),
         [a, b] if is_one(a) && keeps(b, a) => Some(b),
@@ -60,7 +62,8 @@ fn evaluate(graph: &Graph, node: &Node, operands: &[Value]) -> Option<Vec<Tensor
         return None;
     }
     let small = |v: Value| graph.ty(v).elements() <= MOST_ELEMENTS;
-    let constants: Vec<&Constant> = operands.iter().map(|&v| constant(graph, v).filter(|_| small(v))).collect::<Option<_>>()?;
+    let constants: Vec<&Constant> =
+        operands.iter().map(|&v| constant(graph, v).filter(|_| small(v))).collect::<Option<_>>()?;
     let found: Vec<_> = operands.iter().map(|&v| graph.ty(v).clone()).collect();
     let types = node.op.infer(&found).ok()?;
     if types.iter().any(|t| t.elements() > MOST_ELEMENTS) {

@@ -19,7 +19,9 @@ pub fn eliminate_dead_code(graph: &Graph) -> Result<Graph> {
             node.operands.iter().for_each(|v| live[v.index()] = true);
         }
     }
-    graph.rebuild(|out, id, node, operands| {
-        if keep[id.index()] { out.push_copy(node, operands) } else { Ok(Default::default()) }
-    })
+    graph.rebuild(
+        |out, id, node, operands| {
+            if keep[id.index()] { out.push_copy(node, operands) } else { Ok(Default::default()) }
+        },
+    )
 }
