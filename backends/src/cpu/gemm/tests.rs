@@ -459,6 +459,7 @@ fn bad_input_is_refused_and_nothing_written() {
     let mut c = Memory::new(Storage::F32, 64, || 7.0);
     let whole = Gemm::new(4, 4, 4, a.mat((4, 1)), a.mat((4, 1)), c.mat_mut((4, 1)));
     let mut workspace = vec![0; workspace_bytes(4, 4, 4, Storage::F32, 1)];
+    // SAFETY: refused before anything is touched.
     let mut refuse = |gemm: Gemm<'_>| unsafe { super::gemm(&gemm, &mut workspace) }.unwrap_err();
     let grouped = |offsets| Gemm { batch: Batch::MGrouped { offsets, b: 16 }, ..whole };
     let inner = |offsets| Gemm { batch: Batch::KGrouped { offsets, c: 16 }, ..whole };
