@@ -1,0 +1,213 @@
+//! Blocking: the batch becomes tasks (blocks of C), threads draw tasks, a task runs tiles.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::kernel::{COL, Isa, KC, MAX_TILE, ROW};
+use super::problem;
+use super::task::Task;
+use super::{Batch, Gemm, GemmError, Storage};
+
+/// Alignment of everything in the workspace: a cache line, and a vector of AVX-512.
+pub(super) const ALIGN: usize = 64;
+/// Rows of C in the largest task.
+const MAX_ROWS: usize = 256;
+/// Columns of C in the largest task. A packed block of B (256 KiB) stays in L2.
+const MAX_COLS: usize = 256;
+/// Blocks are not cut below this: packing would cost more than balance gains, and a wide kernel needs the columns.
+const MIN_ROWS: usize = 64;
+const MIN_COLS: usize = 128;
+/// Tasks per thread to aim at, so that the last ones to finish are short.
+const TASKS_PER_THREAD: usize = 8;
+/// Up to this many tiles of rows, B is used so few times that a task reads it in place.
+pub(super) const STRIP_TILES: usize = 1;
+/// Most floats of A packed whole for a strip task (half of L2).
+pub(super) const STRIP_A: usize = 128 * 1024;
+/// Below this estimate of time on one thread, waking others costs more than they give.
+const SHARE_NS: usize = 25_000;
+/// For the estimate: flops and bytes one core gets through per nanosecond.
+const FLOPS_PER_NS: usize = 80;
+const BYTES_PER_NS: usize = 12;
+
+/// One thread's part of the workspace.
+pub(super) struct Scratch {
+    /// Offsets in bytes of what follows the panels of A.
+    pub(super) b: usize,
+    pub(super) sums: usize,
+    pub(super) tile: usize,
+    /// Size in bytes, a multiple of [`ALIGN`].
+    pub(super) bytes: usize,
+}
+
+/// Steps of k per packed block: equal parts of at most KC.
+pub(super) fn chunks(k: usize) -> (usize, usize) {
+    let count = k.div_ceil(KC).max(1);
+    let step = k.div_ceil(count).next_multiple_of(16);
+    (k.div_ceil(step.max(1)).max(1), step)
+}
+
+/// Floats from one packed panel of B to the next. The odd cache lines keep panels off each other's L1 sets.
+pub(super) fn panel_step(isa: &Isa, k: usize) -> usize {
+    k.min(KC) * isa.nr() + 32
+}
+
+/// Floats of A that a strip task of `rows` rows packs.
+pub(super) fn strip_a(rows: usize, k: usize) -> usize {
+    chunks(k).0 * rows * ROW
+}
+
+/// Whether sums must be kept aside between blocks of k, because C cannot hold them exactly.
+pub(super) fn sums_aside(c: Storage, k: usize) -> bool {
+    c != Storage::F32 && k > KC
+}
+
+impl Scratch {
+    /// The layout for problems of at most this size.
+    pub(super) fn new(isa: &Isa, m: usize, n: usize, k: usize, c: Storage) -> Self {
+        let cols = n.next_multiple_of(isa.nr()).min(MAX_COLS);
+        let strip = strip_a(m.min(STRIP_TILES * isa.mr()), k).min(STRIP_A);
+        let a = strip.max(isa.mr() * ROW).max(KC * COL);
+        let b = cols / isa.nr() * panel_step(isa, k);
+        let sums = if sums_aside(c, k) { m.min(MAX_ROWS) * cols } else { 0 };
+        let bytes = |floats: usize| (floats * 4).next_multiple_of(ALIGN);
+        let b_at = bytes(a);
+        let sums_at = b_at + bytes(b);
+        let tile_at = sums_at + bytes(sums);
+        Scratch { b: b_at, sums: sums_at, tile: tile_at, bytes: tile_at + bytes(STRIP_TILES * MAX_TILE) }
+    }
+}
+
+/// What all threads share.
+struct Shared<'a> {
+    isa: &'static Isa,
+    gemm: &'a Gemm<'a>,
+    layout: Scratch,
+    workspace: *mut u8,
+    /// Sides of a task's block.
+    rows: usize,
+    cols: usize,
+    tasks: usize,
+    next: AtomicUsize,
+}
+
+// SAFETY: the pointers are read only, but for C and the workspace: tasks write disjoint blocks of C (each is drawn
+// once), and each thread its own part of the workspace.
+unsafe impl Sync for Shared<'_> {}
+
+/// Tasks of all problems together for blocks of this size.
+fn count_tasks(gemm: &Gemm<'_>, rows: usize, cols: usize) -> usize {
+    let across = gemm.n.div_ceil(cols);
+    match gemm.batch {
+        Batch::One | Batch::Strided { .. } | Batch::KGrouped { .. } => {
+            problem::count(gemm) * gemm.m.div_ceil(rows) * across
+        }
+        Batch::MGrouped { .. } => {
+            (0..problem::count(gemm)).map(|p| problem::size(gemm, p).0.div_ceil(rows)).sum::<usize>() * across
+        }
+    }
+}
+
+/// About how long the batch takes on one thread, in nanoseconds.
+fn estimate(gemm: &Gemm<'_>) -> usize {
+    let (mut flops, mut bytes) = (0usize, 0usize);
+    for p in 0..problem::count(gemm) {
+        let (m, k) = problem::size(gemm, p);
+        if m > 0 {
+            flops = flops.saturating_add(2 * m * gemm.n * k);
+            bytes += gemm.n * k * gemm.b.storage.bytes() + m * gemm.n * gemm.c.storage.bytes();
+        }
+        if flops / FLOPS_PER_NS + bytes / BYTES_PER_NS > SHARE_NS {
+            break;
+        }
+    }
+    flops / FLOPS_PER_NS + bytes / BYTES_PER_NS
+}
+
+/// Runs a batch with these kernels on at most `threads` threads of the current pool.
+///
+/// # Safety
+/// As [`super::gemm`]; the machine has the instruction set.
+pub(super) unsafe fn run(
+    isa: &'static Isa,
+    gemm: &Gemm<'_>,
+    workspace: &mut [u8],
+    threads: usize,
+) -> Result<(), GemmError> {
+    problem::check(gemm)?;
+    let layout = Scratch::new(isa, gemm.m, gemm.n, gemm.k, gemm.c.storage);
+    let skip = workspace.as_ptr().align_offset(ALIGN);
+    let room = workspace.len().saturating_sub(skip) / layout.bytes;
+    if room == 0 {
+        return Err(GemmError::Workspace { wanted: layout.bytes + ALIGN, found: workspace.len() });
+    }
+    if gemm.m == 0 || gemm.n == 0 || problem::count(gemm) == 0 {
+        return Ok(());
+    }
+    let mut threads = threads.min(room);
+    if threads > 1 && estimate(gemm) < SHARE_NS {
+        threads = 1;
+    }
+    let (mut rows, mut cols) = (MAX_ROWS, MAX_COLS);
+    let mut tasks = count_tasks(gemm, rows, cols);
+    while threads > 1 && tasks < TASKS_PER_THREAD * threads && (rows > MIN_ROWS || cols > MIN_COLS) {
+        // A strip gains nothing from fewer rows, and a block is best near a square.
+        if cols > MIN_COLS && (cols >= rows || gemm.m <= rows / 2) {
+            cols /= 2;
+        } else {
+            rows /= 2;
+        }
+        tasks = count_tasks(gemm, rows, cols);
+    }
+    let threads = threads.min(tasks).max(1);
+    // SAFETY: `skip` lies within the workspace, as there is room after it.
+    let workspace = unsafe { workspace.as_mut_ptr().add(skip) };
+    let shared = Shared { isa, gemm, layout, workspace, rows, cols, tasks, next: AtomicUsize::new(0) };
+    fan(&shared, 0, threads);
+    Ok(())
+}
+
+/// Runs workers `first..first + count`; whoever is idle in the pool takes some, else the caller runs them in turn.
+fn fan(shared: &Shared<'_>, first: usize, count: usize) {
+    if count == 1 {
+        work(shared, first);
+    } else {
+        let half = count / 2;
+        rayon::join(|| fan(shared, first, half), || fan(shared, first + half, count - half));
+    }
+}
+
+/// Draws tasks until there are none left.
+fn work(shared: &Shared<'_>, worker: usize) {
+    let gemm = shared.gemm;
+    // SAFETY: `run` made sure of room for every worker.
+    let scratch = unsafe { shared.workspace.add(worker * shared.layout.bytes) };
+    let across = gemm.n.div_ceil(shared.cols);
+    let (mut p, mut first) = (0, 0);
+    let mut packed = None;
+    loop {
+        let drawn = shared.next.fetch_add(1, Ordering::Relaxed);
+        if drawn >= shared.tasks {
+            return;
+        }
+        // Tasks are drawn in rising order, so the walk over the problems never turns back.
+        let mut m = problem::size(gemm, p).0;
+        let mut down = m.div_ceil(shared.rows);
+        while drawn >= first + down * across {
+            first += down * across;
+            p += 1;
+            m = problem::size(gemm, p).0;
+            down = m.div_ceil(shared.rows);
+        }
+        let (i, j) = ((drawn - first) % down, (drawn - first) / down);
+        let task = Task {
+            isa: shared.isa,
+            gemm,
+            layout: &shared.layout,
+            scratch,
+            problem: problem::get(gemm, p),
+            rows: (m * i / down, m * (i + 1) / down),
+            cols: (j * shared.cols, ((j + 1) * shared.cols).min(gemm.n)),
+        };
+        // SAFETY: `super::gemm`'s contract; this task's block is drawn by this worker alone.
+        unsafe { task.run(&mut packed) };
+    }
+}

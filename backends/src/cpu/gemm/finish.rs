@@ -1,0 +1,131 @@
+//! Between a tile of f32 sums and C: the sums it starts from, bias, epilogue, and the one rounding.
+
+use std::marker::PhantomData;
+
+use half::{bf16, f16};
+
+use super::kernel::{Simd, Source};
+use super::{Bias, Epilogue, MatMut, Storage, TileMut};
+
+pub(super) type LoadTile = unsafe fn(&MatMut, usize, usize, *mut f32, usize);
+pub(super) type StoreTile = unsafe fn(&MatMut, usize, usize, *const f32, usize);
+
+/// Reads `rows x cols` values of C into a tile whose rows are `stride` floats apart.
+///
+/// # Safety
+/// Both cover the tile.
+#[inline(always)]
+pub(super) unsafe fn load_tile<S: Simd>(c: &MatMut, rows: usize, cols: usize, tile: *mut f32, stride: usize) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        match c.storage {
+            Storage::F32 => load_of::<S, f32>(c, rows, cols, tile, stride),
+            Storage::Bf16 => load_of::<S, bf16>(c, rows, cols, tile, stride),
+            Storage::F16 => load_of::<S, f16>(c, rows, cols, tile, stride),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn load_of<S: Simd, T: Source>(c: &MatMut, rows: usize, cols: usize, tile: *mut f32, stride: usize) {
+    for i in 0..rows {
+        // SAFETY: the caller's contract.
+        unsafe {
+            let from = c.data.cast::<T>().offset(i as isize * c.row_stride);
+            let to = tile.add(i * stride);
+            for j in 0..cols {
+                *to.add(j) = (*from.offset(j as isize * c.col_stride)).to_f32();
+            }
+        }
+    }
+}
+
+/// Rounds a tile into `rows x cols` values of C.
+///
+/// # Safety
+/// Both cover the tile.
+#[inline(always)]
+pub(super) unsafe fn store_tile<S: Simd>(c: &MatMut, rows: usize, cols: usize, tile: *const f32, stride: usize) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        match c.storage {
+            Storage::F32 => store_of::<S, f32>(c, rows, cols, tile, stride),
+            Storage::Bf16 => store_of::<S, bf16>(c, rows, cols, tile, stride),
+            Storage::F16 => store_of::<S, f16>(c, rows, cols, tile, stride),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn store_of<S: Simd, T: Source>(c: &MatMut, rows: usize, cols: usize, tile: *const f32, stride: usize) {
+    for i in 0..rows {
+        // SAFETY: the caller's contract.
+        unsafe {
+            let from = tile.add(i * stride);
+            let to = c.data.cast::<T>().offset(i as isize * c.row_stride);
+            let mut j = 0;
+            if c.col_stride == 1 {
+                while j + S::LANES <= cols {
+                    T::store::<S>(to.add(j), S::load(from.add(j)));
+                    j += S::LANES;
+                }
+            }
+            while j < cols {
+                *to.offset(j as isize * c.col_stride) = T::from_f32(*from.add(j));
+                j += 1;
+            }
+        }
+    }
+}
+
+/// Where a tile lies in C.
+#[derive(Clone, Copy)]
+pub(super) struct Spot {
+    pub(super) problem: usize,
+    /// Row and column within C as [`TileMut`] reports them.
+    pub(super) row: usize,
+    pub(super) col: usize,
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+}
+
+/// Adds the bias and runs the epilogue on finished sums.
+///
+/// # Safety
+/// The tile covers `spot`, and the bias the problem's N values.
+pub(super) unsafe fn apply(
+    tile: *mut f32,
+    stride: usize,
+    spot: Spot,
+    bias: Option<Bias>,
+    epilogue: Option<Epilogue<'_>>,
+) {
+    if let Some(bias) = bias {
+        // SAFETY: the caller's contract.
+        unsafe {
+            match bias.storage {
+                Storage::F32 => add_bias::<f32>(tile, stride, spot, bias),
+                Storage::Bf16 => add_bias::<bf16>(tile, stride, spot, bias),
+                Storage::F16 => add_bias::<f16>(tile, stride, spot, bias),
+            }
+        }
+    }
+    if let Some(epilogue) = epilogue {
+        let Spot { problem, row, col, rows, cols } = spot;
+        epilogue(TileMut { data: tile, stride, rows, cols, row, col, problem, life: PhantomData });
+    }
+}
+
+unsafe fn add_bias<T: Source>(tile: *mut f32, stride: usize, spot: Spot, bias: Bias) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let from = bias.data.cast::<T>().offset(spot.problem as isize * bias.step).add(spot.col);
+        let from = std::slice::from_raw_parts(from, spot.cols);
+        for i in 0..spot.rows {
+            let row = std::slice::from_raw_parts_mut(tile.add(i * stride), spot.cols);
+            for (value, bias) in row.iter_mut().zip(from) {
+                *value += bias.to_f32();
+            }
+        }
+    }
+}

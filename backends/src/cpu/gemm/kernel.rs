@@ -1,0 +1,281 @@
+//! The micro-kernel, written once over vectors, and the table of its instances for one instruction set.
+
+use std::sync::OnceLock;
+
+use half::{bf16, f16};
+
+use super::finish::{LoadTile, StoreTile};
+use super::pack::{PackA, PackB};
+use super::{Storage, Stored};
+
+/// Most `k` one packed panel holds: a panel of A (14 rows, 15 KiB) stays in L1 and one of B (32 KiB) in L2.
+pub(super) const KC: usize = 256;
+/// Floats between the rows of a row-wise panel of A. Not a multiple of 4 KiB, else all rows would share one L1 set.
+pub(super) const ROW: usize = KC + 16;
+/// Floats between the k-steps of a k-wise panel of A.
+pub(super) const COL: usize = 16;
+/// Most values in one tile, wide or not.
+pub(super) const MAX_TILE: usize = 14 * 32;
+
+/// One instruction set's f32 vectors.
+pub(super) trait Simd: Copy {
+    /// A vector.
+    type V: Copy;
+    /// Floats in a vector.
+    const LANES: usize;
+    unsafe fn zero() -> Self::V;
+    unsafe fn splat(x: f32) -> Self::V;
+    unsafe fn load(p: *const f32) -> Self::V;
+    unsafe fn store(p: *mut f32, v: Self::V);
+    /// `a * b + c`, rounded once where the hardware can.
+    unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    unsafe fn load_bf16(p: *const bf16) -> Self::V;
+    unsafe fn store_bf16(p: *mut bf16, v: Self::V);
+    unsafe fn load_f16(p: *const f16) -> Self::V;
+    unsafe fn store_f16(p: *mut f16, v: Self::V);
+    /// Copies `n <= 16` values, converted, from `src` to `dst`, which has room for 16.
+    unsafe fn copy_few<T: Source>(src: *const T, n: usize, dst: *mut f32);
+    /// Transposes LANES x LANES values: `dst[j * dst_stride + i] = src[i * stride + j]`.
+    unsafe fn transpose<T: Source>(src: *const T, stride: isize, dst: *mut f32, dst_stride: usize);
+    /// Brings a cache line nearer; any address is fine.
+    unsafe fn prefetch(p: *const u8);
+}
+
+/// A storage type the kernels can read and write in vectors.
+pub(super) trait Source: Stored {
+    unsafe fn load<S: Simd>(p: *const Self) -> S::V;
+    unsafe fn store<S: Simd>(p: *mut Self, v: S::V);
+}
+
+impl Source for f32 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const Self) -> S::V {
+        // SAFETY: the caller's pointer has LANES elements.
+        unsafe { S::load(p) }
+    }
+    #[inline(always)]
+    unsafe fn store<S: Simd>(p: *mut Self, v: S::V) {
+        // SAFETY: as above.
+        unsafe { S::store(p, v) }
+    }
+}
+impl Source for bf16 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const Self) -> S::V {
+        // SAFETY: the caller's pointer has LANES elements.
+        unsafe { S::load_bf16(p) }
+    }
+    #[inline(always)]
+    unsafe fn store<S: Simd>(p: *mut Self, v: S::V) {
+        // SAFETY: as above.
+        unsafe { S::store_bf16(p, v) }
+    }
+}
+impl Source for f16 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const Self) -> S::V {
+        // SAFETY: the caller's pointer has LANES elements.
+        unsafe { S::load_f16(p) }
+    }
+    #[inline(always)]
+    unsafe fn store<S: Simd>(p: *mut Self, v: S::V) {
+        // SAFETY: as above.
+        unsafe { S::store_f16(p, v) }
+    }
+}
+
+/// `c[MR][NV*LANES] (+)= a · b` over `k` steps: `a(i, p) = a[i*RS + p*CS]`, `b(p, ..) = b[p*b_step ..]`.
+/// `AHEAD`: rows of B to prefetch ahead, for a B that is not packed; 0 for one that is.
+///
+/// # Safety
+/// All pointers cover what the formula reaches; with `load` C is initialised.
+#[inline(always)]
+pub(super) unsafe fn tile<
+    S: Simd,
+    T: Source,
+    const MR: usize,
+    const NV: usize,
+    const RS: usize,
+    const CS: usize,
+    const AHEAD: usize,
+>(
+    k: usize,
+    mut a: *const f32,
+    mut b: *const T,
+    b_step: usize,
+    c: *mut f32,
+    ldc: usize,
+    load: bool,
+) {
+    // SAFETY: the caller's contract; prefetches and the last, unread steps of `a` and `b` use wrapping arithmetic.
+    unsafe {
+        let mut acc = [[S::zero(); NV]; MR];
+        if load {
+            for i in 0..MR {
+                for j in 0..NV {
+                    acc[i][j] = S::load(c.add(i * ldc + j * S::LANES));
+                }
+            }
+        }
+        for _ in 0..k {
+            let mut bv = [S::zero(); NV];
+            for j in 0..NV {
+                bv[j] = T::load::<S>(b.add(j * S::LANES));
+            }
+            if AHEAD > 0 {
+                let ahead = b.wrapping_add(AHEAD * b_step).cast::<u8>();
+                let mut byte = 0;
+                while byte < NV * S::LANES * size_of::<T>() {
+                    S::prefetch(ahead.wrapping_add(byte));
+                    byte += 64;
+                }
+            }
+            for i in 0..MR {
+                let av = S::splat(*a.add(i * RS));
+                for j in 0..NV {
+                    acc[i][j] = S::fma(av, bv[j], acc[i][j]);
+                }
+            }
+            a = a.wrapping_add(CS);
+            b = b.wrapping_add(b_step);
+        }
+        for i in 0..MR {
+            for j in 0..NV {
+                S::store(c.add(i * ldc + j * S::LANES), acc[i][j]);
+            }
+        }
+    }
+}
+
+/// A [`tile`] instance over packed B (or f32 B in place): `(k, a, b, b_step, c, ldc, load)`.
+pub(super) type TileFn = unsafe fn(usize, *const f32, *const f32, usize, *mut f32, usize, bool);
+/// A [`tile`] instance over B in place, of the storage it is listed under.
+pub(super) type WideFn = unsafe fn(usize, *const f32, *const u8, usize, *mut f32, usize, bool);
+
+/// A wide kernel and its width in vectors.
+#[derive(Clone, Copy)]
+pub(super) struct Wide {
+    pub(super) run: WideFn,
+    pub(super) vectors: usize,
+}
+
+/// Everything compiled for one instruction set.
+pub(super) struct Isa {
+    pub(super) name: &'static str,
+    pub(super) lanes: usize,
+    /// `[rows - 1][vectors - 1]`: tiles over row-wise A.
+    pub(super) by_row: &'static [[TileFn; 2]],
+    /// The same over k-wise A.
+    pub(super) by_col: &'static [[TileFn; 2]],
+    /// `[rows - 1]` for B in place, f32, bf16, f16.
+    pub(super) wide: [&'static [Wide]; 3],
+    pub(super) pack_a: PackA,
+    pub(super) pack_b: PackB,
+    pub(super) load_tile: LoadTile,
+    pub(super) store_tile: StoreTile,
+}
+
+impl Isa {
+    /// Rows of the largest tile.
+    pub(super) fn mr(&self) -> usize {
+        self.by_row.len()
+    }
+    /// Columns of the largest tile, and of a panel of B.
+    pub(super) fn nr(&self) -> usize {
+        2 * self.lanes
+    }
+    /// The wide kernels for this storage of B.
+    pub(super) fn wide(&self, storage: Storage) -> &'static [Wide] {
+        match storage {
+            Storage::F32 => self.wide[0],
+            Storage::Bf16 => self.wide[1],
+            Storage::F16 => self.wide[2],
+        }
+    }
+}
+
+/// Instances of every kernel for one [`Simd`], compiled with the given target features: for every number of rows of a
+/// tile, `rows x vectors of a wide kernel`.
+macro_rules! isa {
+    ($(#[$attr:meta])? $name:literal, $simd:ty, [$($mr:literal x $wide:literal),+]) => {
+        mod table {
+            use super::*;
+            use crate::cpu::gemm::kernel::{self, COL, Isa, ROW, Source, TileFn, Wide};
+            use crate::cpu::gemm::{MatMut, finish, pack};
+            use half::{bf16, f16};
+
+            $(#[$attr])?
+            unsafe fn tile<const MR: usize, const NV: usize, const RS: usize, const CS: usize>(
+                k: usize, a: *const f32, b: *const f32, b_step: usize, c: *mut f32, ldc: usize, load: bool,
+            ) {
+                // SAFETY: the caller's contract.
+                unsafe { kernel::tile::<$simd, f32, MR, NV, RS, CS, 0>(k, a, b, b_step, c, ldc, load) }
+            }
+            $(#[$attr])?
+            unsafe fn wide<T: Source, const MR: usize, const NV: usize>(
+                k: usize, a: *const f32, b: *const u8, b_step: usize, c: *mut f32, ldc: usize, load: bool,
+            ) {
+                // SAFETY: the caller's contract.
+                unsafe { kernel::tile::<$simd, T, MR, NV, ROW, 1, { kernel::AHEAD }>(k, a, b.cast(), b_step, c, ldc, load) }
+            }
+            $(#[$attr])?
+            unsafe fn pack_a(args: &pack::ArgsA<'_>, dst: *mut f32) {
+                // SAFETY: the caller's contract.
+                unsafe { pack::pack_a::<$simd>(args, dst) }
+            }
+            $(#[$attr])?
+            unsafe fn pack_b(args: &pack::ArgsB, dst: *mut f32) {
+                // SAFETY: the caller's contract.
+                unsafe { pack::pack_b::<$simd>(args, dst) }
+            }
+            $(#[$attr])?
+            unsafe fn load_tile(c: &MatMut, rows: usize, cols: usize, tile: *mut f32, stride: usize) {
+                // SAFETY: the caller's contract.
+                unsafe { finish::load_tile::<$simd>(c, rows, cols, tile, stride) }
+            }
+            $(#[$attr])?
+            unsafe fn store_tile(c: &MatMut, rows: usize, cols: usize, tile: *const f32, stride: usize) {
+                // SAFETY: the caller's contract.
+                unsafe { finish::store_tile::<$simd>(c, rows, cols, tile, stride) }
+            }
+            pub(in crate::cpu::gemm) static ISA: Isa = Isa {
+                name: $name,
+                lanes: <$simd as kernel::Simd>::LANES,
+                by_row: &[$([tile::<$mr, 1, ROW, 1> as TileFn, tile::<$mr, 2, ROW, 1>]),+],
+                by_col: &[$([tile::<$mr, 1, 1, COL> as TileFn, tile::<$mr, 2, 1, COL>]),+],
+                wide: [
+                    &[$(Wide { run: wide::<f32, $mr, $wide>, vectors: $wide }),+],
+                    &[$(Wide { run: wide::<bf16, $mr, $wide>, vectors: $wide }),+],
+                    &[$(Wide { run: wide::<f16, $mr, $wide>, vectors: $wide }),+],
+                ],
+                pack_a,
+                pack_b,
+                load_tile,
+                store_tile,
+            };
+        }
+        pub(super) use table::ISA;
+    };
+}
+pub(super) use isa;
+
+/// Rows of B in place to prefetch ahead: a column strip jumps a page per row, where the hardware does not follow.
+pub(super) const AHEAD: usize = 12;
+
+/// Every instruction set this machine has, best first.
+pub(super) fn available() -> impl Iterator<Item = &'static Isa> {
+    #[cfg(target_arch = "x86_64")]
+    let special = x86::available();
+    #[cfg(not(target_arch = "x86_64"))]
+    let special = [None, None];
+    special.into_iter().flatten().chain([&super::portable::ISA])
+}
+
+#[cfg(target_arch = "x86_64")]
+use super::x86;
+
+/// The best instruction set of this machine, found once.
+pub(super) fn best() -> &'static Isa {
+    static BEST: OnceLock<&'static Isa> = OnceLock::new();
+    BEST.get_or_init(|| available().next().expect("the portable kernels are always there"))
+}

@@ -1,0 +1,189 @@
+//! Packing: operands of any storage and strides become f32 panels in the order the kernels read.
+
+use half::{bf16, f16};
+
+use super::kernel::{COL, ROW, Simd, Source};
+use super::{Mat, Storage};
+
+/// A panel of A to pack.
+pub(super) struct ArgsA<'a> {
+    /// A, at the first row (if `rows` is `None`) and first `k` (if `ks` is `None`) of the panel.
+    pub(super) a: Mat,
+    pub(super) rows: usize,
+    pub(super) k: usize,
+    /// The panel's rows by list.
+    pub(super) row_list: Option<&'a [i32]>,
+    /// The panel's k by list.
+    pub(super) k_list: Option<&'a [i32]>,
+    /// k-wise (`dst[p * COL + i]`) instead of row-wise (`dst[i * ROW + p]`).
+    pub(super) by_col: bool,
+}
+
+pub(super) type PackA = unsafe fn(&ArgsA<'_>, *mut f32);
+
+/// Packs a panel of A.
+///
+/// # Safety
+/// The source covers the panel; `dst` has `rows * ROW` floats (k-wise: `k * COL`), `rows <= 16`, `k <= KC`.
+#[inline(always)]
+pub(super) unsafe fn pack_a<S: Simd>(args: &ArgsA<'_>, dst: *mut f32) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        match args.a.storage {
+            Storage::F32 => pack_a_of::<S, f32>(args, dst),
+            Storage::Bf16 => pack_a_of::<S, bf16>(args, dst),
+            Storage::F16 => pack_a_of::<S, f16>(args, dst),
+        }
+    }
+}
+
+/// Where index `i` lies: through the list if there is one, `None` for zeros.
+#[inline(always)]
+fn place(list: Option<&[i32]>, i: usize) -> Option<isize> {
+    match list {
+        None => Some(i as isize),
+        Some(list) => (list[i] >= 0).then_some(list[i] as isize),
+    }
+}
+
+#[inline(always)]
+unsafe fn pack_a_of<S: Simd, T: Source>(args: &ArgsA<'_>, dst: *mut f32) {
+    let Mat { data, row_stride, col_stride, .. } = args.a;
+    let src = data.cast::<T>();
+    // SAFETY: the caller's contract.
+    unsafe {
+        if args.by_col && row_stride == 1 && args.row_list.is_none() {
+            for p in 0..args.k {
+                let to = dst.add(p * COL);
+                match place(args.k_list, p) {
+                    Some(at) => S::copy_few(src.offset(at * col_stride), args.rows, to),
+                    None => to.write_bytes(0, COL),
+                }
+            }
+            return;
+        }
+        let (i_step, p_step) = if args.by_col { (1, COL) } else { (ROW, 1) };
+        for i in 0..args.rows {
+            let to = dst.add(i * i_step);
+            let Some(row) = place(args.row_list, i) else {
+                for p in 0..args.k {
+                    *to.add(p * p_step) = 0.0;
+                }
+                continue;
+            };
+            let from = src.offset(row * row_stride);
+            if !args.by_col && col_stride == 1 && args.k_list.is_none() {
+                convert::<S, T>(from, args.k, to);
+                continue;
+            }
+            for p in 0..args.k {
+                let value = place(args.k_list, p).map_or(0.0, |at| (*from.offset(at * col_stride)).to_f32());
+                *to.add(p * p_step) = value;
+            }
+        }
+    }
+}
+
+/// Copies `n` contiguous values, converted.
+#[inline(always)]
+unsafe fn convert<S: Simd, T: Source>(src: *const T, n: usize, dst: *mut f32) {
+    let mut p = 0;
+    // SAFETY: both hold `n` values.
+    unsafe {
+        while p + 4 * S::LANES <= n {
+            for u in 0..4 {
+                S::store(dst.add(p + u * S::LANES), T::load::<S>(src.add(p + u * S::LANES)));
+            }
+            p += 4 * S::LANES;
+        }
+        while p + S::LANES <= n {
+            S::store(dst.add(p), T::load::<S>(src.add(p)));
+            p += S::LANES;
+        }
+        while p < n {
+            *dst.add(p) = (*src.add(p)).to_f32();
+            p += 1;
+        }
+    }
+}
+
+/// A block of B to pack.
+pub(super) struct ArgsB {
+    /// B at the block's first element: rows are k, columns are n.
+    pub(super) b: Mat,
+    pub(super) k: usize,
+    pub(super) n: usize,
+    /// Floats from one panel to the next, at least `k * nr`.
+    pub(super) panel_step: usize,
+}
+
+pub(super) type PackB = unsafe fn(&ArgsB, *mut f32);
+
+/// Packs a block of B into panels of `nr = 2 * LANES` columns, `dst[panel * panel_step + p * nr + j]`; the last panel
+/// is filled up with zeros.
+///
+/// # Safety
+/// The source covers the block; `dst` has `ceil(n / nr) * panel_step` floats.
+#[inline(always)]
+pub(super) unsafe fn pack_b<S: Simd>(args: &ArgsB, dst: *mut f32) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        match args.b.storage {
+            Storage::F32 => pack_b_of::<S, f32>(args, dst),
+            Storage::Bf16 => pack_b_of::<S, bf16>(args, dst),
+            Storage::F16 => pack_b_of::<S, f16>(args, dst),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn pack_b_of<S: Simd, T: Source>(args: &ArgsB, dst: *mut f32) {
+    let nr = 2 * S::LANES;
+    let Mat { data, row_stride, col_stride, .. } = args.b;
+    let src = data.cast::<T>();
+    let full = args.n / nr;
+    // SAFETY: the caller's contract.
+    unsafe {
+        if col_stride == 1 {
+            // Along the rows of B, over all panels: whole rows are what memory delivers fastest.
+            for p in 0..args.k {
+                let from = src.offset(p as isize * row_stride);
+                for panel in 0..full {
+                    let to = dst.add(panel * args.panel_step + p * nr);
+                    S::store(to, T::load::<S>(from.add(panel * nr)));
+                    S::store(to.add(S::LANES), T::load::<S>(from.add(panel * nr + S::LANES)));
+                }
+            }
+        } else {
+            let blocks = if row_stride == 1 { args.k / S::LANES } else { 0 };
+            for panel in 0..full {
+                let from = src.offset((panel * nr) as isize * col_stride);
+                let to = dst.add(panel * args.panel_step);
+                for block in 0..blocks {
+                    let p = block * S::LANES;
+                    for half in 0..2 {
+                        let from = from.offset((half * S::LANES) as isize * col_stride).add(p);
+                        S::transpose(from, col_stride, to.add(p * nr + half * S::LANES), nr);
+                    }
+                }
+                for p in blocks * S::LANES..args.k {
+                    for j in 0..nr {
+                        *to.add(p * nr + j) =
+                            (*from.offset(p as isize * row_stride + j as isize * col_stride)).to_f32();
+                    }
+                }
+            }
+        }
+        let rest = args.n - full * nr;
+        if rest > 0 {
+            let from = src.offset((full * nr) as isize * col_stride);
+            let to = dst.add(full * args.panel_step);
+            for p in 0..args.k {
+                for j in 0..rest {
+                    *to.add(p * nr + j) = (*from.offset(p as isize * row_stride + j as isize * col_stride)).to_f32();
+                }
+                to.add(p * nr + rest).write_bytes(0, nr - rest);
+            }
+        }
+    }
+}

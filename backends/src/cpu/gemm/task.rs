@@ -1,0 +1,248 @@
+//! One task: a block of C of one problem, computed by one thread.
+
+use super::drive::{STRIP_A, STRIP_TILES, Scratch, chunks, panel_step, strip_a, sums_aside};
+use super::finish::{self, Spot};
+use super::kernel::{Isa, MAX_TILE, ROW};
+use super::pack::{ArgsA, ArgsB};
+use super::problem::Problem;
+use super::{Gemm, MatMut, Storage};
+
+/// A block of C: `rows` and `cols` (from, to) of one problem.
+pub(super) struct Task<'t, 'a> {
+    pub(super) isa: &'static Isa,
+    pub(super) gemm: &'t Gemm<'a>,
+    pub(super) layout: &'t Scratch,
+    /// This thread's part of the workspace.
+    pub(super) scratch: *mut u8,
+    pub(super) problem: Problem<'a>,
+    pub(super) rows: (usize, usize),
+    pub(super) cols: (usize, usize),
+}
+
+/// Which block of B a thread's scratch holds: problem and first column.
+pub(super) type Packed = Option<(usize, usize)>;
+
+/// A tile's rows and columns within the problem.
+#[derive(Clone, Copy)]
+struct At {
+    row: usize,
+    rows: usize,
+    col: usize,
+    cols: usize,
+}
+
+/// Where the sums of a tile are kept while the kernel runs.
+struct Sums {
+    at: *mut f32,
+    stride: usize,
+    /// In C itself; else beside it.
+    in_c: bool,
+}
+
+/// One block of k: its first step, its length, and whether it is the first and the last.
+#[derive(Clone, Copy)]
+struct Chunk {
+    k: usize,
+    len: usize,
+    first: bool,
+    last: bool,
+}
+
+impl Task<'_, '_> {
+    /// Computes the block.
+    ///
+    /// # Safety
+    /// [`super::gemm`]'s contract, and nobody else uses the scratch or writes the block.
+    pub(super) unsafe fn run(&self, packed: &mut Packed) {
+        let rows = self.rows.1 - self.rows.0;
+        let strips = rows <= STRIP_TILES * self.isa.mr() && strip_a(rows, self.problem.k) <= STRIP_A;
+        // SAFETY: the caller's contract.
+        unsafe {
+            if strips {
+                *packed = None;
+                self.strips();
+            } else {
+                self.block(packed);
+            }
+        }
+    }
+
+    fn a(&self) -> *mut f32 {
+        self.scratch.cast()
+    }
+    fn b(&self) -> *mut f32 {
+        self.scratch.wrapping_add(self.layout.b).cast()
+    }
+    fn tile(&self) -> *mut f32 {
+        self.scratch.wrapping_add(self.layout.tile).cast()
+    }
+    fn sums(&self) -> *mut f32 {
+        self.scratch.wrapping_add(self.layout.sums).cast()
+    }
+
+    fn chunks(&self) -> impl Iterator<Item = Chunk> + use<> {
+        let all = self.problem.k;
+        let (count, step) = chunks(all);
+        (0..count).map(move |i| Chunk {
+            k: i * step,
+            len: step.min(all - i * step),
+            first: i == 0,
+            last: i + 1 == count,
+        })
+    }
+
+    /// The tiles of the block's rows: first row (within the problem) and height, as even as can be.
+    fn tiles(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let (from, to) = self.rows;
+        let count = (to - from).div_ceil(self.isa.mr());
+        let edge = move |i: usize| from + (to - from) * i / count;
+        (0..count).map(move |i| (edge(i), edge(i + 1) - edge(i)))
+    }
+
+    /// Packs rows of A for one chunk.
+    unsafe fn pack_a(&self, row: usize, rows: usize, chunk: Chunk, by_col: bool, to: *mut f32) {
+        let Problem { a, row_list, k_list, .. } = self.problem;
+        let i = if row_list.is_none() { row as isize } else { 0 };
+        let p = if k_list.is_none() { chunk.k as isize } else { 0 };
+        let args = ArgsA {
+            a: a.from(i, p),
+            rows,
+            k: chunk.len,
+            row_list: row_list.map(|list| &list[row..row + rows]),
+            k_list: k_list.map(|list| &list[chunk.k..chunk.k + chunk.len]),
+            by_col,
+        };
+        // SAFETY: the caller's contract.
+        unsafe { (self.isa.pack_a)(&args, to) }
+    }
+
+    /// Packs columns of B for one chunk.
+    unsafe fn pack_b(&self, chunk: Chunk, col: usize, cols: usize) {
+        let b = self.problem.b.from(chunk.k as isize, col as isize);
+        let args = ArgsB { b, k: chunk.len, n: cols, panel_step: panel_step(self.isa, chunk.len) };
+        // SAFETY: the caller's contract.
+        unsafe { (self.isa.pack_b)(&args, self.b()) }
+    }
+
+    fn c(&self, at: At) -> MatMut {
+        self.problem.c.from(at.row as isize, at.col as isize)
+    }
+
+    /// The kernel can write whole vectors of this tile into C.
+    fn fits_c(&self, cols: usize) -> bool {
+        let c = &self.problem.c;
+        c.storage == Storage::F32 && c.col_stride == 1 && c.row_stride >= 0 && cols.is_multiple_of(self.isa.lanes)
+    }
+
+    /// Picks where a tile's sums are kept. `aside`: memory for the tile and its row stride.
+    fn place(&self, at: At, aside: (*mut f32, usize)) -> Sums {
+        if self.fits_c(at.cols) {
+            Sums { at: self.c(at).data.cast(), stride: self.problem.c.row_stride as usize, in_c: true }
+        } else {
+            Sums { at: aside.0, stride: aside.1, in_c: false }
+        }
+    }
+
+    /// Bias, epilogue and the store of a tile whose sums are complete.
+    unsafe fn finish(&self, at: At, sums: &Sums) {
+        let Problem { index, first_row, unused, .. } = self.problem;
+        let Gemm { bias, epilogue, .. } = *self.gemm;
+        // SAFETY: the caller's contract.
+        unsafe {
+            if !unused && (bias.is_some() || epilogue.is_some()) {
+                let spot = Spot { problem: index, row: first_row + at.row, col: at.col, rows: at.rows, cols: at.cols };
+                finish::apply(sums.at, sums.stride, spot, bias, epilogue);
+            }
+            if !sums.in_c {
+                (self.isa.store_tile)(&self.c(at), at.rows, at.cols, sums.at, sums.stride);
+            }
+        }
+    }
+
+    /// Few rows: A is packed whole, and B is read once, from where it lies if a kernel can.
+    unsafe fn strips(&self) {
+        let (isa, b) = (self.isa, self.problem.b);
+        let rows = self.rows.1 - self.rows.0;
+        // SAFETY: the caller's contract; `strip_a` floats were set aside for A.
+        unsafe {
+            for (q, chunk) in self.chunks().enumerate() {
+                self.pack_a(self.rows.0, rows, chunk, false, self.a().add(q * rows * ROW));
+            }
+            let in_place = (b.col_stride == 1 && b.row_stride >= 0).then(|| isa.wide(b.storage)[rows - 1]);
+            let mut col = self.cols.0;
+            while col < self.cols.1 {
+                let left = self.cols.1 - col;
+                let wide = in_place.filter(|wide| wide.vectors * isa.lanes <= left);
+                let cols = wide.map_or(left.min(isa.nr()), |wide| wide.vectors * isa.lanes);
+                let at = At { row: self.rows.0, rows, col, cols };
+                let sums = self.place(at, (self.tile(), cols.next_multiple_of(isa.lanes)));
+                if !sums.in_c && self.gemm.accumulate {
+                    (isa.load_tile)(&self.c(at), rows, cols, sums.at, sums.stride);
+                }
+                for (q, chunk) in self.chunks().enumerate() {
+                    let a = self.a().add(q * rows * ROW);
+                    let load = !chunk.first || self.gemm.accumulate;
+                    if let Some(wide) = wide {
+                        let from = b.from(chunk.k as isize, col as isize).data;
+                        (wide.run)(chunk.len, a, from, b.row_stride as usize, sums.at, sums.stride, load);
+                    } else {
+                        self.pack_b(chunk, col, cols);
+                        let kernel = isa.by_row[rows - 1][cols.div_ceil(isa.lanes) - 1];
+                        kernel(chunk.len, a, self.b(), isa.nr(), sums.at, sums.stride, load);
+                    }
+                }
+                self.finish(at, &sums);
+                col += cols;
+            }
+        }
+    }
+
+    /// Many rows: a block of B is packed once and used by every tile of rows.
+    unsafe fn block(&self, packed: &mut Packed) {
+        let (isa, problem, gemm) = (self.isa, &self.problem, self.gemm);
+        let (nr, (first_col, last_col)) = (isa.nr(), self.cols);
+        let by_col = problem.a.row_stride == 1 && problem.a.col_stride != 1 && problem.row_list.is_none();
+        let kernels = if by_col { isa.by_col } else { isa.by_row };
+        let width = (last_col - first_col).next_multiple_of(nr);
+        let keep = sums_aside(problem.c.storage, problem.k);
+        // SAFETY: the caller's contract; the scratch has room for the block (`Scratch::new`).
+        unsafe {
+            for chunk in self.chunks() {
+                // Blocks of the same columns come one after another, so a B of one chunk often is there already.
+                let this = (problem.index, first_col);
+                if *packed != Some(this) {
+                    self.pack_b(chunk, first_col, last_col - first_col);
+                }
+                *packed = (chunk.first && chunk.last).then_some(this);
+                for (row, rows) in self.tiles() {
+                    self.pack_a(row, rows, chunk, by_col, self.a());
+                    for (panel, col) in (first_col..last_col).step_by(nr).enumerate() {
+                        let cols = nr.min(last_col - col);
+                        let at = At { row, rows, col, cols };
+                        let aside = if keep {
+                            (self.sums().add((row - self.rows.0) * width + panel * nr), width)
+                        } else {
+                            (self.tile(), nr)
+                        };
+                        let sums = self.place(at, aside);
+                        let load = !chunk.first || gemm.accumulate;
+                        if !sums.in_c && load && (chunk.first || !keep) {
+                            (isa.load_tile)(&self.c(at), rows, cols, sums.at, sums.stride);
+                        }
+                        let kernel = kernels[rows - 1][cols.div_ceil(isa.lanes) - 1];
+                        let b = self.b().add(panel * panel_step(isa, chunk.len));
+                        kernel(chunk.len, self.a(), b, nr, sums.at, sums.stride, load);
+                        if chunk.last {
+                            self.finish(at, &sums);
+                        } else if !sums.in_c && !keep {
+                            // C is f32 here, so that it holds the sums of the blocks so far exactly.
+                            (isa.store_tile)(&self.c(at), rows, cols, sums.at, sums.stride);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+const _: () = assert!(MAX_TILE >= 14 * 32, "a tile must hold what the largest kernel writes");
