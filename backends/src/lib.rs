@@ -22,7 +22,7 @@ use std::any::Any;
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use moebius_ir::{Graph, Plan, Site, TensorType};
+use moebius_ir::{Graph, NodeId, Plan, Site, TensorType};
 
 pub use error::{Error, Refusal, Result};
 
@@ -89,6 +89,12 @@ pub trait Instance: Send {
     /// # Errors
     /// As [`Instance::run`].
     fn first_non_finite(&mut self, store: &mut dyn Store) -> Result<Option<NonFinite>>;
+
+    /// Runs every step once and gives the seconds of each node that was launched, in the order of the plan.
+    ///
+    /// # Errors
+    /// As [`Instance::run`].
+    fn profile(&mut self, store: &mut dyn Store) -> Result<Vec<(NodeId, f64)>>;
 }
 
 /// The first tensor of a run with a value that is not finite.

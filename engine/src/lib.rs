@@ -20,5 +20,5 @@ pub use element::Element;
 pub use engine::{DeviceReport, Engine};
 pub use error::{Error, Result};
 pub use program::Program;
-pub use session::Session;
+pub use session::{Session, StepTime};
 pub use trainer::{Optimizer, StepReport, Trainer, training_step};

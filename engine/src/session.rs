@@ -10,6 +10,19 @@ use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::program::Program;
 
+/// Time that the uses of one op took in a run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepTime {
+    /// The op.
+    pub op: &'static str,
+    /// Whether these uses belong to the backward pass.
+    pub backward: bool,
+    /// Seconds of one run, all uses together.
+    pub seconds: f64,
+    /// How many uses.
+    pub count: usize,
+}
+
 /// Named tensors on a device. Programs compiled in one session share them.
 pub struct Session {
     engine: Engine,
@@ -68,6 +81,35 @@ impl Session {
         Ok(program.instance().first_non_finite(self.store.as_mut())?)
     }
 
+    /// Runs a program `runs` times and adds up the time of each kind of step; see [`StepTime`].
+    ///
+    /// # Errors
+    /// As [`Session::run`].
+    pub fn profile(&mut self, program: &mut Program, runs: usize) -> Result<Vec<StepTime>> {
+        let mut total: Vec<StepTime> = Vec::new();
+        for _ in 0..runs {
+            let times = program.instance().profile(self.store.as_mut())?;
+            let graph = program.plan().graph();
+            for (id, seconds) in times {
+                let op = graph.node(id).op.name();
+                let backward = graph.node(id).scope.starts_with("backward");
+                match total.iter_mut().find(|t| t.op == op && t.backward == backward) {
+                    Some(time) => {
+                        time.seconds += seconds;
+                        time.count += 1;
+                    }
+                    None => total.push(StepTime { op, backward, seconds, count: 1 }),
+                }
+            }
+        }
+        for time in &mut total {
+            time.seconds /= runs as f64;
+            time.count /= runs;
+        }
+        total.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
+        Ok(total)
+    }
+
     /// Names of all tensors, sorted.
     pub fn names(&self) -> Vec<&str> {
         self.store.names()
@@ -106,7 +148,10 @@ impl Session {
     /// [`Error::ElementType`] if it is of another dtype; [`Error::Backend`] for an unknown name.
     pub fn read<T: Element>(&self, name: &str) -> Result<Vec<T>> {
         self.check::<T>(name)?;
-        Ok(bytemuck::pod_collect_to_vec(&self.store.bytes(name)?))
+        let bytes = self.store.bytes(name)?;
+        let mut elements = vec![T::zeroed(); bytes.len() / size_of::<T>()];
+        bytemuck::cast_slice_mut(&mut elements).copy_from_slice(&bytes);
+        Ok(elements)
     }
 
     /// Overwrites a tensor with little-endian, row-major bytes.

@@ -1,6 +1,7 @@
 //! Carries out a plan on the CPU.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use moebius_ir::{DType, Fences, NodeId, Op, Plan, Step, Storage, Value};
 
@@ -149,11 +150,12 @@ impl CpuInstance {
 
     /// Runs every step; `after` sees the instance after each launch and may end the run early.
     fn steps(&mut self, mut after: impl FnMut(&Self, &Launched) -> bool + Send) -> Result<()> {
-        let program = Arc::clone(&self.program);
+        let owned = Arc::clone(&self.program);
+        let program = &*owned;
         let me = &*self;
         let (arena, states) = (Pointer(me.arena.as_ptr()), Table(&me.states));
         let me = Shared(me);
-        program.pool.install(|| {
+        program.pool.install(move || {
             let (arena, states, me) = (arena.get(), states.get(), me.get());
             for work in &program.work {
                 match work {
@@ -300,6 +302,18 @@ impl Instance for CpuInstance {
             true
         })?;
         Ok(found)
+    }
+
+    fn profile(&mut self, store: &mut dyn Store) -> Result<Vec<(NodeId, f64)>> {
+        self.locate(store)?;
+        let mut times = Vec::with_capacity(self.program.work.len());
+        let mut begun = Instant::now();
+        self.steps(|_, launched| {
+            times.push((launched.node, begun.elapsed().as_secs_f64()));
+            begun = Instant::now();
+            true
+        })?;
+        Ok(times)
     }
 }
 

@@ -13,7 +13,7 @@ mod sparse;
 
 use moebius_ir::{Graph, Node, NodeId, Op, Shape};
 
-pub(crate) use args::{Args, Launch, Rejected};
+pub(crate) use args::{Args, Launch};
 
 /// A launch, or what the CPU backend wants instead of the node.
 type Lowered = Result<Launch, String>;

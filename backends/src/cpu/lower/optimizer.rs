@@ -18,7 +18,7 @@ pub(super) fn lower_adamw(graph: &Graph, node: &Node, op: &Adamw) -> Lowered {
             beta2: op.beta2,
             eps: op.eps,
             weight_decay: op.weight_decay,
-            step: a.operand::<f32>(5, 1)[0],
+            step: a.operand::<f32>(5, 1)[0] as u32,
             grad_scale: a.operand(6, 1)[0],
         };
         adamw::<f32, G>(a.result(0, n), a.operand(1, n), a.result(1, n), a.result(2, n), &step);

@@ -84,8 +84,9 @@ fn step(args: &BenchArgs, config: &Config, engine: &Engine) -> Result<Value, Fai
         }
     }
     if args.profile {
-        for (name, seconds) in session.profile(trainer.program(), 3)? {
-            eprintln!("{:>9.3} ms  {name}", seconds * 1e3);
+        for t in session.profile(trainer.program(), 3)? {
+            let pass = if t.backward { "backward" } else { "forward" };
+            eprintln!("{:>9.3} ms  {:>4} x {} ({pass})", t.seconds * 1e3, t.count, t.op);
         }
     }
     let seconds = median(times);
