@@ -4,7 +4,7 @@ use crate::cpu::element::{Element, simd};
 
 use super::par::{Shared, dot, row_tasks};
 
-/// d_gate[t, j] = <rows[choice_slot[t, j]], dy[t]> in f32; 0 for a choice without a slot.
+/// `d_gate[t, j] = <rows[choice_slot[t, j]], dy[t]>` in f32; 0 for a choice without a slot.
 ///
 /// - `rows` [S, d], `dy` [n, d], `choice_slot` [n, k] of slots or -1
 /// - `d_gate` [n, k] is written

@@ -20,9 +20,9 @@ pub enum BalanceMask {
 /// The scalars [`route`] computes beside the choices.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RouteLosses {
-    /// E sum_e mean_n(p[n,e]) mean_n(m[n,e]), without a coefficient; 0 without tokens.
+    /// `E sum_e mean_n(p[n, e]) mean_n(m[n, e])`, without a coefficient; 0 without tokens.
     pub load_balancing_loss: f32,
-    /// mean_n(logsumexp(logits[n])^2), without a coefficient; 0 without tokens.
+    /// `mean_n(logsumexp(logits[n])^2)`, without a coefficient; 0 without tokens.
     pub z_loss: f32,
 }
 
@@ -84,7 +84,7 @@ fn top_k(p: &[f32], index: &mut [i32], gate: &mut [f32]) {
 /// p = softmax(logits), and per token the `k` largest p in descending order, ties to the lowest expert index.
 /// - `logits` [n, e]
 /// - `expert_index` [n, k] and `gate` [n, k] (p at the choice, not renormalised) are written
-/// - `counts` [e] is written: the choices of each expert, all k included
+/// - `counts` `[e]` is written: the choices of each expert, all k included
 /// - `workspace` has [`route_workspace`] elements
 ///
 /// The losses are those of [`RouteLosses`]; m is 1 for a choice `mask` counts, divided by k for
