@@ -4,6 +4,9 @@
 //! without it, and contracting would make the bits depend on the CPU). The bounds on the error were measured against
 //! f64 over a dense sweep of the inputs; the tests hold them. NaN in gives NaN out everywhere.
 //!
+//! The closure given to [`simd`] must itself be inlined, `simd(#[inline(always)] || ..)`: it is called from one place
+//! for each instruction set, and the compiler otherwise keeps one copy, without the wide instructions.
+//!
 //! [`simd`]: super::element::simd
 // The coefficients keep their published digits.
 #![allow(clippy::excessive_precision)]

@@ -28,10 +28,10 @@ fn expert(index: i32, e: usize) -> Option<usize> {
 /// Gives every kept choice a slot; returns the number of dropped choices (a choice of no expert is not dropped).
 ///
 /// Expert x keeps its first `capacity` choices, all when None. First means highest `priority` where there is one
-/// (NaN lowest), then `order`. Segments are compact: expert x owns the slots offsets[x]..offsets[x + 1], by token and
-/// then by choice; slots from offsets[e] on are unused.
+/// (NaN lowest), then `order`. Segments are compact: expert x owns the slots `offsets[x]..offsets[x + 1]`, by token and
+/// then by choice; slots from `offsets[e]` on are unused.
 /// - `expert_index` [n, k]; -1 routes nowhere; `priority` [n, k]
-/// - `slot_choice` [S], S = [`assign_slots`], is written: the flat choice t k + j of a slot, -1 when unused
+/// - `slot_choice` `[S]`, S = [`assign_slots`], is written: the flat choice t k + j of a slot, -1 when unused
 /// - `choice_slot` [n, k] is written: the slot of a choice, -1 when it has none
 /// - `offsets` [e + 1] is written
 /// - `workspace` has [`assign_workspace`] elements

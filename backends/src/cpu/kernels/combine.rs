@@ -7,7 +7,7 @@ use super::par::{Shared, row_tasks};
 /// Columns summed at a time, in registers and f32 whatever the storage type.
 const COLUMNS: usize = 64;
 
-/// y[t] = sum_j gate[t, j] rows[choice_slot[t, j]], in the order of j, in f32; a choice without a slot adds nothing.
+/// `y[t] = sum_j gate[t, j] rows[choice_slot[t, j]]`, in the order of j, in f32; a choice without a slot adds nothing.
 ///
 /// - `rows` [S, d], `choice_slot` [n, k] of slots or -1, `gate` [n, k] (None: 1)
 /// - `y` [n, d] is written

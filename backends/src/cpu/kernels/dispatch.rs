@@ -4,9 +4,9 @@ use crate::cpu::element::{Element, simd};
 
 use super::par::{Shared, row_tasks};
 
-/// rows[s] = gate[c] x[c / k] with c = slot_choice[s]; zeros for an unused slot.
+/// `rows[s] = gate[c] x[c / k]` with `c = slot_choice[s]`; zeros for an unused slot.
 ///
-/// - `x` [n, d], `slot_choice` [S] of flat choices t k + j or -1, `gate` [n, k] (None: 1, an exact copy)
+/// - `x` [n, d], `slot_choice` `[S]` of flat choices t k + j or -1, `gate` [n, k] (None: 1, an exact copy)
 /// - `rows` [S, d] is written
 ///
 /// The product is taken in f32 and rounded once. Panics when the sizes disagree or a choice is outside n k.

@@ -27,7 +27,7 @@ fn check(ids: &[i32], rows: usize) -> Result<(), IdOutOfRange> {
     }
 }
 
-/// out[i] = table[ids[i]]: `table` [rows, d], `ids` [n], `out` [n, d].
+/// `out[i]` = `table[ids[i]]`: `table` [rows, d], `ids` `[n]`, `out` [n, d].
 ///
 /// # Errors
 /// [`IdOutOfRange`], before anything is written. Panics when the sizes disagree.
@@ -56,9 +56,9 @@ pub fn embedding_grad_workspace(n: usize, rows: usize) -> usize {
     n + rows + 1
 }
 
-/// out[v] = sum of dy[i] over the i with ids[i] = v, in the order of i, in f32; zeros for an unused row.
+/// `out[v]` = sum of `dy[i]` over the i with `ids[i]` = v, in the order of i, in f32; zeros for an unused row.
 ///
-/// - `ids` [n], `dy` [n, d]
+/// - `ids` `[n]`, `dy` [n, d]
 /// - `out` [rows, d] is written
 /// - `workspace` has [`embedding_grad_workspace`] elements
 ///

@@ -2,9 +2,9 @@
 
 use crate::cpu::element::{Element, simd};
 
-use super::par::{Shared, lane_sum, row_tasks};
+use super::par::{Shared, dot, row_tasks};
 
-/// d_gate[t, j] = <rows[choice_slot[t, j]], dy[t]> in f32; 0 for a choice without a slot.
+/// `d_gate[t, j] = <rows[choice_slot[t, j]], dy[t]>` in f32; 0 for a choice without a slot.
 ///
 /// - `rows` [S, d], `dy` [n, d], `choice_slot` [n, k] of slots or -1
 /// - `d_gate` [n, k] is written
@@ -24,10 +24,7 @@ pub fn gate_grad<T: Element>(rows: &[T], dy: &[T], choice_slot: &[i32], k: usize
                 for (c, (out, &slot)) in out.iter_mut().zip(&choice_slot[from * k..to * k]).enumerate() {
                     let t = from + c / k;
                     *out = match usize::try_from(slot) {
-                        Ok(slot) => {
-                            let (a, b) = (&rows[slot * d..(slot + 1) * d], &dy[t * d..(t + 1) * d]);
-                            lane_sum(d, |i| a[i].to_f32() * b[i].to_f32())
-                        }
+                        Ok(slot) => dot(&rows[slot * d..(slot + 1) * d], &dy[t * d..(t + 1) * d]),
                         Err(_) => 0.0,
                     };
                 }

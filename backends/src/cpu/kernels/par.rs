@@ -4,6 +4,8 @@ use std::marker::PhantomData;
 
 use rayon::prelude::*;
 
+use crate::cpu::element::Element;
+
 /// Up to this much work (elements touched) a kernel stays on the calling thread: waking others costs more.
 pub(crate) const SERIAL: usize = 16 * 1024;
 
@@ -74,22 +76,62 @@ pub(crate) fn fold(mut lanes: [f32; LANES]) -> f32 {
     lanes[0]
 }
 
-/// The sum over `i < len` of `f(i)`, in [`LANES`] interleaved partial sums.
+/// The sum of `x` in f32, in [`LANES`] interleaved partial sums.
 #[inline(always)]
-pub(crate) fn lane_sum(len: usize, f: impl Fn(usize) -> f32) -> f32 {
+pub(crate) fn sum<T: Element>(x: &[T]) -> f32 {
     let mut lanes = [0.0_f32; LANES];
-    let whole = len - len % LANES;
-    let mut i = 0;
-    while i < whole {
+    let (whole, rest) = x.as_chunks::<LANES>();
+    for x in whole {
         for l in 0..LANES {
-            lanes[l] += f(i + l);
+            lanes[l] += x[l].to_f32();
         }
-        i += LANES;
     }
-    for l in 0..len - whole {
-        lanes[l] += f(whole + l);
+    for (lane, x) in lanes.iter_mut().zip(rest) {
+        *lane += x.to_f32();
     }
     fold(lanes)
+}
+
+/// The inner product of `a` and `b` (of equal length) in f32, in [`LANES`] interleaved partial sums.
+#[inline(always)]
+pub(crate) fn dot<A: Element, B: Element>(a: &[A], b: &[B]) -> f32 {
+    let mut lanes = [0.0_f32; LANES];
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (a, b) in a.iter().zip(b) {
+        for l in 0..LANES {
+            lanes[l] += a[l].to_f32() * b[l].to_f32();
+        }
+    }
+    for (lane, (a, b)) in lanes.iter_mut().zip(a_rest.iter().zip(b_rest)) {
+        *lane += a.to_f32() * b.to_f32();
+    }
+    fold(lanes)
+}
+
+/// The larger one; NaN when either is.
+#[inline(always)]
+pub(crate) fn larger(a: f32, b: f32) -> f32 {
+    if b > a || b.is_nan() { b } else { a }
+}
+
+/// The maximum of `x`; NaN when any element is, -inf of nothing.
+#[inline(always)]
+pub(crate) fn greatest<T: Element>(x: &[T]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (whole, rest) = x.as_chunks::<LANES>();
+    for x in whole {
+        for l in 0..LANES {
+            lanes[l] = larger(lanes[l], x[l].to_f32());
+        }
+    }
+    for (lane, x) in lanes.iter_mut().zip(rest) {
+        *lane = larger(*lane, x.to_f32());
+    }
+    let mut max = lanes[0];
+    for lane in &lanes[1..] {
+        max = larger(max, *lane);
+    }
+    max
 }
 
 #[cfg(test)]
@@ -155,9 +197,12 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn lane_sum_of_every_length() {
+    fn sums_and_maxima_of_every_length() {
         for n in 0..70 {
-            assert_eq!(lane_sum(n, |i| i as f32), (0..n).sum::<usize>() as f32);
+            let x: Vec<f32> = (0..n).map(|i| i as f32).collect();
+            assert_eq!(sum(&x), (0..n).sum::<usize>() as f32);
+            assert_eq!(dot(&x, &x), (0..n).map(|i| i * i).sum::<usize>() as f32);
+            assert_eq!(greatest(&x), x.last().copied().unwrap_or(f32::NEG_INFINITY));
         }
     }
 }

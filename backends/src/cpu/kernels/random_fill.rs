@@ -1,4 +1,4 @@
-//! Random tensors on all threads; the numbers themselves are made in [`random`].
+//! Random tensors on all threads; the numbers themselves are made in [`random`](mod@random).
 
 use crate::cpu::element::{Element, simd};
 

@@ -2,7 +2,7 @@
 
 use crate::cpu::element::{Element, simd};
 
-use super::par::{LANES, Shared, TASK, lane_sum, tasks};
+use super::par::{LANES, Shared, TASK, greatest, larger, sum, tasks};
 
 /// What to compute over the axis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -147,33 +147,14 @@ fn columns<T: Element, O: Element>(
     }
 }
 
-/// The larger one; NaN when either is.
-#[inline(always)]
-fn larger(a: f32, b: f32) -> f32 {
-    if b > a || b.is_nan() { b } else { a }
-}
-
-#[inline(always)]
-fn greatest<T: Element>(x: &[T]) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    let (whole, rest) = x.as_chunks::<LANES>();
-    for x in whole {
-        for l in 0..LANES {
-            lanes[l] = larger(lanes[l], x[l].to_f32());
-        }
-    }
-    let rest = rest.iter().fold(f32::NEG_INFINITY, |m, x| larger(m, x.to_f32()));
-    lanes.iter().fold(rest, |m, &x| larger(m, x))
-}
-
 /// The sum in runs of [`RUN`] times [`LANES`], whose results are added in order.
 #[inline(always)]
 fn total<T: Element>(x: &[T]) -> f32 {
-    let mut sum = 0.0;
+    let mut total = 0.0;
     for run in x.chunks(RUN * LANES) {
-        sum += lane_sum(run.len(), |i| run[i].to_f32());
+        total += sum(run);
     }
-    sum
+    total
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use crate::cpu::element::simd;
 use crate::cpu::vmath;
 
-use super::par::{LANES, Shared, lane_sum, tasks};
+use super::par::{LANES, Shared, dot, greatest, sum, tasks};
 
 /// Tokens per partial sum of the means over tokens, whatever the thread count.
 const TOKENS: usize = 32;
@@ -20,9 +20,9 @@ pub enum BalanceMask {
 /// The scalars [`route`] computes beside the choices.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RouteLosses {
-    /// E sum_e mean_n(p[n,e]) mean_n(m[n,e]), without a coefficient; 0 without tokens.
+    /// `E sum_e mean_n(p[n, e]) mean_n(m[n, e])`, without a coefficient; 0 without tokens.
     pub load_balancing_loss: f32,
-    /// mean_n(logsumexp(logits[n])^2), without a coefficient; 0 without tokens.
+    /// `mean_n(logsumexp(logits[n])^2)`, without a coefficient; 0 without tokens.
     pub z_loss: f32,
 }
 
@@ -34,15 +34,11 @@ pub fn route_workspace(n: usize, e: usize) -> usize {
 /// Softmax of one row into `p`; returns (max, sum of e^(l - max)). A NaN, or no finite logit, makes every p NaN.
 #[inline(always)]
 fn softmax(logits: &[f32], p: &mut [f32]) -> (f32, f32) {
-    let mut max = f32::NEG_INFINITY;
-    for &l in logits {
-        max = if l > max { l } else { max };
-    }
+    let max = greatest(logits);
     for (p, &l) in p.iter_mut().zip(logits) {
         *p = vmath::exp(l - max);
     }
-    let p = &mut p[..logits.len()];
-    let sum = lane_sum(p.len(), |i| p[i]);
+    let sum = sum(p);
     let scale = 1.0 / sum;
     for p in p.iter_mut() {
         *p *= scale;
@@ -88,7 +84,7 @@ fn top_k(p: &[f32], index: &mut [i32], gate: &mut [f32]) {
 /// p = softmax(logits), and per token the `k` largest p in descending order, ties to the lowest expert index.
 /// - `logits` [n, e]
 /// - `expert_index` [n, k] and `gate` [n, k] (p at the choice, not renormalised) are written
-/// - `counts` [e] is written: the choices of each expert, all k included
+/// - `counts` `[e]` is written: the choices of each expert, all k included
 /// - `workspace` has [`route_workspace`] elements
 ///
 /// The losses are those of [`RouteLosses`]; m is 1 for a choice `mask` counts, divided by k for
@@ -250,14 +246,14 @@ pub fn route_grad(
                     let logits = &logits[t * e..(t + 1) * e];
                     let choices = &expert_index[t * k..(t + 1) * k];
                     let (max, sum) = softmax(logits, row);
-                    let mut dot = lane_sum(e, |i| row[i] * shift[i]);
+                    let mut mean = dot(row, shift);
                     if let Some(d) = d_gate {
                         for (&x, &d) in choices.iter().zip(&d[t * k..(t + 1) * k]) {
-                            dot += expert(x, e).map_or(0.0, |x| row[x] * d);
+                            mean += expert(x, e).map_or(0.0, |x| row[x] * d);
                         }
                     }
                     let lse = max + vmath::ln(sum);
-                    let minus = dot - if d_z_loss.is_some() { z_scale * lse } else { 0.0 };
+                    let minus = mean - if d_z_loss.is_some() { z_scale * lse } else { 0.0 };
                     for (p, &s) in row.iter_mut().zip(shift) {
                         *p *= s - minus;
                     }

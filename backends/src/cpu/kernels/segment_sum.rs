@@ -9,7 +9,7 @@ const COLUMNS: usize = 128;
 /// Rows added in f32 before they join the total, which bounds the growth of rounding errors.
 const ROWS: usize = 64;
 
-/// out[x] = sum of rows[s] over s in offsets[x]..offsets[x + 1], in f32; zeros for an empty expert.
+/// `out[x]` = sum of `rows[s]` over s in `offsets[x]..offsets[x + 1]`, in f32; zeros for an empty expert.
 ///
 /// - `rows` [S, width], `offsets` [e + 1], not decreasing and within S
 /// - `out` [e, width] is written

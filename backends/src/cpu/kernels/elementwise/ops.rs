@@ -9,7 +9,7 @@ use crate::cpu::vmath;
 // The loops are macros rather than functions over closures: a closure is a function of its own, which the compiler may
 // leave outside the loop and so outside the vector instructions.
 
-/// out[i] = f(x[i]) on words.
+/// `out[i]` = f(`x[i]`) on words.
 macro_rules! map {
     ($x:ident, $out:ident, |$v:ident| $e:expr) => {
         for (o, &$v) in $out.iter_mut().zip($x) {
@@ -18,7 +18,7 @@ macro_rules! map {
     };
 }
 
-/// out[i] = f(x[i]) on f32.
+/// `out[i]` = f(`x[i]`) on f32.
 macro_rules! map_f {
     ($x:ident, $out:ident, |$v:ident| $e:expr) => {
         map!($x, $out, |$v| {
@@ -28,7 +28,7 @@ macro_rules! map_f {
     };
 }
 
-/// out[i] = f(a[i], b[i]) on words.
+/// `out[i]` = f(`a[i]`, `b[i]`) on words.
 macro_rules! zip {
     ($a:ident, $b:ident, $out:ident, |$v:ident, $w:ident| $e:expr) => {
         for (o, (&$v, &$w)) in $out.iter_mut().zip($a.iter().zip($b)) {
@@ -37,7 +37,7 @@ macro_rules! zip {
     };
 }
 
-/// out[i] = f(a[i], b[i]) on f32.
+/// `out[i]` = f(`a[i]`, `b[i]`) on f32.
 macro_rules! zip_f {
     ($a:ident, $b:ident, $out:ident, |$v:ident, $w:ident| $e:expr) => {
         zip!($a, $b, $out, |$v, $w| {
