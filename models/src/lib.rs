@@ -1,6 +1,15 @@
-//! Models of the DeepSpeed-MoE paper and what a program needs to train them: text, tokenizers, metrics, the report.
+//! Models of the DeepSpeed-MoE paper in the Moebius IR, and what a program needs to train them: configuration, text,
+//! tokenizers, metrics, the report.
+//!
+//! - [`gpt`] writes the models as graphs, from a [`config::ModelConfig`]; it knows the IR only, no device.
+//! - [`training`], [`evaluation`] and [`generate`] run those graphs on a [`moebius::Session`].
 
+pub mod config;
 pub mod data;
+pub mod evaluation;
+pub mod generate;
+pub mod gpt;
 pub mod metrics;
 pub mod report;
 pub mod tokenizer;
+pub mod training;
