@@ -4,6 +4,7 @@
 //! `report.html`. A run is a pure function of its configuration and corpus: batch and start values come from
 //! counter-based generators, so a run that was killed and resumed gives the same bits as one that was not.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -173,7 +174,9 @@ impl Run {
         let train = &config.train;
         let sequence = config.model.sequence;
         let batches = Batches::new(&corpus.train, train.seed, train.batch, sequence)?;
-        let windows = Windows::new(&corpus.validation, train.batch, sequence, Some(train.eval_windows))?;
+        // 0 means all of the validation text.
+        let most = (train.eval_windows > 0).then(|| train.eval_windows.div_ceil(train.batch));
+        let windows = Windows::new(&corpus.validation, train.batch, sequence, most)?;
         if !resume {
             if out.join(CONFIG_FILE).exists() {
                 return Err(TrainingError::RunExists { path: out.into() });
@@ -310,7 +313,7 @@ impl Run {
     /// # Errors
     /// On [`moebius::Error::NonFinite`] the checkpoints written so far remain; otherwise as the variants say.
     pub fn train(&mut self, stop: &AtomicBool, observer: &mut Observer<'_>) -> Result<Ending, TrainingError> {
-        let total = self.config.train.steps;
+        let total = self.config.total_steps();
         let (eval_every, save_every) = (self.config.train.eval_every, self.config.train.checkpoint_every);
         let due = |every: u64, step: u64| every > 0 && step.is_multiple_of(every);
         let mut saved = self.trainer.steps_done();
@@ -340,7 +343,7 @@ impl Run {
         let begun = Instant::now();
         let step = self.trainer.steps_done() + 1;
         self.batches.fill(step - 1, &mut self.tokens, &mut self.targets);
-        let learning_rate = self.config.train.learning_rate_at(step, self.config.tokens_per_step());
+        let learning_rate = self.config.learning_rate_of_step(step);
         let program = self.trainer.program();
         program.feed("tokens", &self.tokens)?;
         program.feed("targets", &self.targets)?;
@@ -358,7 +361,7 @@ impl Run {
             experts: Vec::new(),
         };
         let every = self.config.train.log_every.max(1);
-        let logged = step == 1 || step.is_multiple_of(every) || step == self.config.train.steps;
+        let logged = step == 1 || step.is_multiple_of(every) || step == self.config.total_steps();
         if logged {
             for &layer in &self.moe_layers {
                 let counts: Vec<i32> = program.output(&gpt::load_output(layer))?;
@@ -413,7 +416,7 @@ impl Run {
                 tokens: step * self.tokens.len() as u64,
                 seed: self.config.train.seed,
                 data_position: step,
-                config: self.config.to_toml(),
+                config: self.config.to_toml()?,
                 config_hash: self.config.model_hash(),
                 model: self.config.model.name.clone(),
                 tokenizer: self.tokenizer_name.clone(),
@@ -431,16 +434,19 @@ impl Run {
 }
 
 fn write_folder(out: &Path, config: &Config, tokenizer: &Tokenizer) -> Result<(), TrainingError> {
-    let io = |operation, path: &Path| {
-        let path = path.to_owned();
-        move |source| TrainingError::Io { operation, path, source }
-    };
-    std::fs::create_dir_all(out).map_err(io("create the folder", out))?;
+    let refused = |source| TrainingError::Io { operation: "create the folder", path: out.to_owned(), source };
+    std::fs::create_dir_all(out).map_err(refused)?;
     if let Some(json) = tokenizer.json() {
         let path = out.join(TOKENIZER_FILE);
-        crate::data::write_atomic(&path, json).map_err(io("write", &path))?;
+        write_whole(&path, json)?;
     }
     // Last, as this file is what makes the folder a run.
     let path = out.join(CONFIG_FILE);
-    crate::data::write_atomic(&path, config.to_toml().as_bytes()).map_err(io("write", &path))
+    write_whole(&path, config.to_toml()?.as_bytes())
+}
+
+/// Writes a file so that it is whole or not there.
+fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), TrainingError> {
+    let io = |source| TrainingError::Io { operation: "write", path: path.to_owned(), source };
+    crate::data::write_atomic(path, |file| file.write_all(bytes)).map_err(io)
 }

@@ -52,15 +52,13 @@ pub(crate) struct CpuExecutable(Arc<Program>);
 impl CpuExecutable {
     pub(crate) fn new(plan: Plan, launches: Vec<Launch>, pool: Arc<rayon::ThreadPool>, checks: bool) -> Self {
         let graph = plan.graph();
-        let states: Vec<Value> = graph
-            .inputs()
-            .iter()
-            .map(|&(_, v)| v)
-            .filter(|&v| matches!(plan.storage(v), Storage::State(_)))
-            .collect();
+        let states: Vec<Value> =
+            graph.inputs().iter().map(|&(_, v)| v).filter(|&v| matches!(plan.storage(v), Storage::State(_))).collect();
         let place = |v: Value| match plan.storage(v) {
             Storage::Arena(offset) => Place::Arena(offset),
-            Storage::State(s) => Place::State(states.iter().position(|&t| t == s).unwrap_or_else(|| unreachable!("listed above"))),
+            Storage::State(s) => {
+                Place::State(states.iter().position(|&t| t == s).unwrap_or_else(|| unreachable!("listed above")))
+            }
         };
         let mut launches: Vec<Option<Launch>> = launches.into_iter().map(Some).collect();
         let work = plan
@@ -71,16 +69,27 @@ impl CpuExecutable {
                     let node = graph.node(id);
                     let operands: Vec<Place> = node.operands.iter().map(|&v| place(v)).collect();
                     let results: Vec<Place> = node.results.iter().map(|&v| place(v)).collect();
-                    let offsets: Vec<usize> =
-                        operands.iter().filter_map(|p| if let Place::Arena(at) = p { Some(*at) } else { None }).collect();
+                    let offsets: Vec<usize> = operands
+                        .iter()
+                        .filter_map(|p| if let Place::Arena(at) = p { Some(*at) } else { None })
+                        .collect();
                     let mut fresh = vec![(scratch, scratch_bytes)];
                     for (&value, place) in node.results.iter().zip(&results) {
-                        if let Place::Arena(at) = *place && !offsets.contains(&at) {
+                        if let Place::Arena(at) = *place
+                            && !offsets.contains(&at)
+                        {
                             fresh.push((at, graph.ty(value).bytes()));
                         }
                     }
                     let launch = launches[id.index()].take().unwrap_or_else(|| unreachable!("a node is run once"));
-                    Work::Launch(Launched { node: id, launch, operands, results, scratch: (scratch, scratch_bytes), fresh })
+                    Work::Launch(Launched {
+                        node: id,
+                        launch,
+                        operands,
+                        results,
+                        scratch: (scratch, scratch_bytes),
+                        fresh,
+                    })
                 }
                 Step::Copy { state, new } => {
                     Work::Copy { from: place(new), to: place(state), bytes: graph.ty(state).bytes() }
@@ -208,7 +217,12 @@ impl CpuInstance {
         match self.program.plan.storage(value) {
             Storage::Arena(at) => &self.arena.bytes()[at..at + bytes],
             Storage::State(s) => {
-                let slot = self.program.states.iter().position(|&t| t == s).unwrap_or_else(|| unreachable!("every state is listed"));
+                let slot = self
+                    .program
+                    .states
+                    .iter()
+                    .position(|&t| t == s)
+                    .unwrap_or_else(|| unreachable!("every state is listed"));
                 if self.states[slot].is_null() {
                     return &[];
                 }

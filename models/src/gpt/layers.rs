@@ -2,22 +2,20 @@
 
 use moebius_ir::{Graph, Result, TensorType, Value};
 
-use super::parameters::Parameters;
-use crate::config::Norm;
-
-/// Epsilon of every norm (spec 2.3).
-const NORM_EPS: f32 = 1e-5;
+use super::parameters::{Parameters, dtype};
+use crate::config::{Activation, Norm};
 
 /// Layer norm or RMS norm over the last axis.
 pub(super) fn norm(g: &mut Graph, p: &mut Parameters<'_>, name: &str, x: Value) -> Result<Value> {
     g.scoped(name.rsplit('.').next().unwrap_or(name).to_owned(), |g| {
         let weight = p.master(g, &format!("{name}.weight"))?;
+        let eps = p.config().norm_eps as f32;
         match p.config().norm {
             Norm::Layer => {
                 let bias = p.master(g, &format!("{name}.bias"))?;
-                g.layer_norm(x, weight, bias, NORM_EPS)
+                g.layer_norm(x, weight, bias, eps)
             }
-            Norm::Rms => g.rms_norm(x, weight, NORM_EPS),
+            Norm::Rms => g.rms_norm(x, weight, eps),
         }
     })
 }
@@ -30,14 +28,14 @@ fn linear(g: &mut Graph, p: &mut Parameters<'_>, name: &str, x: Value) -> Result
 }
 
 fn scale(p: &Parameters<'_>) -> f32 {
-    1.0 / ((p.config().width / p.config().heads) as f32).sqrt()
+    1.0 / (p.config().head_width() as f32).sqrt()
 }
 
 /// Causal attention over whole sequences, `[B, S, width]`.
 pub(super) fn attention(g: &mut Graph, p: &mut Parameters<'_>, layer: usize, x: Value) -> Result<Value> {
     let c = p.config();
     let qkv = linear(g, p, &format!("layers.{layer}.attention.qkv"), x)?;
-    let out = g.attention(qkv, c.heads, c.kv_heads, true, scale(p))?;
+    let out = g.attention(qkv, c.heads, c.kv_heads(), true, scale(p))?;
     linear(g, p, &format!("layers.{layer}.attention.out"), out)
 }
 
@@ -50,20 +48,27 @@ pub(super) fn attention_cached(
     start: Value,
 ) -> Result<Value> {
     let c = p.config();
-    let kv = c.kv_heads * (c.width / c.heads);
+    let kv = c.kv_heads() * c.head_width();
     let qkv = linear(g, p, &format!("layers.{layer}.attention.qkv"), x)?;
-    let cache = TensorType::new(c.dtype.into(), [1, c.sequence, kv]);
+    let cache = TensorType::new(dtype(c), [1, c.sequence, kv]);
     let k = g.state(format!("cache.k/{layer}"), cache.clone())?;
     let v = g.state(format!("cache.v/{layer}"), cache)?;
-    let [out, new_k, new_v] = g.attention_cached(qkv, k, v, start, c.heads, c.kv_heads, scale(p))?;
+    let [out, new_k, new_v] = g.attention_cached(qkv, k, v, start, c.heads, c.kv_heads(), scale(p))?;
     g.update(k, new_k)?;
     g.update(v, new_v)?;
     linear(g, p, &format!("layers.{layer}.attention.out"), out)
 }
 
-/// Linear, tanh-GELU, linear.
+/// The nonlinearity between the two linear layers.
+pub(super) fn activation(g: &mut Graph, p: &Parameters<'_>, x: Value) -> Result<Value> {
+    match p.config().activation {
+        Activation::GeluTanh => g.gelu(x),
+    }
+}
+
+/// Linear, nonlinearity, linear.
 pub(super) fn feed_forward(g: &mut Graph, p: &mut Parameters<'_>, name: &str, x: Value) -> Result<Value> {
     let h = linear(g, p, &format!("{name}.up"), x)?;
-    let h = g.gelu(h)?;
+    let h = activation(g, p, h)?;
     linear(g, p, &format!("{name}.down"), h)
 }

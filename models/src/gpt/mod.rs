@@ -125,13 +125,12 @@ pub fn decoding(config: &ModelConfig, tokens: usize) -> Result<Graph> {
         let (token, position) = (g.embedding(token, ids)?, g.embedding(position, positions)?);
         g.add(token, position)
     })?;
-    let (x, _) = blocks(g, &mut p, x, Mode::Evaluate, &mut |g, p, layer, x| {
-        layers::attention_cached(g, p, layer, x, start)
-    })?;
+    let (x, _) =
+        blocks(g, &mut p, x, Mode::Evaluate, &mut |g, p, layer, x| layers::attention_cached(g, p, layer, x, start))?;
     let width = config.width;
     let x = g.reshape(x, [tokens, width])?;
     let last = g.slice(x, 0, tokens - 1, 1)?;
-    let w = p.get(g, "embedding.weight")?;
+    let w = p.output(g)?;
     let logits = g.matmul_with(last, w, None, false, true)?;
     let logits = g.cast(logits, DType::F32)?;
     let logits = g.reshape(logits, [config.vocab])?;
@@ -187,7 +186,7 @@ fn token_losses(g: &mut Graph, p: &mut Parameters<'_>, x: Value, targets: Value)
         let width = p.config().width;
         let x = g.reshape(x, [tokens, width])?;
         let targets = g.reshape(targets, [tokens])?;
-        let w = p.get(g, "embedding.weight")?;
+        let w = p.output(g)?;
         g.linear_cross_entropy(x, w, targets)
     })
 }

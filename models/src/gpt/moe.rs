@@ -6,15 +6,12 @@ use moebius_ir::{DType, Graph, Result, Value};
 use super::layers;
 use super::parameters::Parameters;
 use super::{Mode, MoeStatistics};
-use crate::config::{Mlp, ModelConfig, Router};
+use crate::config::{Mlp, ModelConfig, Renormalise, Router};
 
 /// Slots per expert for `tokens` tokens, or `None` if nothing is dropped:
 /// `max(ceil(f32(tokens / experts) * f32(k * factor)), min_capacity)`, the product in f32 as DeepSpeed has it (spec 1.1).
 pub(super) fn capacity(config: &ModelConfig, mode: Mode, tokens: usize, experts: usize) -> Option<usize> {
-    let factor = match mode {
-        Mode::Train => config.capacity_factor,
-        Mode::Evaluate => config.eval_capacity_factor,
-    }?;
+    let factor = config.capacity_factor(mode == Mode::Train)?;
     let share = tokens as f64 / experts as f64;
     let slots = (share as f32) * ((config.top_k as f64 * factor) as f32);
     Some((slots.ceil() as usize).max(config.min_capacity))
@@ -37,8 +34,8 @@ pub(super) fn moe(
     let tokens = shape.rows();
     let x = g.reshape(x, [tokens, c.width])?;
 
-    let (balance, order) = match c.router {
-        Router::Top1 | Router::Topk => (Balance::AllChoices, Order::TokenMajor),
+    let (balance, order) = match c.router() {
+        Router::Top1 | Router::TopK => (Balance::AllChoices, Order::TokenMajor),
         Router::Top2 => (Balance::FirstChoice, Order::ChoiceMajor),
     };
     let router = p.master(g, &at("router.weight"))?;
@@ -47,15 +44,19 @@ pub(super) fn moe(
     let [probability, expert_index, load_balancing_loss, z_loss, counts] = g.route(logits, c.top_k, balance)?;
     let capacity = capacity(c, mode, tokens, experts);
     // With a limit, top-k evicts the least probable members of an expert (DeepSpeed's 'probs'), the others the latest.
-    let priority = (c.router == Router::Topk && capacity.is_some()).then_some(probability);
+    let priority = (c.router() == Router::TopK && capacity.is_some()).then_some(probability);
     let [slot_choice, choice_slot, offsets, dropped] = g.assign(expert_index, priority, experts, capacity, order)?;
-    let mut gate = if c.renormalise { renormalised(g, probability, choice_slot)? } else { probability };
+    let mut gate = if c.renormalise() == Renormalise::AfterDropping {
+        renormalised(g, probability, choice_slot)?
+    } else {
+        probability
+    };
 
     let rows = g.dispatch(x, slot_choice, choice_slot, None)?;
     let (up, up_bias) = (p.get(g, &at("experts.up.weight"))?, p.get(g, &at("experts.up.bias"))?);
     let (down, down_bias) = (p.get(g, &at("experts.down.weight"))?, p.get(g, &at("experts.down.bias"))?);
     let h = g.expert_matmul(rows, up, offsets, Some(up_bias), false)?;
-    let h = g.gelu(h)?;
+    let h = layers::activation(g, p, h)?;
     let rows = g.expert_matmul(h, down, offsets, Some(down_bias), false)?;
 
     let y = match c.mlp {

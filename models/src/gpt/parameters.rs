@@ -2,10 +2,10 @@
 
 use std::collections::HashMap;
 
-use moebius_ir::{Graph, Result, Shape, TensorType, Value};
+use moebius_ir::{DType, Graph, Result, Shape, TensorType, Value};
 
 use super::init::Start;
-use crate::config::{Mlp, ModelConfig, Norm};
+use crate::config::{ComputeDtype, Mlp, ModelConfig, Norm};
 
 /// One trained tensor, always f32 on the device.
 #[derive(Clone, Debug, PartialEq)]
@@ -22,8 +22,8 @@ impl Parameter {
     /// All parameters of a model, in the order of a forward pass. Matrices are `[in, out]`, those of experts
     /// `[experts, in, out]`, except embeddings, router and coefficient: `[rows, width]`.
     pub fn list(config: &ModelConfig) -> Vec<Parameter> {
-        let (d, f) = (config.width, config.ffn);
-        let kv = config.kv_heads * (d / config.heads);
+        let (d, f) = (config.width, config.ffn());
+        let kv = config.kv_heads() * config.head_width();
         // Output projections start smaller by sqrt(2 * layers), as every layer adds two of them to the residual stream.
         let (std, out_std) = (config.init_std, config.init_std / (2.0 * config.layers as f64).sqrt());
         let mut list = Vec::new();
@@ -54,6 +54,9 @@ impl Parameter {
             }
         }
         norm(&mut add, config, "norm");
+        if !config.tied_embeddings {
+            add("output.weight".into(), [config.vocab, d].into(), Start::Normal { std });
+        }
         list
     }
 }
@@ -84,6 +87,14 @@ fn feed_forward(
     add(format!("{name}.up.bias"), stacked(&[f]), Start::Zero);
     add(format!("{name}.down.weight"), stacked(&[f, d]), weight("down", out_std, f * d));
     add(format!("{name}.down.bias"), stacked(&[d]), Start::Zero);
+}
+
+/// The dtype the model computes in.
+pub(super) fn dtype(config: &ModelConfig) -> DType {
+    match config.dtype {
+        ComputeDtype::F32 => DType::F32,
+        ComputeDtype::Bf16 => DType::Bf16,
+    }
 }
 
 /// The parameters of one graph: each becomes an input when it is first asked for, in the model's compute dtype.
@@ -117,10 +128,19 @@ impl<'c> Parameters<'c> {
         if let Some(&value) = self.master.get(name) {
             return Ok(value);
         }
-        let shape = self.shapes.get(name).unwrap_or_else(|| unreachable!("the model has no parameter {name:?}")).clone();
+        let shape =
+            self.shapes.get(name).unwrap_or_else(|| unreachable!("the model has no parameter {name:?}")).clone();
         let value = g.parameter(name, TensorType::f32(shape))?;
         self.master.insert(name.into(), value);
         Ok(value)
+    }
+
+    /// The output matrix `[vocab, width]`: the token embedding unless the model has its own.
+    ///
+    /// # Errors
+    /// As [`Parameters::master`].
+    pub fn output(&mut self, g: &mut Graph) -> Result<Value> {
+        self.get(g, if self.config.tied_embeddings { "embedding.weight" } else { "output.weight" })
     }
 
     /// A parameter in the dtype the model computes in.
@@ -132,7 +152,7 @@ impl<'c> Parameters<'c> {
             return Ok(value);
         }
         let master = self.master(g, name)?;
-        let value = g.cast(master, self.config.dtype.into())?;
+        let value = g.cast(master, dtype(self.config))?;
         self.compute.insert(name.into(), value);
         Ok(value)
     }

@@ -74,7 +74,6 @@ impl Operand<'_> {
     }
 }
 
-
 impl OperandMut<'_> {
     fn len(&self, storage: Storage) -> Option<usize> {
         match (self, storage) {
@@ -207,34 +206,34 @@ unsafe fn run_span(program: &Program, memory: &Memory<'_>, from: usize, to: usiz
     simd(
         #[inline(always)]
         || {
-        // What is equal everywhere is loaded once: no instruction writes these registers.
-        for (i, &constant) in program.constants.iter().enumerate() {
-            // SAFETY: the only reference alive.
-            unsafe { registers.write((program.inputs.len() + i) as Register, registers.len) }.fill(constant.word());
-        }
-        let scalars = inputs.iter().zip(&program.inputs).enumerate().filter(|(_, (_, input))| input.1.is_scalar());
-        for (i, (&operand, (storage, walk))) in scalars {
-            // SAFETY: the only reference alive; the operand's memory by the promise above.
-            unsafe { load(operand, *storage, walk, 0, registers.write(i as Register, registers.len)) };
-        }
-        for start in (from..to).step_by(TILE) {
-            let len = TILE.min(to - start);
-            for (i, (&operand, (storage, walk))) in inputs.iter().zip(&program.inputs).enumerate() {
-                if !walk.is_scalar() {
-                    // SAFETY: the only reference alive; the operand's memory by the promise above.
-                    unsafe { load(operand, *storage, walk, start, registers.write(i as Register, len)) };
+            // What is equal everywhere is loaded once: no instruction writes these registers.
+            for (i, &constant) in program.constants.iter().enumerate() {
+                // SAFETY: the only reference alive.
+                unsafe { registers.write((program.inputs.len() + i) as Register, registers.len) }.fill(constant.word());
+            }
+            let scalars = inputs.iter().zip(&program.inputs).enumerate().filter(|(_, (_, input))| input.1.is_scalar());
+            for (i, (&operand, (storage, walk))) in scalars {
+                // SAFETY: the only reference alive; the operand's memory by the promise above.
+                unsafe { load(operand, *storage, walk, 0, registers.write(i as Register, registers.len)) };
+            }
+            for start in (from..to).step_by(TILE) {
+                let len = TILE.min(to - start);
+                for (i, (&operand, (storage, walk))) in inputs.iter().zip(&program.inputs).enumerate() {
+                    if !walk.is_scalar() {
+                        // SAFETY: the only reference alive; the operand's memory by the promise above.
+                        unsafe { load(operand, *storage, walk, start, registers.write(i as Register, len)) };
+                    }
+                }
+                for step in &program.steps {
+                    // SAFETY: no reference into the registers is alive here.
+                    unsafe { run_step(step, &registers, len) };
+                }
+                for (&out, want) in outputs.iter().zip(&program.outputs) {
+                    // SAFETY: nothing is written here but this task's part of the output.
+                    unsafe { store(out, want.storage, start, registers.read(want.register, len)) };
                 }
             }
-            for step in &program.steps {
-                // SAFETY: no reference into the registers is alive here.
-                unsafe { run_step(step, &registers, len) };
-            }
-            for (&out, want) in outputs.iter().zip(&program.outputs) {
-                // SAFETY: nothing is written here but this task's part of the output.
-                unsafe { store(out, want.storage, start, registers.read(want.register, len)) };
-            }
-        }
-    },
+        },
     );
 }
 

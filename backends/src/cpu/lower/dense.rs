@@ -105,7 +105,14 @@ pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node, threads: usi
     }))
 }
 
-fn attention_shape(graph: &Graph, node: &Node, heads: usize, kv_heads: usize, causal: bool, scale: f32) -> AttentionShape {
+fn attention_shape(
+    graph: &Graph,
+    node: &Node,
+    heads: usize,
+    kv_heads: usize,
+    causal: bool,
+    scale: f32,
+) -> AttentionShape {
     let [qkv] = shapes(graph, node);
     let head_dim = qkv[2] / (heads + 2 * kv_heads);
     AttentionShape { batch: qkv[0], tokens: qkv[1], heads, kv_heads, head_dim, causal, scale }

@@ -146,7 +146,8 @@ pub(super) fn lower_elementwise(graph: &Graph, node: &Node, op: &Elementwise) ->
     let mut instrs: Vec<Instr> = Vec::with_capacity(op.instrs.len());
     for (at, instr) in op.instrs.iter().enumerate() {
         let target = operands + at;
-        let arg = |i: usize| place[instr.args[i] as usize].unwrap_or_else(|| unreachable!("written by an earlier step"));
+        let arg =
+            |i: usize| place[instr.args[i] as usize].unwrap_or_else(|| unreachable!("written by an earlier step"));
         let out = registers.take()?;
         let action = match instr.function {
             ElementFn::Unary(f) => Action::Unary { op: unary(f), x: arg(0) },

@@ -117,9 +117,8 @@ pub(super) fn lower_random(graph: &Graph, node: &Node, op: &Random) -> Lowered {
         let key = a.operand::<u32>(0, 2);
         [key[0], key[1]]
     };
-    let floats = |distribution| {
-        Launch::new(0, move |a| random::<f32>(distribution, key(a), stream, a.result(0, elements)))
-    };
+    let floats =
+        |distribution| Launch::new(0, move |a| random::<f32>(distribution, key(a), stream, a.result(0, elements)));
     Ok(match op.distribution {
         Distribution::Uniform => floats(random_fill::Distribution::Uniform),
         Distribution::Normal => floats(random_fill::Distribution::Normal),

@@ -39,7 +39,13 @@ pub(super) fn lower_route_grad(graph: &Graph, node: &Node, k: usize, balance: Ba
     }))
 }
 
-pub(super) fn lower_assign(graph: &Graph, node: &Node, experts: usize, capacity: Option<usize>, order: Order) -> Lowered {
+pub(super) fn lower_assign(
+    graph: &Graph,
+    node: &Node,
+    experts: usize,
+    capacity: Option<usize>,
+    order: Order,
+) -> Lowered {
     let (n, k) = (graph.shape(node.operands[0])[0], graph.shape(node.operands[0])[1]);
     let slots = graph.ty(node.results[0]).elements();
     let prioritised = node.operands.len() > 1;

@@ -42,8 +42,17 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
     let number = |key: &str| result[key].as_f64().unwrap_or(f64::NAN);
     match args.what {
         BenchKind::Step => {
-            println!("{:.1} ms per step, {} tokens/s (median of {} steps)", number("step_ms"), text::count(number("tokens_per_s")), number("steps"));
-            println!("{:.1} GFLOP/s of model arithmetic ({} per token)", number("gflops"), text::count(number("flops_per_token")));
+            println!(
+                "{:.1} ms per step, {} tokens/s (median of {} steps)",
+                number("step_ms"),
+                text::count(number("tokens_per_s")),
+                number("steps")
+            );
+            println!(
+                "{:.1} GFLOP/s of model arithmetic ({} per token)",
+                number("gflops"),
+                text::count(number("flops_per_token"))
+            );
         }
         BenchKind::Decode => {
             println!("{:.3} ms per token (median of {} tokens)", number("decode_ms"), number("tokens"));
@@ -90,7 +99,7 @@ fn step(args: &BenchArgs, config: &Config, engine: &Engine) -> Result<Value, Fai
         }
     }
     let seconds = median(times);
-    let flops = config.model.training_flops_per_token();
+    let flops = config.flops_per_token().total as f64;
     Ok(json!({
         "bench": "step",
         "steps": steps,
@@ -119,7 +128,7 @@ fn decode(args: &BenchArgs, config: &Config, engine: &Engine) -> Result<Value, F
         }
     }
     let seconds = median(times);
-    let weights = config.model.parameters().active * 4;
+    let weights = config.parameters().active * 4;
     Ok(json!({
         "bench": "decode",
         "tokens": tokens,

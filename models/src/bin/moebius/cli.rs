@@ -6,14 +6,20 @@ use clap::{Args, Parser, Subcommand};
 
 /// Train, evaluate and sample sparse-expert language models (PR-MoE) on any machine.
 #[derive(Parser)]
-#[command(name = "moebius", version, about, max_term_width = 110, after_help = "\
+#[command(
+    name = "moebius",
+    version,
+    about,
+    max_term_width = 110,
+    after_help = "\
 Examples:
   moebius train                                     train the quick-start model on Tiny Shakespeare
   moebius train --data book.txt --out runs/book     train it on your own text, byte by byte
   moebius generate --model runs/book --prompt \"Once\" --tokens 200
   moebius inspect --preset 350m-pr-moe-32-64        parameters, FLOPs and memory of a model of the paper
 
-Exit codes: 0 done, 1 failed, 2 wrong use.")]
+Exit codes: 0 done, 1 failed, 2 wrong use."
+)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,

@@ -11,8 +11,7 @@ use crate::failure::Failure;
 use crate::model;
 
 pub(crate) fn run(args: &GenerateArgs) -> Result<(), Failure> {
-    let sampling =
-        Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
+    let sampling = Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
     let fits = sampling.temperature.is_finite() && sampling.temperature >= 0.0;
     if !fits {
         return Err(Failure::Usage(format!("--temperature: wanted 0 or more, found {}", sampling.temperature)));

@@ -53,7 +53,7 @@ pub(crate) fn find(path: &Path) -> Result<Found, Failure> {
 pub(crate) fn open(path: &Path, device: &str) -> Result<Model, Failure> {
     let engine = Engine::open(device)?;
     let Found { mut checkpoint, folder } = find(path)?;
-    let config = Config::from_toml(&checkpoint.state.config)?;
+    let config = Config::from_toml(&checkpoint.state.config, "the checkpoint's configuration")?;
     let tokenizer = if checkpoint.state.tokenizer_hash == Tokenizer::Bytes.fingerprint() {
         Tokenizer::Bytes
     } else {

@@ -8,9 +8,11 @@ use moebius::Engine;
 use moebius_models::config::Config;
 use moebius_models::data::{Corpus, CorpusSpec, Source, Validation, default_cache_dir};
 use moebius_models::generate::{Generator, Sampling};
-use moebius_models::report;
+use moebius_models::report::{self, RunFacts};
 use moebius_models::tokenizer::Tokenizer;
-use moebius_models::training::{CONFIG_FILE, Ending, Event, METRICS_FILE, REPORT_FILE, Run, TOKENIZER_FILE, TrainingError};
+use moebius_models::training::{
+    CONFIG_FILE, Ending, Event, METRICS_FILE, REPORT_FILE, Run, TOKENIZER_FILE, TrainingError,
+};
 
 use crate::cli::TrainArgs;
 use crate::failure::Failure;
@@ -45,7 +47,7 @@ pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
         eprintln!("moebius: warning: Ctrl-C will not save a checkpoint: {error}");
     }
 
-    let parameters = config.model.parameters();
+    let parameters = config.parameters();
     eprintln!(
         "{}: {} parameters, {} active per token, on {} ({})",
         config.model.name,
@@ -69,7 +71,7 @@ pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
         out.display()
     );
 
-    let mut progress = Progress::new(run.config().train.steps, run.steps_done());
+    let mut progress = Progress::new(run.config().total_steps(), run.steps_done());
     let mut saved: Option<PathBuf> = None;
     let ending = run.train(&stop, &mut |event| match event {
         Event::Step { record, .. } => progress.step(record),
@@ -85,7 +87,10 @@ pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
         Err(error) => {
             if let TrainingError::Engine(moebius::Error::NonFinite { .. }) = error {
                 eprintln!("moebius: {error}");
-                eprintln!("The parameters were not changed by this step; the last good checkpoint is in {}.", out.display());
+                eprintln!(
+                    "The parameters were not changed by this step; the last good checkpoint is in {}.",
+                    out.display()
+                );
                 return Err(Failure::Silent);
             }
             return Err(error.into());
@@ -94,7 +99,11 @@ pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
     reported?;
     match ending {
         Ending::Stopped => {
-            eprintln!("stopped after step {}; go on with:\n  moebius train --resume --out {}", run.steps_done(), shown(&out));
+            eprintln!(
+                "stopped after step {}; go on with:\n  moebius train --resume --out {}",
+                run.steps_done(),
+                shown(&out)
+            );
             Err(Failure::Silent)
         }
         Ending::Done => finish(&mut run, &tokenizer, &out),
@@ -140,7 +149,8 @@ fn configuration(args: &TrainArgs, out: &Path) -> Result<Config, Failure> {
         }
     };
     if let Some(steps) = args.steps {
-        config.train.steps = steps;
+        config.train.steps = Some(steps);
+        config.train.tokens = None;
     }
     if let Some(seed) = args.seed {
         config.train.seed = seed;
@@ -160,7 +170,9 @@ fn configuration(args: &TrainArgs, out: &Path) -> Result<Config, Failure> {
 fn tokenizer(args: &TrainArgs, out: &Path) -> Result<Tokenizer, Failure> {
     match &args.tokenizer {
         Some(path) => Ok(Tokenizer::from_file(path)?),
-        None if args.resume && out.join(TOKENIZER_FILE).exists() => Ok(Tokenizer::from_file(&out.join(TOKENIZER_FILE))?),
+        None if args.resume && out.join(TOKENIZER_FILE).exists() => {
+            Ok(Tokenizer::from_file(&out.join(TOKENIZER_FILE))?)
+        }
         None => Ok(Tokenizer::Bytes),
     }
 }
@@ -175,7 +187,9 @@ fn fit_vocabulary(args: &TrainArgs, config: &mut Config, tokenizer: &Tokenizer) 
     if args.resume || args.set.iter().any(|s| s.starts_with("model.vocab")) {
         let found = config.model.vocab;
         let name = tokenizer.name();
-        return Err(Failure::Usage(format!("tokenizer {name} has {wanted} tokens: wanted model.vocab of at least that, found {found}")));
+        return Err(Failure::Usage(format!(
+            "tokenizer {name} has {wanted} tokens: wanted model.vocab of at least that, found {found}"
+        )));
     }
     config.model.vocab = wanted.next_multiple_of(128);
     Ok(())
@@ -187,8 +201,7 @@ fn corpus(args: &TrainArgs, config: &Config, tokenizer: &Tokenizer) -> Result<Co
     let validation = files(&args.val_data);
     let validation = if validation.is_empty() { Validation::Fraction(0.1) } else { Validation::Sources(&validation) };
     let cache = default_cache_dir();
-    let spec =
-        CorpusSpec { train: &train, validation, tokenizer, vocab: Some(config.model.vocab), cache_dir: &cache };
+    let spec = CorpusSpec { train: &train, validation, tokenizer, vocab: Some(config.model.vocab), cache_dir: &cache };
     let mut told = None;
     Ok(Corpus::open(&spec, &mut |name, done, all| {
         let tenth = done * 10 / all.max(1);
@@ -201,22 +214,22 @@ fn corpus(args: &TrainArgs, config: &Config, tokenizer: &Tokenizer) -> Result<Co
 
 fn write_report(run: &Run, engine: &Engine, out: &Path, args: &TrainArgs) -> Result<(), Failure> {
     let config = run.config();
-    let parameters = config.model.parameters();
-    let facts = report::Facts {
-        title: config.model.name.clone(),
-        config: config.to_toml(),
-        parameters: parameters.total,
-        active_parameters: parameters.active,
-        device: format!("{} ({})", engine.name(), engine.describe()),
-        command: std::env::args().collect::<Vec<_>>().join(" "),
-        data: if args.data.is_empty() {
-            "Tiny Shakespeare".into()
-        } else {
-            args.data.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", ")
-        },
-        training_seconds: run.training_time().as_secs_f64(),
+    let parameters = config.parameters();
+    let data = if args.data.is_empty() {
+        "Tiny Shakespeare".into()
+    } else {
+        args.data.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", ")
     };
-    Ok(report::write(&out.join(METRICS_FILE), &facts, &out.join(REPORT_FILE))?)
+    let facts = RunFacts {
+        title: config.model.name.clone(),
+        command: std::env::args().collect::<Vec<_>>().join(" "),
+        device: format!("{} ({})", engine.name(), engine.describe()),
+        total_params: parameters.total,
+        active_params: parameters.active,
+        config: config.to_toml()?,
+        more: vec![("Text".into(), data), ("Training time".into(), text::duration(run.training_time()))],
+    };
+    Ok(report::write_report(&out.join(REPORT_FILE), &facts, &out.join(METRICS_FILE))?)
 }
 
 fn finish(run: &mut Run, tokenizer: &Tokenizer, out: &Path) -> Result<(), Failure> {
@@ -232,7 +245,14 @@ fn finish(run: &mut Run, tokenizer: &Tokenizer, out: &Path) -> Result<(), Failur
     let config = run.config().model.clone();
     let mut generator = Generator::new(run.session(), &config)?;
     println!("\nA sample:\n");
-    crate::generate::stream(run.session(), &mut generator, tokenizer, SAMPLE_PROMPT, SAMPLE_TOKENS, &Sampling::default())?;
+    crate::generate::stream(
+        run.session(),
+        &mut generator,
+        tokenizer,
+        SAMPLE_PROMPT,
+        SAMPLE_TOKENS,
+        &Sampling::default(),
+    )?;
     let out = shown(out);
     println!("\nNext:");
     println!("  moebius generate --model {out} --prompt \"JULIET:\" --tokens 300");

@@ -1,0 +1,140 @@
+//! `moebius inspect`: what a model is and what it takes, without allocating it.
+
+use moebius::{Engine, Optimizer, training_step};
+use moebius_models::config::Config;
+use moebius_models::gpt;
+use serde_json::json;
+
+use crate::cli::InspectArgs;
+use crate::failure::Failure;
+use crate::{model, text};
+
+pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
+    if args.list {
+        return list(args.json);
+    }
+    let mut config = match (&args.preset, &args.config, &args.model) {
+        (Some(name), _, _) => Config::preset(name)?,
+        (None, Some(file), _) => Config::from_file(file)?,
+        (None, None, Some(folder)) => {
+            let found = model::find(folder)?;
+            Config::from_toml(&found.checkpoint.state.config, "the checkpoint's configuration")?
+        }
+        (None, None, None) => return Err(Failure::Usage("inspect: wanted --preset, --config or --model".into())),
+    };
+    for setting in &args.set {
+        config.set(setting)?;
+    }
+    if let Some(batch) = args.batch {
+        config.train.batch = batch;
+    }
+    config.validate()?;
+    let (parameters, flops, bytes) = (config.parameters(), config.flops_per_token(), config.training_bytes());
+    let batch = config.train.batch;
+    let activations = activation_bytes(&config)?;
+    if args.json {
+        let layers: Vec<_> = parameters
+            .per_layer
+            .iter()
+            .map(|l| {
+                json!({
+                    "layer": l.layer, "experts": l.experts, "attention": l.attention, "norms": l.norms,
+                    "router": l.router, "expert": l.expert, "dense": l.dense, "coefficient": l.coefficient,
+                    "total": l.total, "active": l.active,
+                })
+            })
+            .collect();
+        let whole = json!({
+            "model": config.model.name,
+            "total_params": parameters.total,
+            "active_params": parameters.active,
+            "flops_per_token": flops.total,
+            "weight_bytes": bytes.weights,
+            "compute_weight_bytes": bytes.compute_weights,
+            "gradient_bytes": bytes.gradients,
+            "optimizer_bytes": bytes.optimizer,
+            "batch": batch,
+            "sequence": config.model.sequence,
+            "activation_bytes": activations,
+            "token_embedding": parameters.token_embedding,
+            "position_embedding": parameters.position_embedding,
+            "layers": layers,
+        });
+        println!("{whole}");
+        return Ok(());
+    }
+    let m = &config.model;
+    println!(
+        "{}: {} layers, width {}, {} heads, sequence {}, vocabulary {}",
+        m.name, m.layers, m.width, m.heads, m.sequence, m.vocab
+    );
+    println!();
+    println!("parameters       {:>10}", text::count(parameters.total as f64));
+    println!("active per token {:>10}", text::count(parameters.active as f64));
+    println!("training FLOPs   {:>10} per token", text::count(flops.total as f64));
+    println!();
+    println!("layer  experts   attention      router     experts       dense       total      active");
+    for l in &parameters.per_layer {
+        let experts = if l.experts == 0 { "-".into() } else { l.experts.to_string() };
+        let sparse = l.expert * l.experts as u64;
+        let cell = |n: u64| if n == 0 { "-".into() } else { text::count(n as f64) };
+        println!(
+            "{:>5}  {experts:>7}  {:>10}  {:>10}  {:>10}  {:>10}  {:>10}  {:>10}",
+            l.layer,
+            cell(l.attention),
+            cell(l.router),
+            cell(sparse),
+            cell(l.dense + l.coefficient),
+            cell(l.total),
+            cell(l.active)
+        );
+    }
+    println!(
+        "embeddings: tokens {}, positions {}",
+        text::count(parameters.token_embedding as f64),
+        text::count(parameters.position_embedding as f64)
+    );
+    println!();
+    println!("memory of training, batch {batch} x {}:", m.sequence);
+    println!("  weights      {:>10}", text::bytes(bytes.weights as f64));
+    if bytes.compute_weights > 0 {
+        println!("  bf16 copy    {:>10}", text::bytes(bytes.compute_weights as f64));
+    }
+    println!("  gradients    {:>10}", text::bytes(bytes.gradients as f64));
+    println!("  optimizer    {:>10}", text::bytes(bytes.optimizer as f64));
+    println!(
+        "  activations  {:>10}  (with gradients in the CPU's arena: {})",
+        text::bytes(activations.saturating_sub(bytes.gradients) as f64),
+        text::bytes(activations as f64)
+    );
+    Ok(())
+}
+
+/// Bytes of the arena of a training step, from its plan: activations, gradients and scratch memory.
+fn activation_bytes(config: &Config) -> Result<u64, Failure> {
+    let training = gpt::training(&config.model, config.train.batch)?;
+    let mut graph = training.graph;
+    training_step(&mut graph, training.loss, &Optimizer::default())?;
+    let graph = moebius::ir::passes::optimise(&graph)?;
+    let plan = Engine::cpu(None)?.backend().plan(graph).map_err(moebius::Error::from)?;
+    Ok(plan.arena_bytes() as u64)
+}
+
+fn list(as_json: bool) -> Result<(), Failure> {
+    let mut rows = Vec::new();
+    for name in Config::presets() {
+        let parameters = Config::preset(name)?.parameters();
+        rows.push((name, parameters.total, parameters.active));
+    }
+    if as_json {
+        let list: Vec<_> =
+            rows.iter().map(|(n, t, a)| json!({ "name": n, "total_params": t, "active_params": a })).collect();
+        println!("{}", json!({ "presets": list }));
+        return Ok(());
+    }
+    println!("{:<22} {:>10}  {:>10}", "preset", "parameters", "active");
+    for (name, total, active) in rows {
+        println!("{name:<22} {:>10}  {:>10}", text::count(total as f64), text::count(active as f64));
+    }
+    Ok(())
+}
