@@ -1,0 +1,145 @@
+//! `adamw`: one step of Adam with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2).
+//!
+//! `param f32, grad (a float), m f32, v f32 (one shape), lr f32 [], step f32 [], grad_scale f32 [] -> param', m', v'`, in place
+//! on `param`, `m` and `v`. With `g = grad_scale grad` and `step` counted from 1: `m' = beta1 m + (1 - beta1) g`,
+//! `v' = beta2 v + (1 - beta2) g²`, `param' = param - lr (mhat / (sqrt(vhat) + eps) + weight_decay param)` with
+//! `mhat = m' / (1 - beta1^step)` and `vhat = v' / (1 - beta2^step)`. If `lr` or `grad_scale` is not finite, or `step` is
+//! below 1, nothing changes: a step whose gradient overflowed is skipped. Not differentiable.
+
+use serde::{Deserialize, Serialize};
+use smallvec::smallvec;
+
+use super::{Cotangents, Rule, Types, check};
+use crate::autodiff::Vjp;
+use crate::error::{Mismatch, Result};
+use crate::graph::{Graph, Value};
+use crate::tensor::Tensor;
+use crate::types::TensorType;
+
+/// An optimizer step on one tensor.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Adamw {
+    /// Decay of the first moment, in [0, 1).
+    pub beta1: f32,
+    /// Decay of the second moment, in [0, 1).
+    pub beta2: f32,
+    /// Added to the root of the second moment; not negative.
+    pub eps: f32,
+    /// Decoupled weight decay; not negative.
+    pub weight_decay: f32,
+}
+
+impl Rule for Adamw {
+    const NAME: &'static str = "adamw";
+
+    fn infer(&self, operands: &[TensorType]) -> Result<Types, Mismatch> {
+        check::count(operands, 7)?;
+        for (name, beta) in [("beta1", self.beta1), ("beta2", self.beta2)] {
+            check::attribute((0.0..1.0).contains(&beta), || format!("{name} in [0, 1), not {beta}"))?;
+        }
+        check::eps(self.eps)?;
+        let decay = self.weight_decay;
+        check::attribute(decay.is_finite() && decay >= 0.0, || {
+            format!("a weight_decay that is finite and not negative, not {decay}")
+        })?;
+        let moment = TensorType::f32(operands[0].shape.clone());
+        check::ty(operands, 0, &moment)?;
+        check::float(operands, 1)?;
+        check::shape(operands, 1, moment.shape.clone())?;
+        check::ty(operands, 2, &moment)?;
+        check::ty(operands, 3, &moment)?;
+        (4..7).try_for_each(|i| check::ty(operands, i, &TensorType::f32([])))?;
+        Ok(smallvec![moment.clone(), moment.clone(), moment])
+    }
+
+    fn vjp(&self, cx: &mut Vjp<'_>) -> Result<Cotangents> {
+        cx.refuse(Self::NAME, "an optimizer step is not differentiated")
+    }
+
+    fn reference(&self, operands: &[&Tensor], _results: &[TensorType]) -> Vec<Tensor> {
+        let (mut param, grad, mut m, mut v) = (operands[0].clone(), operands[1], operands[2].clone(), operands[3].clone());
+        let (lr, step, grad_scale) = (operands[4].data[0], operands[5].data[0], operands[6].data[0]);
+        if lr.is_finite() && grad_scale.is_finite() && step >= 1.0 {
+            let (beta1, beta2) = (f64::from(self.beta1), f64::from(self.beta2));
+            let (eps, decay) = (f64::from(self.eps), f64::from(self.weight_decay));
+            for i in 0..param.data.len() {
+                let g = grad_scale * grad.data[i];
+                m.data[i] = beta1 * m.data[i] + (1.0 - beta1) * g;
+                v.data[i] = beta2 * v.data[i] + (1.0 - beta2) * g * g;
+                let m_hat = m.data[i] / (1.0 - beta1.powf(step));
+                let v_hat = v.data[i] / (1.0 - beta2.powf(step));
+                param.data[i] -= lr * (m_hat / (v_hat.sqrt() + eps) + decay * param.data[i]);
+            }
+        }
+        vec![param, m, v]
+    }
+
+    fn in_place(&self) -> &'static [(usize, usize)] {
+        &[(0, 0), (1, 2), (2, 3)]
+    }
+}
+
+impl Graph {
+    /// One step of `rule` on `param` with the moments `m` and `v`; returns `[param', m', v']`. See [`Adamw`].
+    ///
+    /// # Errors
+    /// [`crate::Error::Operands`] if the operands do not fit or an attribute is out of its range.
+    #[track_caller]
+    pub fn adamw(
+        &mut self,
+        rule: Adamw,
+        param: Value,
+        grad: Value,
+        m: Value,
+        v: Value,
+        lr: Value,
+        step: Value,
+        grad_scale: Value,
+    ) -> Result<[Value; 3]> {
+        self.push_all(rule, &[param, grad, m, v, lr, step, grad_scale])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RULE: Adamw = Adamw { beta1: 0.5, beta2: 0.75, eps: 0.0, weight_decay: 0.5 };
+
+    fn run(moments: [f64; 2], lr: f64, step: f64, grad_scale: f64) -> [f64; 3] {
+        let one = |v: f64| Tensor::f32([1], vec![v]);
+        let scalar = |v: f64| Tensor::f32([], vec![v]);
+        let tensors = [one(1.0), one(4.0), one(moments[0]), one(moments[1]), scalar(lr), scalar(step), scalar(grad_scale)];
+        let operands = tensors.each_ref();
+        let types = RULE.infer(&operands.map(|t| t.ty.clone())).unwrap();
+        let out = RULE.reference(&operands, &types);
+        std::array::from_fn(|i| out[i].data[0])
+    }
+
+    #[test]
+    fn two_steps_by_hand() {
+        // g = 2: m = 1, v = 1, both hats give 2 and 4, so that the step is lr (1 + decay).
+        assert_eq!(run([0.0, 0.0], 0.25, 1.0, 0.5), [1.0 - 0.25 * 1.5, 1.0, 1.0]);
+        // Step 2: m = 0.5 + 1 over 1 - 1/4; v = 0.75 + 1 over 1 - 9/16, the squares of 2 and 2.
+        assert_eq!(run([1.0, 1.0], 0.25, 2.0, 0.5), [1.0 - 0.25 * 1.5, 1.5, 1.75]);
+    }
+
+    #[test]
+    fn a_step_that_is_not_finite_changes_nothing() {
+        for (lr, step, scale) in [(f64::NAN, 1.0, 1.0), (0.1, 1.0, f64::INFINITY), (0.1, 1.0, f64::NAN), (0.1, 0.0, 1.0)] {
+            assert_eq!(run([3.0, 5.0], lr, step, scale), [1.0, 3.0, 5.0]);
+        }
+    }
+
+    #[test]
+    fn out_of_range_attributes_and_wrong_moments_are_named() {
+        let (x, s) = (TensorType::f32([2]), TensorType::f32([]));
+        let grad = TensorType::new(crate::DType::Bf16, [2]);
+        let types = |m: TensorType| [x.clone(), grad.clone(), m, x.clone(), s.clone(), s.clone(), s.clone()];
+        assert!(RULE.infer(&types(x.clone())).is_ok());
+        assert_eq!(RULE.infer(&types(grad.clone())).unwrap_err().operand, Some(2));
+        let refused = Adamw { beta2: 1.0, ..RULE }.infer(&types(x.clone())).unwrap_err();
+        assert!(refused.wanted.contains("beta2 in [0, 1)"), "{refused:?}");
+    }
+}

@@ -1,0 +1,137 @@
+//! The random numbers of Moebius: Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC11).
+//!
+//! A number is a pure function of key, stream and index: element i of a stream takes word i % 4 of the block with the
+//! counter [i/4 low, i/4 high, stream, 0]. The transforms use only +, -, *, /, sqrt and bit operations on f32 and u32,
+//! which round equally on every machine, so that all backends give the same bits.
+// The coefficients keep their published digits.
+#![allow(clippy::excessive_precision)]
+
+/// 2^-24, the spacing of the uniform numbers.
+const UNIT: f32 = 1.0 / 16_777_216.0;
+
+/// One block of Philox4x32-10.
+pub fn philox4x32_10(key: [u32; 2], counter: [u32; 4]) -> [u32; 4] {
+    let ([mut k0, mut k1], mut c) = (key, counter);
+    for _ in 0..10 {
+        let (p0, p1) = (u64::from(c[0]) * 0xd251_1f53, u64::from(c[2]) * 0xcd9e_8d57);
+        c = [(p1 >> 32) as u32 ^ c[1] ^ k0, p1 as u32, (p0 >> 32) as u32 ^ c[3] ^ k1, p0 as u32];
+        (k0, k1) = (k0.wrapping_add(0x9e37_79b9), k1.wrapping_add(0xbb67_ae85));
+    }
+    c
+}
+
+/// Element `index` of the raw words.
+pub fn bits(key: [u32; 2], stream: u32, index: u64) -> u32 {
+    let block = index / 4;
+    philox4x32_10(key, [block as u32, (block >> 32) as u32, stream, 0])[(index % 4) as usize]
+}
+
+/// Element `index` of the uniform numbers: the upper 24 bits as a multiple of 2^-24 in [0, 1).
+pub fn uniform(key: [u32; 2], stream: u32, index: u64) -> f32 {
+    unit(bits(key, stream, index))
+}
+
+/// Element `index` of the standard normal numbers, |z| < 5.8 (Box and Muller).
+///
+/// Of the words (a, b) at an even place, r = sqrt(-2 ln u) with u = (a / 256 + 1) 2^-24 in (0, 1] and an angle of
+/// b / 256 2^-24 turns give r cos at the even element and r sin at the odd one.
+pub fn normal(key: [u32; 2], stream: u32, index: u64) -> f32 {
+    let u = unit(bits(key, stream, index & !1)) + UNIT;
+    let r = (-2.0 * ln(u)).sqrt();
+    let (cos, sin) = cos_sin_turns(unit(bits(key, stream, index | 1)));
+    r * if index.is_multiple_of(2) { cos } else { sin }
+}
+
+/// Element `index` of the standard Gumbel numbers: -ln(-ln u), u an odd multiple of 2^-24 in (0, 1).
+pub fn gumbel(key: [u32; 2], stream: u32, index: u64) -> f32 {
+    let u = ((bits(key, stream, index) >> 8) | 1) as f32 * UNIT;
+    -ln(-ln(u))
+}
+
+fn unit(word: u32) -> f32 {
+    (word >> 8) as f32 * UNIT
+}
+
+/// The natural logarithm of a positive normal number (the coefficients of Cephes' `logf`).
+fn ln(x: f32) -> f32 {
+    let bits = x.to_bits() as i32;
+    let e = bits.wrapping_sub(0x3f35_04f3) >> 23;
+    let m = f32::from_bits(bits.wrapping_sub(e << 23) as u32) - 1.0;
+    let e = e as f32;
+    let z = m * m;
+    let mut p = 7.037_683_6e-2_f32;
+    p = p * m - 1.151_461e-1;
+    p = p * m + 1.167_699_9e-1;
+    p = p * m - 1.242_014_1e-1;
+    p = p * m + 1.424_932_3e-1;
+    p = p * m - 1.666_805_8e-1;
+    p = p * m + 2.000_071_5e-1;
+    p = p * m - 2.499_999_4e-1;
+    p = p * m + 3.333_333_1e-1;
+    let y = p * m * z + e * -2.121_944_4e-4 - 0.5 * z;
+    (m + y) + e * 0.693_359_4
+}
+
+/// (cos, sin) of `u` turns, 0 <= u < 1 (the coefficients of Cephes' `cosf` and `sinf`).
+fn cos_sin_turns(u: f32) -> (f32, f32) {
+    // The nearest quarter; the rest is at most an eighth of a turn, and exact.
+    let quarter = (u * 4.0 + 0.5) as i32;
+    let x = (u - quarter as f32 * 0.25) * std::f32::consts::TAU;
+    let z = x * x;
+    let sin = ((-1.951_529_6e-4 * z + 8.332_160_9e-3) * z - 1.666_665_5e-1) * z * x + x;
+    let cos = ((2.443_315_7e-5 * z - 1.388_731_6e-3) * z + 4.166_664_6e-2) * z * z - 0.5 * z + 1.0;
+    let (c, s) = if quarter & 1 == 0 { (cos, sin) } else { (sin, cos) };
+    (if (quarter + 1) & 2 == 0 { c } else { -c }, if quarter & 2 == 0 { s } else { -s })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The known answers that Random123 ships for philox4x32-10.
+    #[test]
+    fn known_answers() {
+        assert_eq!(philox4x32_10([0; 2], [0; 4]), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
+        assert_eq!(philox4x32_10([u32::MAX; 2], [u32::MAX; 4]), [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]);
+        let pi = [0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344];
+        let answer = [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1];
+        assert_eq!(philox4x32_10([0xa409_3822, 0x299f_31d0], pi), answer);
+    }
+
+    #[test]
+    fn the_index_fills_the_counter_low_word_first() {
+        let block = 0x3_0000_0002;
+        let words = philox4x32_10([5, 6], [2, 3, 9, 0]);
+        assert_eq!([0, 1, 2, 3].map(|lane| bits([5, 6], 9, 4 * block + lane)), words);
+        assert_eq!(uniform([5, 6], 9, 4 * block + 1), (words[1] >> 8) as f32 / 16_777_216.0);
+    }
+
+    #[test]
+    fn transforms_are_those_of_the_formulas() {
+        let (key, stream) = ([1, 2], 3);
+        let part = |i: u64| f64::from(bits(key, stream, i) >> 8) / f64::from(1 << 24);
+        let (mut sum, mut squares) = (0.0, 0.0);
+        let n = 20_000;
+        for i in 0..n {
+            let (a, angle) = (part(i & !1) + f64::from(UNIT), part(i | 1) * std::f64::consts::TAU);
+            let want = (-2.0 * a.ln()).sqrt() * if i % 2 == 0 { angle.cos() } else { angle.sin() };
+            let z = f64::from(normal(key, stream, i));
+            assert!((z - want).abs() < 1e-6, "{z} for {want}");
+            (sum, squares) = (sum + z, squares + z * z);
+            let u = f64::from((bits(key, stream, i) >> 8) | 1) * f64::from(UNIT);
+            let (g, want) = (f64::from(gumbel(key, stream, i)), -(-u.ln()).ln());
+            assert!((g - want).abs() < 2e-6, "{g} for {want}");
+        }
+        let (mean, variance) = (sum / n as f64, squares / n as f64);
+        assert!(mean.abs() < 0.03 && (variance - 1.0).abs() < 0.05, "{mean} {variance}");
+    }
+
+    #[test]
+    fn extreme_words_are_finite() {
+        for w in [0, 255, 256, u32::MAX] {
+            assert!((0.0..1.0).contains(&unit(w)));
+            assert!((-2.0 * ln(unit(w) + UNIT)).sqrt() < 5.8);
+            assert!((-ln(-ln(((w >> 8) | 1) as f32 * UNIT))).is_finite());
+        }
+    }
+}
