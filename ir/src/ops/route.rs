@@ -72,13 +72,7 @@ impl Rule for Route {
         check::count(operands, 1)?;
         let (n, e) = check_logits(operands, self.k)?;
         let (choices, scalar) = ([n, self.k], TensorType::f32([]));
-        Ok(smallvec![
-            TensorType::f32(choices),
-            TensorType::i32(choices),
-            scalar.clone(),
-            scalar,
-            TensorType::i32([e])
-        ])
+        Ok(smallvec![TensorType::f32(choices), TensorType::i32(choices), scalar.clone(), scalar, TensorType::i32([e])])
     }
 
     fn vjp(&self, cx: &mut Vjp<'_>) -> Result<Cotangents> {
