@@ -58,7 +58,8 @@ impl Rule for Adamw {
     }
 
     fn reference(&self, operands: &[&Tensor], _results: &[TensorType]) -> Vec<Tensor> {
-        let (mut param, grad, mut m, mut v) = (operands[0].clone(), operands[1], operands[2].clone(), operands[3].clone());
+        let (mut param, grad, mut m, mut v) =
+            (operands[0].clone(), operands[1], operands[2].clone(), operands[3].clone());
         let (lr, step, grad_scale) = (operands[4].data[0], operands[5].data[0], operands[6].data[0]);
         if lr.is_finite() && grad_scale.is_finite() && step >= 1.0 {
             let (beta1, beta2) = (f64::from(self.beta1), f64::from(self.beta2));
@@ -110,7 +111,8 @@ mod tests {
     fn run(moments: [f64; 2], lr: f64, step: f64, grad_scale: f64) -> [f64; 3] {
         let one = |v: f64| Tensor::f32([1], vec![v]);
         let scalar = |v: f64| Tensor::f32([], vec![v]);
-        let tensors = [one(1.0), one(4.0), one(moments[0]), one(moments[1]), scalar(lr), scalar(step), scalar(grad_scale)];
+        let tensors =
+            [one(1.0), one(4.0), one(moments[0]), one(moments[1]), scalar(lr), scalar(step), scalar(grad_scale)];
         let operands = tensors.each_ref();
         let types = RULE.infer(&operands.map(|t| t.ty.clone())).unwrap();
         let out = RULE.reference(&operands, &types);
@@ -127,7 +129,9 @@ mod tests {
 
     #[test]
     fn a_step_that_is_not_finite_changes_nothing() {
-        for (lr, step, scale) in [(f64::NAN, 1.0, 1.0), (0.1, 1.0, f64::INFINITY), (0.1, 1.0, f64::NAN), (0.1, 0.0, 1.0)] {
+        for (lr, step, scale) in
+            [(f64::NAN, 1.0, 1.0), (0.1, 1.0, f64::INFINITY), (0.1, 1.0, f64::NAN), (0.1, 0.0, 1.0)]
+        {
             assert_eq!(run([3.0, 5.0], lr, step, scale), [1.0, 3.0, 5.0]);
         }
     }

@@ -170,14 +170,7 @@ impl Graph {
     /// # Errors
     /// [`crate::Error::Operands`] if `qkv` does not fit the heads.
     #[track_caller]
-    pub fn attention(
-        &mut self,
-        qkv: Value,
-        heads: usize,
-        kv_heads: usize,
-        causal: bool,
-        scale: f32,
-    ) -> Result<Value> {
+    pub fn attention(&mut self, qkv: Value, heads: usize, kv_heads: usize, causal: bool, scale: f32) -> Result<Value> {
         self.push_all::<2>(Attention { heads, kv_heads, causal, scale }, &[qkv]).map(|[out, _]| out)
     }
 }

@@ -99,7 +99,8 @@ mod tests {
         assert_eq!(plain[0].data, [11.0, 100.0, 0.0]);
         let gated = Combine {}.reference(&[&rows, &slot_choice, &choice_slot, &gate], &types);
         assert_eq!(gated[0].data, [23.0, 400.0, 0.0]);
-        let refused = Combine {}.infer(&[rows.ty, slot_choice.ty, choice_slot.ty, TensorType::f32([3, 1])]).unwrap_err();
+        let refused =
+            Combine {}.infer(&[rows.ty, slot_choice.ty, choice_slot.ty, TensorType::f32([3, 1])]).unwrap_err();
         assert_eq!((refused.operand, refused.wanted.as_str()), (Some(3), "f32[3,2]"));
     }
 

@@ -116,13 +116,7 @@ impl Graph {
     /// # Errors
     /// [`crate::Error::Operands`] if the operands do not fit.
     #[track_caller]
-    pub fn dispatch(
-        &mut self,
-        x: Value,
-        slot_choice: Value,
-        choice_slot: Value,
-        gate: Option<Value>,
-    ) -> Result<Value> {
+    pub fn dispatch(&mut self, x: Value, slot_choice: Value, choice_slot: Value, gate: Option<Value>) -> Result<Value> {
         let operands: SmallVec<[Value; 4]> = [x, slot_choice, choice_slot].into_iter().chain(gate).collect();
         self.push_one(Dispatch {}, &operands)
     }

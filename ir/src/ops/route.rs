@@ -11,7 +11,6 @@
 use serde::{Deserialize, Serialize};
 use smallvec::smallvec;
 
-use super::binary::zero_like;
 use super::{Cotangents, Rule, Types, check};
 use crate::autodiff::{Cotangent, Vjp};
 use crate::dtype::DType;
@@ -73,13 +72,7 @@ impl Rule for Route {
         check::count(operands, 1)?;
         let (n, e) = check_logits(operands, self.k)?;
         let (choices, scalar) = ([n, self.k], TensorType::f32([]));
-        Ok(smallvec![
-            TensorType::f32(choices),
-            TensorType::i32(choices),
-            scalar.clone(),
-            scalar,
-            TensorType::i32([e])
-        ])
+        Ok(smallvec![TensorType::f32(choices), TensorType::i32(choices), scalar.clone(), scalar, TensorType::i32([e])])
     }
 
     fn vjp(&self, cx: &mut Vjp<'_>) -> Result<Cotangents> {
@@ -88,7 +81,10 @@ impl Rule for Route {
         for (d, cotangent) in d.iter_mut().zip([cx.cotangents[0], cx.cotangents[2], cx.cotangents[3]]) {
             *d = match cotangent {
                 Some(cotangent) => cotangent,
-                None => zero_like(cx.graph, *d)?,
+                None => {
+                    let ty = cx.graph.ty(*d).clone();
+                    cx.graph.splat(ty, 0.0)?
+                }
             };
         }
         let [d_gate, d_load_balancing_loss, d_z_loss] = d;

@@ -45,7 +45,10 @@ impl Rule for SegmentSum {
     }
 
     fn vjp(&self, cx: &mut Vjp<'_>) -> Result<Cotangents> {
-        cx.refuse(Self::NAME, "it stands only in the gradient of expert_matmul, whose second derivative is not in the set")
+        cx.refuse(
+            Self::NAME,
+            "it stands only in the gradient of expert_matmul, whose second derivative is not in the set",
+        )
     }
 
     fn reference(&self, operands: &[&Tensor], results: &[TensorType]) -> Vec<Tensor> {
