@@ -137,44 +137,56 @@ pub(super) fn attend<T: Element>(
     let sum = cut(&mut scratch, TILE);
     let rescale = cut(&mut scratch, TILE);
     let n = lanes(rows);
-    simd(|| {
-        load_rows(rows, head_dim, q, scale, (loaded, head_dim));
-        transpose(rows, head_dim, (loaded, head_dim), queries);
-    });
+    simd(
+        #[inline(always)]
+        || {
+            load_rows(rows, head_dim, q, scale, (loaded, head_dim));
+            transpose(rows, head_dim, (loaded, head_dim), queries);
+        },
+    );
     max.fill(f32::NEG_INFINITY);
     sum.fill(0.0);
     let end = if causal { keys.min(position + rows) } else { keys };
     for first in (0..end).step_by(TILE) {
         let count = TILE.min(end - first);
-        simd(|| load_rows(count, head_dim, (&k.0[first * k.1..], k.1), 1.0, (loaded, head_dim)));
+        simd(
+            #[inline(always)]
+            || load_rows(count, head_dim, (&k.0[first * k.1..], k.1), 1.0, (loaded, head_dim)),
+        );
         let left = Left { data: loaded, row: head_dim, step: 1 };
         product([count, n, head_dim], left, (queries, TILE), Start::Zero, (scores, TILE));
-        simd(|| {
-            if causal && first + count > position + 1 {
-                mask(scores, count, n, first, position);
-            }
-            online_softmax(scores, count, n, max, sum, rescale);
-            load_rows(count, head_dim, (&v.0[first * v.1..], v.1), 1.0, (loaded, head_dim));
-        });
+        simd(
+            #[inline(always)]
+            || {
+                if causal && first + count > position + 1 {
+                    mask(scores, count, n, first, position);
+                }
+                online_softmax(scores, count, n, max, sum, rescale);
+                load_rows(count, head_dim, (&v.0[first * v.1..], v.1), 1.0, (loaded, head_dim));
+            },
+        );
         let left = Left { data: loaded, row: 1, step: head_dim };
         let before = if first == 0 { Start::Zero } else { Start::Scaled(rescale) };
         product([head_dim, n, count], left, (scores, TILE), before, (result, TILE));
     }
-    simd(|| {
-        for r in 0..rows {
-            let inverse = 1.0 / sum[r];
-            // SAFETY: the rows of one head are the task's own.
-            let to = unsafe { out.piece(start + r * ld_out, head_dim) };
-            for (d, to) in to.iter_mut().enumerate() {
-                *to = T::from_f32(result[d * TILE + r] * inverse);
-            }
-        }
-        if let Some(lse) = lse {
+    simd(
+        #[inline(always)]
+        || {
             for r in 0..rows {
-                lse[r] = max[r] + vmath::ln(sum[r]);
+                let inverse = 1.0 / sum[r];
+                // SAFETY: the rows of one head are the task's own.
+                let to = unsafe { out.piece(start + r * ld_out, head_dim) };
+                for (d, to) in to.iter_mut().enumerate() {
+                    *to = T::from_f32(result[d * TILE + r] * inverse);
+                }
             }
-        }
-    });
+            if let Some(lse) = lse {
+                for r in 0..rows {
+                    lse[r] = max[r] + vmath::ln(sum[r]);
+                }
+            }
+        },
+    );
 }
 
 /// Sets the scores [count, n] of keys from `first` on to -inf where the query at `position` + lane comes before the key.
@@ -300,29 +312,35 @@ fn grad_of_kv_head<T: Element>(
     dv.fill(0.0);
     for h in kv * group..(kv + 1) * group {
         let (o, d) = ((b * tokens * ld_out) + h * head_dim, (b * heads + h) * tokens);
-        simd(|| {
-            load_rows(tokens, head_dim, (&sequence[h * head_dim..], ld), scale, (q_rows, wide));
-            load_rows(tokens, head_dim, (&dout[o..], ld_out), 1.0, (d_rows, wide));
-            for first in (0..tokens).step_by(TILE) {
-                let rows = TILE.min(tokens - first);
-                transpose(rows, head_dim, (&q_rows[first * wide..], wide), &mut q_lanes[first * head_dim..]);
-                transpose(rows, head_dim, (&d_rows[first * wide..], wide), &mut d_lanes[first * head_dim..]);
-            }
-            for t in 0..tokens {
-                let (out, d) = (&out[o + t * ld_out..][..head_dim], &d_rows[t * wide..][..head_dim]);
-                deltas[t] = sum_over(out, d, d, |out, d, _| out * d);
-            }
-            denominators[..tokens].copy_from_slice(&lse[d..d + tokens]);
-            // Lanes past the last token: their query and dout are 0, so any finite number leaves them without effect.
-            denominators[tokens..].fill(0.0);
-            deltas[tokens..].fill(0.0);
-        });
+        simd(
+            #[inline(always)]
+            || {
+                load_rows(tokens, head_dim, (&sequence[h * head_dim..], ld), scale, (q_rows, wide));
+                load_rows(tokens, head_dim, (&dout[o..], ld_out), 1.0, (d_rows, wide));
+                for first in (0..tokens).step_by(TILE) {
+                    let rows = TILE.min(tokens - first);
+                    transpose(rows, head_dim, (&q_rows[first * wide..], wide), &mut q_lanes[first * head_dim..]);
+                    transpose(rows, head_dim, (&d_rows[first * wide..], wide), &mut d_lanes[first * head_dim..]);
+                }
+                for t in 0..tokens {
+                    let (out, d) = (&out[o + t * ld_out..][..head_dim], &d_rows[t * wide..][..head_dim]);
+                    deltas[t] = sum_over(out, d, d, |out, d, _| out * d);
+                }
+                denominators[..tokens].copy_from_slice(&lse[d..d + tokens]);
+                // Lanes past the last token: their query and dout are 0, so any finite number leaves them without effect.
+                denominators[tokens..].fill(0.0);
+                deltas[tokens..].fill(0.0);
+            },
+        );
         for key in (0..tokens).step_by(TILE) {
             let count = TILE.min(tokens - key);
-            simd(|| {
-                load_rows(count, head_dim, (&sequence[key * ld + k_column..], ld), 1.0, (k_tile, head_dim));
-                load_rows(count, head_dim, (&sequence[key * ld + v_column..], ld), 1.0, (v_tile, head_dim));
-            });
+            simd(
+                #[inline(always)]
+                || {
+                    load_rows(count, head_dim, (&sequence[key * ld + k_column..], ld), 1.0, (k_tile, head_dim));
+                    load_rows(count, head_dim, (&sequence[key * ld + v_column..], ld), 1.0, (v_tile, head_dim));
+                },
+            );
             for first in (if causal { key } else { 0 }..tokens).step_by(TILE) {
                 let rows = TILE.min(tokens - first);
                 let n = lanes(rows);
@@ -331,19 +349,22 @@ fn grad_of_kv_head<T: Element>(
                 let v_rows = Left { data: v_tile, row: head_dim, step: 1 };
                 product([count, n, head_dim], k_rows, (&q_lanes[at..], TILE), Start::Zero, (p_tile, TILE));
                 product([count, n, head_dim], v_rows, (&d_lanes[at..], TILE), Start::Zero, (ds_tile, TILE));
-                simd(|| {
-                    if causal && first == key {
-                        mask(p_tile, count, n, key, first);
-                    }
-                    let (denominators, deltas) = (&denominators[first..][..n], &deltas[first..][..n]);
-                    for row in 0..count {
-                        let (p, ds) = (&mut p_tile[row * TILE..][..n], &mut ds_tile[row * TILE..][..n]);
-                        for x in 0..n {
-                            p[x] = vmath::exp(p[x] - denominators[x]);
-                            ds[x] = p[x] * (ds[x] - deltas[x]);
+                simd(
+                    #[inline(always)]
+                    || {
+                        if causal && first == key {
+                            mask(p_tile, count, n, key, first);
                         }
-                    }
-                });
+                        let (denominators, deltas) = (&denominators[first..][..n], &deltas[first..][..n]);
+                        for row in 0..count {
+                            let (p, ds) = (&mut p_tile[row * TILE..][..n], &mut ds_tile[row * TILE..][..n]);
+                            for x in 0..n {
+                                p[x] = vmath::exp(p[x] - denominators[x]);
+                                ds[x] = p[x] * (ds[x] - deltas[x]);
+                            }
+                        }
+                    },
+                );
                 let p = Left { data: p_tile, row: TILE, step: 1 };
                 let ds = Left { data: ds_tile, row: TILE, step: 1 };
                 let (d, q) = (&d_rows[first * wide..], &q_rows[first * wide..]);
@@ -355,29 +376,35 @@ fn grad_of_kv_head<T: Element>(
                 product([head_dim, n, count], k_columns, (ds_tile, TILE), before, (&mut dq_lanes[at..], TILE));
             }
         }
-        simd(|| {
-            for t in 0..tokens {
-                // SAFETY: query head h of sequence b is this task's.
-                let to = unsafe { dqkv.piece((b * tokens + t) * ld + h * head_dim, head_dim) };
-                let from = &dq_lanes[t / TILE * TILE * head_dim + t % TILE..];
-                for (d, to) in to.iter_mut().enumerate() {
-                    *to = T::from_f32(from[d * TILE] * scale);
+        simd(
+            #[inline(always)]
+            || {
+                for t in 0..tokens {
+                    // SAFETY: query head h of sequence b is this task's.
+                    let to = unsafe { dqkv.piece((b * tokens + t) * ld + h * head_dim, head_dim) };
+                    let from = &dq_lanes[t / TILE * TILE * head_dim + t % TILE..];
+                    for (d, to) in to.iter_mut().enumerate() {
+                        *to = T::from_f32(from[d * TILE] * scale);
+                    }
                 }
-            }
-        });
+            },
+        );
     }
-    simd(|| {
-        for t in 0..tokens {
-            let row = (b * tokens + t) * ld;
-            for (column, from) in [(k_column, &*dk), (v_column, &*dv)] {
-                // SAFETY: key and value head `kv` of sequence b are this task's.
-                let to = unsafe { dqkv.piece(row + column, head_dim) };
-                for (to, from) in to.iter_mut().zip(&from[t * wide..]) {
-                    *to = T::from_f32(*from);
+    simd(
+        #[inline(always)]
+        || {
+            for t in 0..tokens {
+                let row = (b * tokens + t) * ld;
+                for (column, from) in [(k_column, &*dk), (v_column, &*dv)] {
+                    // SAFETY: key and value head `kv` of sequence b are this task's.
+                    let to = unsafe { dqkv.piece(row + column, head_dim) };
+                    for (to, from) in to.iter_mut().zip(&from[t * wide..]) {
+                        *to = T::from_f32(*from);
+                    }
                 }
             }
-        }
-    });
+        },
+    );
 }
 
 #[cfg(test)]

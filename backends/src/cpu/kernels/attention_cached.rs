@@ -151,7 +151,10 @@ fn attend_row<T: Element>(
     if in_place.1.is_none() {
         v_tile.fill(0.0);
     }
-    simd(|| load_rows(1, head_dim, (&q.0[row * q.1..], q.1), scale, (query, wide)));
+    simd(
+        #[inline(always)]
+        || load_rows(1, head_dim, (&q.0[row * q.1..], q.1), scale, (query, wide)),
+    );
     let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0);
     let end = position + row + 1;
     for first in (0..end).step_by(TILE) {
@@ -159,17 +162,23 @@ fn attend_row<T: Element>(
         let keys = match in_place.0 {
             Some(keys) => Left { data: &keys[first * k.1..], row: k.1, step: 1 },
             None => {
-                simd(|| load_rows(count, head_dim, (&k.0[first * k.1..], k.1), 1.0, (k_tile, head_dim)));
+                simd(
+                    #[inline(always)]
+                    || load_rows(count, head_dim, (&k.0[first * k.1..], k.1), 1.0, (k_tile, head_dim)),
+                );
                 Left { data: k_tile, row: head_dim, step: 1 }
             }
         };
         product([count, 1, head_dim], keys, (query, 1), Start::Zero, (scores, 1));
-        simd(|| {
-            (max, sum) = online_softmax(&mut scores[..count], max, sum, rescale);
-            if in_place.1.is_none() {
-                load_rows(count, head_dim, (&v.0[first * v.1..], v.1), 1.0, (v_tile, wide));
-            }
-        });
+        simd(
+            #[inline(always)]
+            || {
+                (max, sum) = online_softmax(&mut scores[..count], max, sum, rescale);
+                if in_place.1.is_none() {
+                    load_rows(count, head_dim, (&v.0[first * v.1..], v.1), 1.0, (v_tile, wide));
+                }
+            },
+        );
         let values = match in_place.1 {
             Some(values) => (&values[first * v.1..], v.1),
             None => (&*v_tile, wide),

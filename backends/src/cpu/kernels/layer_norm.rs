@@ -27,19 +27,22 @@ pub fn layer_norm<T: Element, P: Element>(
         // SAFETY: the blocks are disjoint.
         let (y, mean, rstd) =
             unsafe { (y.piece(first * width, count * width), mean.piece(first, count), rstd.piece(first, count)) };
-        simd(|| {
-            for r in 0..count {
-                let (x, y) = (&x[(first + r) * width..][..width], &mut y[r * width..][..width]);
-                let m = sum_over(x, x, x, |x, _, _| x) * scale;
-                // From the differences: sum(x^2) / D - mean^2 would lose the variance of rows far from 0.
-                let variance = sum_over(x, x, x, |x, _, _| (x - m) * (x - m)) * scale;
-                let s = 1.0 / (variance + eps).sqrt();
-                (mean[r], rstd[r]) = (m, s);
-                for (((y, x), gamma), beta) in y.iter_mut().zip(x).zip(gamma).zip(beta) {
-                    *y = T::from_f32((x.to_f32() - m) * s * gamma.to_f32() + beta.to_f32());
+        simd(
+            #[inline(always)]
+            || {
+                for r in 0..count {
+                    let (x, y) = (&x[(first + r) * width..][..width], &mut y[r * width..][..width]);
+                    let m = sum_over(x, x, x, |x, _, _| x) * scale;
+                    // From the differences: sum(x^2) / D - mean^2 would lose the variance of rows far from 0.
+                    let variance = sum_over(x, x, x, |x, _, _| (x - m) * (x - m)) * scale;
+                    let s = 1.0 / (variance + eps).sqrt();
+                    (mean[r], rstd[r]) = (m, s);
+                    for (((y, x), gamma), beta) in y.iter_mut().zip(x).zip(gamma).zip(beta) {
+                        *y = T::from_f32((x.to_f32() - m) * s * gamma.to_f32() + beta.to_f32());
+                    }
                 }
-            }
-        });
+            },
+        );
     });
 }
 
@@ -80,28 +83,34 @@ pub fn layer_norm_grad<T: Element, P: Element, G: Element>(
             unsafe { (dx.piece(first * width, count * width), parts.piece(first / height * 2 * width, 2 * width)) };
         part.fill(0.0);
         let (dgamma, dbeta) = part.split_at_mut(width);
-        simd(|| {
-            for r in 0..count {
-                let at = (first + r) * width;
-                let (x, dy, dx) = (&x[at..][..width], &dy[at..][..width], &mut dx[r * width..][..width]);
-                let (m, s) = (mean[first + r], rstd[first + r]);
-                let g = sum_over(dy, gamma, x, |dy, gamma, _| dy * gamma) * scale;
-                let gh = sum_over(dy, gamma, x, |dy, gamma, x| dy * gamma * ((x - m) * s)) * scale;
-                let sums = dgamma.iter_mut().zip(&mut *dbeta).zip(gamma);
-                for (((dx, x), dy), ((dgamma, dbeta), gamma)) in dx.iter_mut().zip(x).zip(dy).zip(sums) {
-                    let (dy, h) = (dy.to_f32(), (x.to_f32() - m) * s);
-                    *dx = T::from_f32((dy * gamma.to_f32() - g - h * gh) * s);
-                    *dgamma += dy * h;
-                    *dbeta += dy;
+        simd(
+            #[inline(always)]
+            || {
+                for r in 0..count {
+                    let at = (first + r) * width;
+                    let (x, dy, dx) = (&x[at..][..width], &dy[at..][..width], &mut dx[r * width..][..width]);
+                    let (m, s) = (mean[first + r], rstd[first + r]);
+                    let g = sum_over(dy, gamma, x, |dy, gamma, _| dy * gamma) * scale;
+                    let gh = sum_over(dy, gamma, x, |dy, gamma, x| dy * gamma * ((x - m) * s)) * scale;
+                    let sums = dgamma.iter_mut().zip(&mut *dbeta).zip(gamma);
+                    for (((dx, x), dy), ((dgamma, dbeta), gamma)) in dx.iter_mut().zip(x).zip(dy).zip(sums) {
+                        let (dy, h) = (dy.to_f32(), (x.to_f32() - m) * s);
+                        *dx = T::from_f32((dy * gamma.to_f32() - g - h * gh) * s);
+                        *dgamma += dy * h;
+                        *dbeta += dy;
+                    }
                 }
-            }
-        });
+            },
+        );
     });
     let blocks = rows.div_ceil(height);
-    simd(|| {
-        add_partials(partials, blocks, 2 * width, 0, dgamma);
-        add_partials(partials, blocks, 2 * width, width, dbeta);
-    });
+    simd(
+        #[inline(always)]
+        || {
+            add_partials(partials, blocks, 2 * width, 0, dgamma);
+            add_partials(partials, blocks, 2 * width, width, dbeta);
+        },
+    );
 }
 
 #[cfg(test)]

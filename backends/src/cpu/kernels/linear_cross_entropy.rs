@@ -110,13 +110,19 @@ pub fn linear_cross_entropy<T: Element>(
                     chosen[r] = logits[(id as usize - token) * TILE + r];
                 }
             }
-            simd(|| online_sum(logits, tokens, n, max, sum));
+            simd(
+                #[inline(always)]
+                || online_sum(logits, tokens, n, max, sum),
+            );
         }
-        simd(|| {
-            for r in 0..count {
-                lse[r] = max[r] + vmath::ln(sum[r]);
-            }
-        });
+        simd(
+            #[inline(always)]
+            || {
+                for r in 0..count {
+                    lse[r] = max[r] + vmath::ln(sum[r]);
+                }
+            },
+        );
         for r in 0..count {
             loss[r] = if targets[r] < 0 { 0.0 } else { lse[r] - chosen[r] };
         }
@@ -127,7 +133,10 @@ pub fn linear_cross_entropy<T: Element>(
 /// Rows first..first + count of x, in lanes.
 fn load_lanes<T: Element>((x, width): (&[T], usize), first: usize, count: usize, loaded: &mut [f32], to: &mut [f32]) {
     let rows = tile_of((x, width), first, count, loaded);
-    simd(|| transpose(count, width, (rows, width), to));
+    simd(
+        #[inline(always)]
+        || transpose(count, width, (rows, width), to),
+    );
 }
 
 /// Rows first..first + count as f32: in place if they are, else copied to `tile`.
@@ -141,7 +150,10 @@ fn tile_of<'a, T: Element>(
     match as_f32(rows) {
         Some(rows) => rows,
         None => {
-            simd(|| load_rows(count, width, (rows, width), 1.0, (tile, width)));
+            simd(
+                #[inline(always)]
+                || load_rows(count, width, (rows, width), 1.0, (tile, width)),
+            );
             tile
         }
     }
@@ -238,13 +250,16 @@ pub fn linear_cross_entropy_grad<T: Element, G: Element>(
             let rows = Rows { first, count, targets, lse, dloss };
             logit_grads(&rows, (x, w, width), (chunk, tokens), dl, dx_lanes, scratch);
             if chunk + tokens == vocabulary {
-                simd(|| {
-                    for (r, dx) in dx.chunks_exact_mut(width.max(1)).enumerate() {
-                        for (d, dx) in dx.iter_mut().enumerate() {
-                            *dx = T::from_f32(dx_lanes[d * TILE + r]);
+                simd(
+                    #[inline(always)]
+                    || {
+                        for (r, dx) in dx.chunks_exact_mut(width.max(1)).enumerate() {
+                            for (d, dx) in dx.iter_mut().enumerate() {
+                                *dx = T::from_f32(dx_lanes[d * TILE + r]);
+                            }
                         }
-                    }
-                });
+                    },
+                );
             }
         });
         let dl = &*dl;
@@ -310,15 +325,18 @@ fn logit_grads<T: Element>(
         let dl = &mut dl[token * TILE..];
         let left = Left { data: w_rows, row: width, step: 1 };
         product([count_here, n, width], left, (x_lanes, TILE), Start::Zero, (dl, TILE));
-        simd(|| {
-            let (denominators, factors) = (&denominators[..n], &factors[..n]);
-            for row in dl.chunks_exact_mut(TILE).take(count_here) {
-                let row = &mut row[..n];
-                for x in 0..n {
-                    row[x] = vmath::exp(row[x] - denominators[x]) * factors[x];
+        simd(
+            #[inline(always)]
+            || {
+                let (denominators, factors) = (&denominators[..n], &factors[..n]);
+                for row in dl.chunks_exact_mut(TILE).take(count_here) {
+                    let row = &mut row[..n];
+                    for x in 0..n {
+                        row[x] = vmath::exp(row[x] - denominators[x]) * factors[x];
+                    }
                 }
-            }
-        });
+            },
+        );
         for r in 0..count {
             let id = targets[first + r];
             if id >= 0 && (chunk + token..chunk + token + count_here).contains(&(id as usize)) {
@@ -351,7 +369,10 @@ fn weight_grad<T: Element>(
         let right = match in_place {
             Some(x) => (&x[at..], width),
             None => {
-                simd(|| load_rows(rows_here, wide, (&x[at..], width), 1.0, (tile, TILE)));
+                simd(
+                    #[inline(always)]
+                    || load_rows(rows_here, wide, (&x[at..], width), 1.0, (tile, TILE)),
+                );
                 (&*tile, TILE)
             }
         };

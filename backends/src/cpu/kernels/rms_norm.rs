@@ -18,16 +18,19 @@ pub fn rms_norm<T: Element, P: Element>(x: &[T], gamma: &[P], eps: f32, y: &mut 
     for_blocks(rows, width, |first, count| {
         // SAFETY: the blocks are disjoint.
         let (y, rstd) = unsafe { (y.piece(first * width, count * width), rstd.piece(first, count)) };
-        simd(|| {
-            for r in 0..count {
-                let (x, y) = (&x[(first + r) * width..][..width], &mut y[r * width..][..width]);
-                let s = 1.0 / (sum_over(x, x, x, |x, _, _| x * x) * scale + eps).sqrt();
-                rstd[r] = s;
-                for ((y, x), gamma) in y.iter_mut().zip(x).zip(gamma) {
-                    *y = T::from_f32(x.to_f32() * s * gamma.to_f32());
+        simd(
+            #[inline(always)]
+            || {
+                for r in 0..count {
+                    let (x, y) = (&x[(first + r) * width..][..width], &mut y[r * width..][..width]);
+                    let s = 1.0 / (sum_over(x, x, x, |x, _, _| x * x) * scale + eps).sqrt();
+                    rstd[r] = s;
+                    for ((y, x), gamma) in y.iter_mut().zip(x).zip(gamma) {
+                        *y = T::from_f32(x.to_f32() * s * gamma.to_f32());
+                    }
                 }
-            }
-        });
+            },
+        );
     });
 }
 
@@ -64,21 +67,29 @@ pub fn rms_norm_grad<T: Element, P: Element, G: Element>(
         let (dx, dgamma) =
             unsafe { (dx.piece(first * width, count * width), parts.piece(first / height * width, width)) };
         dgamma.fill(0.0);
-        simd(|| {
-            for r in 0..count {
-                let at = (first + r) * width;
-                let (x, dy, dx) = (&x[at..][..width], &dy[at..][..width], &mut dx[r * width..][..width]);
-                let s = rstd[first + r];
-                let gh = sum_over(dy, gamma, x, |dy, gamma, x| dy * gamma * (x * s)) * scale;
-                for (((dx, x), dy), (dgamma, gamma)) in dx.iter_mut().zip(x).zip(dy).zip(dgamma.iter_mut().zip(gamma)) {
-                    let (dy, h) = (dy.to_f32(), x.to_f32() * s);
-                    *dx = T::from_f32((dy * gamma.to_f32() - h * gh) * s);
-                    *dgamma += dy * h;
+        simd(
+            #[inline(always)]
+            || {
+                for r in 0..count {
+                    let at = (first + r) * width;
+                    let (x, dy, dx) = (&x[at..][..width], &dy[at..][..width], &mut dx[r * width..][..width]);
+                    let s = rstd[first + r];
+                    let gh = sum_over(dy, gamma, x, |dy, gamma, x| dy * gamma * (x * s)) * scale;
+                    for (((dx, x), dy), (dgamma, gamma)) in
+                        dx.iter_mut().zip(x).zip(dy).zip(dgamma.iter_mut().zip(gamma))
+                    {
+                        let (dy, h) = (dy.to_f32(), x.to_f32() * s);
+                        *dx = T::from_f32((dy * gamma.to_f32() - h * gh) * s);
+                        *dgamma += dy * h;
+                    }
                 }
-            }
-        });
+            },
+        );
     });
-    simd(|| add_partials(partials, rows.div_ceil(height), width, 0, dgamma));
+    simd(
+        #[inline(always)]
+        || add_partials(partials, rows.div_ceil(height), width, 0, dgamma),
+    );
 }
 
 #[cfg(test)]

@@ -70,15 +70,15 @@ pub(super) fn sum_over<A: Element, B: Element, C: Element>(
     let n = a.len();
     let (b, c) = (&b[..n], &c[..n]);
     let mut sums = [0.0f32; SUMS];
-    let parts = a.chunks_exact(SUMS).zip(b.chunks_exact(SUMS)).zip(c.chunks_exact(SUMS));
-    for ((a, b), c) in parts {
+    let ((a_parts, a), (b_parts, b), (c_parts, c)) =
+        (a.as_chunks::<SUMS>(), b.as_chunks::<SUMS>(), c.as_chunks::<SUMS>());
+    for ((a, b), c) in a_parts.iter().zip(b_parts).zip(c_parts) {
         for x in 0..SUMS {
             sums[x] += term(a[x].to_f32(), b[x].to_f32(), c[x].to_f32());
         }
     }
-    let full = n / SUMS * SUMS;
-    for i in full..n {
-        sums[i - full] += term(a[i].to_f32(), b[i].to_f32(), c[i].to_f32());
+    for (((sum, a), b), c) in sums.iter_mut().zip(a).zip(b).zip(c) {
+        *sum += term(a.to_f32(), b.to_f32(), c.to_f32());
     }
     let mut width = SUMS / 2;
     while width > 0 {
@@ -95,8 +95,7 @@ pub(super) fn sum_over<A: Element, B: Element, C: Element>(
 pub(super) fn max_over<T: Element>(row: &[T]) -> f32 {
     let larger = |max: f32, x: f32| if x > max { x } else { max };
     let mut maxima = [f32::NEG_INFINITY; SUMS];
-    let parts = row.chunks_exact(SUMS);
-    let rest = parts.remainder();
+    let (parts, rest) = row.as_chunks::<SUMS>();
     for part in parts {
         for x in 0..SUMS {
             maxima[x] = larger(maxima[x], part[x].to_f32());

@@ -20,16 +20,19 @@ pub fn softmax<T: Element>(x: &[T], width: usize, y: &mut [T]) {
     for_blocks(x.len() / width, width, |first, count| {
         // SAFETY: the blocks are disjoint.
         let y = unsafe { out.piece(first * width, count * width) };
-        simd(|| {
-            for (x, y) in x[first * width..][..count * width].chunks_exact(width).zip(y.chunks_exact_mut(width)) {
-                let max = max_over(x);
-                let inverse = 1.0 / sum_over(x, x, x, |x, _, _| vmath::exp(x - max));
-                // The exponentials again rather than stored and read: a narrow T would round them twice.
-                for (y, x) in y.iter_mut().zip(x) {
-                    *y = T::from_f32(vmath::exp(x.to_f32() - max) * inverse);
+        simd(
+            #[inline(always)]
+            || {
+                for (x, y) in x[first * width..][..count * width].chunks_exact(width).zip(y.chunks_exact_mut(width)) {
+                    let max = max_over(x);
+                    let inverse = 1.0 / sum_over(x, x, x, |x, _, _| vmath::exp(x - max));
+                    // The exponentials again rather than stored and read: a narrow T would round them twice.
+                    for (y, x) in y.iter_mut().zip(x) {
+                        *y = T::from_f32(vmath::exp(x.to_f32() - max) * inverse);
+                    }
                 }
-            }
-        });
+            },
+        );
     });
 }
 
@@ -46,16 +49,19 @@ pub fn softmax_grad<T: Element>(y: &[T], dy: &[T], width: usize, dx: &mut [T]) {
     for_blocks(y.len() / width, width, |first, count| {
         // SAFETY: the blocks are disjoint.
         let dx = unsafe { out.piece(first * width, count * width) };
-        simd(|| {
-            for (r, dx) in dx.chunks_exact_mut(width).enumerate() {
-                let at = (first + r) * width;
-                let (y, dy) = (&y[at..][..width], &dy[at..][..width]);
-                let dot = sum_over(y, dy, y, |y, dy, _| y * dy);
-                for ((dx, y), dy) in dx.iter_mut().zip(y).zip(dy) {
-                    *dx = T::from_f32(y.to_f32() * (dy.to_f32() - dot));
+        simd(
+            #[inline(always)]
+            || {
+                for (r, dx) in dx.chunks_exact_mut(width).enumerate() {
+                    let at = (first + r) * width;
+                    let (y, dy) = (&y[at..][..width], &dy[at..][..width]);
+                    let dot = sum_over(y, dy, y, |y, dy, _| y * dy);
+                    for ((dx, y), dy) in dx.iter_mut().zip(y).zip(dy) {
+                        *dx = T::from_f32(y.to_f32() * (dy.to_f32() - dot));
+                    }
                 }
-            }
-        });
+            },
+        );
     });
 }
 
