@@ -183,7 +183,7 @@ impl Run {
             }
             write_folder(out, &config, tokenizer)?;
         }
-        let checkpoints = Checkpoints::open(out, train.keep_checkpoints)?;
+        let checkpoints = Checkpoints::create(out, train.keep_checkpoints)?;
 
         let mut session = engine.session();
         let graph = gpt::training(&config.model, train.batch)?;

@@ -38,7 +38,7 @@ pub(crate) fn find(path: &Path) -> Result<Found, Failure> {
     if !path.join("checkpoints").is_dir() {
         return Err(no_model("a folder without checkpoints"));
     }
-    let mut intact = Checkpoints::open(path, usize::MAX)?.latest_intact()?;
+    let mut intact = Checkpoints::open(path)?.latest_intact()?;
     for (step, why) in &intact.damaged {
         eprintln!("moebius: warning: checkpoint step-{step} cannot be used: {why}");
     }
