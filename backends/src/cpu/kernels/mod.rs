@@ -4,6 +4,7 @@ pub mod attention;
 pub mod attention_cached;
 pub mod layer_norm;
 pub mod linear_cross_entropy;
+mod product;
 pub mod rms_norm;
 mod rows;
 pub mod softmax;
