@@ -102,8 +102,14 @@ struct Args<'a> {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx2,fma")]
 unsafe fn product_avx512(args: Args<'_>) {
-    // SAFETY: passed on. 8 x 2 of the 32 registers are accumulators.
-    unsafe { blocks::<x86::Zmm, x86::Scalar, 8, 2, 1>(args) }
+    // SAFETY: passed on. 8 x 2 of the 32 registers are accumulators; a single row takes 4 to hide their latency.
+    unsafe {
+        if args.m == 1 {
+            blocks::<x86::Zmm, x86::Scalar, 1, 4, 1>(args)
+        } else {
+            blocks::<x86::Zmm, x86::Scalar, 8, 2, 1>(args)
+        }
+    }
 }
 
 /// # Safety
@@ -111,8 +117,14 @@ unsafe fn product_avx512(args: Args<'_>) {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn product_avx2(args: Args<'_>) {
-    // SAFETY: passed on. 6 x 2 of the 16 registers are accumulators.
-    unsafe { blocks::<x86::Ymm, x86::Scalar, 6, 2, 2>(args) }
+    // SAFETY: passed on. 6 x 2 of the 16 registers are accumulators; a single row takes 8 to hide their latency.
+    unsafe {
+        if args.m == 1 {
+            blocks::<x86::Ymm, x86::Scalar, 1, 8, 2>(args)
+        } else {
+            blocks::<x86::Ymm, x86::Scalar, 6, 2, 2>(args)
+        }
+    }
 }
 
 /// A vector register of f32. The methods are for code compiled for the register's instructions.

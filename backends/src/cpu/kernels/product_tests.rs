@@ -60,3 +60,34 @@ fn dots_have_the_bits_of_a_product_of_one_column() {
         assert_eq!(got, want, "{count} {k}");
     }
 }
+
+#[test]
+fn every_instruction_set_gives_the_same_sums() {
+    for [m, n, k] in [[1, 64, 9], [1, 208, 9], [19, 48, 7], [13, 1, 5], [6, 16, 20], [8, 80, 3]] {
+        let (a, b, factor) = (values(m * k, 7), values(k * n, 9), values(n, 5));
+        let left = Left { data: &a, row: k, step: 1 };
+        for start in [Start::Zero, Start::Keep, Start::Scaled(&factor)] {
+            let before = values(m * n, 3);
+            let run = |f: &dyn Fn(Args<'_>)| {
+                let mut c = before.clone();
+                f(Args { m, n, k, left, b: b.as_ptr(), ldb: n, start, c: c.as_mut_ptr(), ldc: n });
+                c
+            };
+            let mut want = before.clone();
+            product([m, n, k], left, (&b, n), start, (&mut want, n));
+            let portable = run(&|args| {
+                // SAFETY: the operands are as `product` just checked them.
+                unsafe { blocks::<[f32; 4], f32, 4, 4, 4>(args) }
+            });
+            assert!(portable.iter().zip(&want).all(|(x, y)| (x - y).abs() < 1e-5), "portable {m} {n} {k}");
+            #[cfg(target_arch = "x86_64")]
+            if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
+                let avx2 = run(&|args| {
+                    // SAFETY: the features were just found; the operands are as `product` checked them.
+                    unsafe { product_avx2(args) }
+                });
+                assert_eq!(avx2, want, "AVX2 {m} {n} {k}");
+            }
+        }
+    }
+}
