@@ -50,7 +50,8 @@ impl Place {
     fn new() -> Place {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("small.toml"), SMALL).unwrap();
-        let text: String = (0..400).map(|i| format!("line {i}: the quick brown fox jumps over the lazy dog\n")).collect();
+        let text: String =
+            (0..400).map(|i| format!("line {i}: the quick brown fox jumps over the lazy dog\n")).collect();
         fs::write(folder.path().join("text.txt"), text).unwrap();
         Place { folder }
     }
@@ -298,7 +299,8 @@ fn bad_input_gets_one_clear_error() {
 #[test]
 fn a_loss_that_is_not_finite_names_step_and_tensor_and_keeps_the_checkpoint() {
     let place = Place::new();
-    let output = place.train("run", &["--set", "train.learning_rate=1e30", "--set", "train.clip=0", "--checkpoint-every", "1"]);
+    let output =
+        place.train("run", &["--set", "train.learning_rate=1e30", "--set", "train.clip=0", "--checkpoint-every", "1"]);
     let error = stderr(&output);
     assert_eq!(output.status.code(), Some(1), "{error}");
     assert!(error.contains("the first tensor that is not finite is") && error.contains("step "), "{error}");
@@ -343,7 +345,8 @@ fn a_disk_that_takes_no_more_leaves_the_old_checkpoints() {
     let before = checkpoint(&place.path("run"), 6);
     // A limit on the size of files, with its signal ignored, makes every larger write fail as a full disk does.
     let program = env!("CARGO_BIN_EXE_moebius");
-    let script = format!("trap '' XFSZ; ulimit -f 40; exec '{program}' train --data text.txt --resume --out run --steps 12");
+    let script =
+        format!("trap '' XFSZ; ulimit -f 40; exec '{program}' train --data text.txt --resume --out run --steps 12");
     let output = Command::new("sh").args(["-c", &script]).current_dir(place.folder.path()).output().unwrap();
     let error = stderr(&output);
     assert_eq!(output.status.code(), Some(1), "{error}");
