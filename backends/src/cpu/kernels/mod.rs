@@ -12,15 +12,12 @@ pub mod gate_grad;
 pub mod global_norm;
 pub mod layer_norm;
 pub mod linear_cross_entropy;
-<<<<<<< HEAD
 pub mod movement;
 pub(crate) mod par;
+mod product;
 pub mod random;
 pub mod random_fill;
 pub mod reduce;
-=======
-mod product;
->>>>>>> w-kerna
 pub mod rms_norm;
 pub mod route;
 mod rows;
