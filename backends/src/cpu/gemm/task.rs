@@ -176,7 +176,7 @@ impl Task<'_, '_> {
             if b.col_stride == 1 && b.row_stride >= 0 {
                 self.strips_in_place();
             } else {
-                self.strips_packed();
+                self.strips_by_panel();
             }
         }
     }
@@ -244,26 +244,37 @@ impl Task<'_, '_> {
         }
     }
 
-    /// Panel after panel of B, packed.
-    unsafe fn strips_packed(&self) {
-        let isa = self.isa;
+    /// Vector after vector of columns transposed in registers, or panel after panel packed.
+    unsafe fn strips_by_panel(&self) {
+        let (isa, b) = (self.isa, self.problem.b);
         let (row, rows) = (self.rows.0, self.rows.1 - self.rows.0);
+        let columns = isa.columns(b.storage, rows).filter(|_| b.row_stride == 1);
+        let mut col = self.cols.0;
         // SAFETY: the caller's contract.
         unsafe {
-            for col in (self.cols.0..self.cols.1).step_by(isa.nr()) {
-                let cols = isa.nr().min(self.cols.1 - col);
+            while col < self.cols.1 {
+                let left = self.cols.1 - col;
+                let columns = columns.filter(|_| isa.lanes <= left);
+                let cols = if columns.is_some() { isa.lanes } else { left.min(isa.nr()) };
                 let at = At { row, rows, col, cols };
                 let sums = self.place(at, (self.tile(), isa.nr()));
                 if !sums.in_c && self.gemm.accumulate {
                     (isa.load_tile)(&self.c(at), rows, cols, sums.at, sums.stride);
                 }
-                let kernel = isa.by_row[rows - 1][cols.div_ceil(isa.lanes) - 1];
                 for (q, chunk) in self.chunks().enumerate() {
-                    self.pack_b(chunk, col, cols);
                     let load = !chunk.first || self.gemm.accumulate;
-                    kernel(chunk.len, self.a().add(q * rows * ROW), self.b(), isa.nr(), sums.at, sums.stride, load);
+                    let a = self.a().add(q * rows * ROW);
+                    if let Some(columns) = columns {
+                        let from = b.from(chunk.k as isize, col as isize).data;
+                        columns(chunk.len, a, from, b.col_stride, sums.at, sums.stride, load);
+                    } else {
+                        self.pack_b(chunk, col, cols);
+                        let kernel = isa.by_row[rows - 1][cols.div_ceil(isa.lanes) - 1];
+                        kernel(chunk.len, a, self.b(), isa.nr(), sums.at, sums.stride, load);
+                    }
                 }
                 self.finish(at, &sums);
+                col += cols;
             }
         }
     }
