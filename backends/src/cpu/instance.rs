@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use moebius_ir::{DType, Fences, NodeId, Op, Plan, Step, Storage, Value};
+use moebius_ir::{DType, Fences, Lifetime, NodeId, Op, Plan, Step, Storage, Value};
 
 use super::BACKEND;
 use super::element::Element;
@@ -36,13 +36,21 @@ enum Work {
     Copy { from: Place, to: Place, bytes: usize },
 }
 
+/// The end of a buffer, and the steps between which its memory belongs to it and not to another one.
+struct Fence {
+    from: usize,
+    to: usize,
+    first: usize,
+    last: usize,
+}
+
 struct Program {
     plan: Plan,
     work: Vec<Work>,
     /// The parameters and states, in the order of the table.
     states: Vec<Value>,
-    /// Arena ranges that no kernel may write.
-    fences: Vec<(usize, usize)>,
+    /// Arena ranges that no kernel may write while the buffer before them is alive.
+    fences: Vec<Fence>,
     pool: Arc<rayon::ThreadPool>,
     checks: bool,
 }
@@ -100,7 +108,11 @@ impl CpuExecutable {
             Fences::Off => Vec::new(),
             Fences::On => {
                 let fence = moebius_ir::FENCE_BYTES;
-                plan.lifetimes().iter().map(|l| (l.offset + l.bytes - fence, l.offset + l.bytes)).collect()
+                let of = |l: &Lifetime| {
+                    let to = l.offset + l.bytes;
+                    Fence { from: to - fence, to, first: l.first, last: l.last }
+                };
+                plan.lifetimes().iter().map(of).collect()
             }
         };
         CpuExecutable(Arc::new(Program { plan, work, states, fences, pool, checks }))
@@ -166,15 +178,15 @@ impl CpuInstance {
         let me = Shared(me);
         program.pool.install(move || {
             let (arena, states, me) = (arena.get(), states.get(), me.get());
-            for work in &program.work {
+            for (step, work) in program.work.iter().enumerate() {
                 match work {
                     Work::Launch(l) => {
                         if program.checks {
                             // SAFETY: planned ranges of the arena that hold no live value during this step.
                             l.fresh.iter().for_each(|&(at, n)| unsafe { arena.add(at).write_bytes(POISON, n) });
-                            // SAFETY: fences belong to no value.
-                            program.fences.iter().for_each(|&(from, to)| unsafe {
-                                arena.add(from).write_bytes(POISON, to - from);
+                            // SAFETY: from this step on the fence belongs to no value.
+                            program.fences.iter().filter(|f| f.first == step).for_each(|f| unsafe {
+                                arena.add(f.from).write_bytes(POISON, f.to - f.from);
                             });
                         }
                         let args = Args::new(arena, states, &l.operands, &l.results, l.scratch);
@@ -185,10 +197,10 @@ impl CpuInstance {
                             wanted: e.wanted,
                             found: e.found,
                         })?;
-                        let intact = |&(from, to): &(usize, usize)| {
+                        let intact = |f: &Fence| {
                             // SAFETY: inside the arena, which nothing writes between steps.
-                            let fence = unsafe { std::slice::from_raw_parts(arena.add(from), to - from) };
-                            fence.iter().all(|&b| b == POISON)
+                            let fence = unsafe { std::slice::from_raw_parts(arena.add(f.from), f.to - f.from) };
+                            !(f.first..=f.last).contains(&step) || fence.iter().all(|&b| b == POISON)
                         };
                         if program.checks && !program.fences.iter().all(intact) {
                             return Err(Error::Fence { op: node.op.name(), site: node.site.clone() });
