@@ -22,3 +22,8 @@ pub use error::{Error, Result};
 pub use program::Program;
 pub use session::{Session, StepTime};
 pub use trainer::{Optimizer, StepReport, Trainer, training_step};
+
+/// The README's example, compiled and run as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;

@@ -94,6 +94,11 @@ impl Generator {
         })
     }
 
+    /// The program that takes one token.
+    pub fn program(&mut self) -> &mut Program {
+        &mut self.decode
+    }
+
     /// Forgets the text.
     pub fn reset(&mut self) {
         self.text.clear();

@@ -48,8 +48,8 @@ impl Element for f16 {
     }
 }
 
-/// Runs `f` with the widest vector instructions this CPU has. Everything `f` calls must be `#[inline(always)]` to
-/// be compiled for them, and `f` must not hand work to other threads (their closures would be compiled without).
+/// Runs `f` with the widest vector instructions this CPU has. Write `simd(#[inline(always)] || ..)`: the closure and
+/// everything it calls must be inlined to be compiled for them, and `f` must not hand work to other threads (their closures would be compiled without).
 #[inline(always)]
 pub fn simd<R>(f: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(f)

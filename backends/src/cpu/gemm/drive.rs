@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::kernel::{COL, Isa, KC, MAX_TILE, ROW};
+use super::pack::STAGE;
 use super::problem;
 use super::task::Task;
 use super::{Batch, Gemm, GemmError, Storage};
@@ -18,10 +19,10 @@ const MIN_ROWS: usize = 64;
 const MIN_COLS: usize = 128;
 /// Tasks per thread to aim at, so that the last ones to finish are short.
 const TASKS_PER_THREAD: usize = 8;
-/// Up to this many tiles of rows, B is used so few times that a task reads it in place.
-pub(super) const STRIP_TILES: usize = 1;
+/// Columns of the largest strip task (one tile of rows): whole pages of B's rows, while the sums stay in L1 or L2.
+const STRIP_COLS: usize = 1024;
 /// Most floats of A packed whole for a strip task (half of L2).
-pub(super) const STRIP_A: usize = 128 * 1024;
+const STRIP_A: usize = 128 * 1024;
 /// Below this estimate of time on one thread, waking others costs more than they give.
 const SHARE_NS: usize = 25_000;
 /// For the estimate: flops and bytes one core gets through per nanosecond.
@@ -34,6 +35,7 @@ pub(super) struct Scratch {
     pub(super) b: usize,
     pub(super) sums: usize,
     pub(super) tile: usize,
+    pub(super) stage: usize,
     /// Size in bytes, a multiple of [`ALIGN`].
     pub(super) bytes: usize,
 }
@@ -51,7 +53,7 @@ pub(super) fn panel_step(isa: &Isa, k: usize) -> usize {
 }
 
 /// Floats of A that a strip task of `rows` rows packs.
-pub(super) fn strip_a(rows: usize, k: usize) -> usize {
+fn strip_a(rows: usize, k: usize) -> usize {
     chunks(k).0 * rows * ROW
 }
 
@@ -63,16 +65,21 @@ pub(super) fn sums_aside(c: Storage, k: usize) -> bool {
 impl Scratch {
     /// The layout for problems of at most this size.
     pub(super) fn new(isa: &Isa, m: usize, n: usize, k: usize, c: Storage) -> Self {
-        let cols = n.next_multiple_of(isa.nr()).min(MAX_COLS);
-        let strip = strip_a(m.min(STRIP_TILES * isa.mr()), k).min(STRIP_A);
-        let a = strip.max(isa.mr() * ROW).max(KC * COL);
-        let b = cols / isa.nr() * panel_step(isa, k);
+        let padded = n.next_multiple_of(isa.nr());
+        let cols = padded.min(MAX_COLS);
+        let a = strip_a(m.min(isa.mr()), k).min(STRIP_A).max(isa.mr() * ROW).max(KC * COL);
+        let strip_sums = m.min(isa.mr()) * padded.min(STRIP_COLS);
         let sums = if sums_aside(c, k) { m.min(MAX_ROWS) * cols } else { 0 };
-        let bytes = |floats: usize| (floats * 4).next_multiple_of(ALIGN);
-        let b_at = bytes(a);
-        let sums_at = b_at + bytes(b);
-        let tile_at = sums_at + bytes(sums);
-        Scratch { b: b_at, sums: sums_at, tile: tile_at, bytes: tile_at + bytes(STRIP_TILES * MAX_TILE) }
+        let mut end = 0;
+        let mut part = |floats: usize| {
+            let start = end;
+            end += (floats * 4).next_multiple_of(ALIGN);
+            start
+        };
+        part(a);
+        let b = part(cols / isa.nr() * panel_step(isa, k));
+        let (sums, tile, stage) = (part(sums.max(strip_sums)), part(MAX_TILE), part(STAGE));
+        Scratch { b, sums, tile, stage, bytes: end }
     }
 }
 
@@ -82,9 +89,7 @@ struct Shared<'a> {
     gemm: &'a Gemm<'a>,
     layout: Scratch,
     workspace: *mut u8,
-    /// Sides of a task's block.
-    rows: usize,
-    cols: usize,
+    cut: Cut,
     tasks: usize,
     next: AtomicUsize,
 }
@@ -93,16 +98,53 @@ struct Shared<'a> {
 // once), and each thread its own part of the workspace.
 unsafe impl Sync for Shared<'_> {}
 
-/// Tasks of all problems together for blocks of this size.
-fn count_tasks(gemm: &Gemm<'_>, rows: usize, cols: usize) -> usize {
-    let across = gemm.n.div_ceil(cols);
-    match gemm.batch {
-        Batch::One | Batch::Strided { .. } | Batch::KGrouped { .. } => {
-            problem::count(gemm) * gemm.m.div_ceil(rows) * across
+/// How problems are cut into tasks.
+#[derive(Clone, Copy)]
+struct Cut {
+    /// Rows of C up to which a task is a strip.
+    strip: usize,
+    /// Most rows and columns of a block.
+    rows: usize,
+    cols: usize,
+    /// Most columns of a strip.
+    strip_cols: usize,
+}
+
+impl Cut {
+    /// Columns of a task of a problem of `m` rows.
+    fn cols(&self, m: usize) -> usize {
+        if m <= self.strip { self.strip_cols } else { self.cols }
+    }
+
+    /// Tasks of one problem: down the rows, and across the columns.
+    fn one(&self, m: usize, n: usize) -> (usize, usize) {
+        (m.div_ceil(self.rows), n.div_ceil(self.cols(m)))
+    }
+
+    /// Tasks of all problems together.
+    fn all(&self, gemm: &Gemm<'_>) -> usize {
+        let tasks = |m: usize| {
+            let (down, across) = self.one(m, gemm.n);
+            down * across
+        };
+        match gemm.batch {
+            Batch::One | Batch::Strided { .. } | Batch::KGrouped { .. } => problem::count(gemm) * tasks(gemm.m),
+            Batch::MGrouped { .. } => (0..problem::count(gemm)).map(|p| tasks(problem::size(gemm, p).0)).sum(),
         }
-        Batch::MGrouped { .. } => {
-            (0..problem::count(gemm)).map(|p| problem::size(gemm, p).0.div_ceil(rows)).sum::<usize>() * across
+    }
+
+    /// Smaller tasks, if they still are worth it.
+    fn finer(&self, m: usize) -> Option<Self> {
+        let halve_cols = self.cols > MIN_COLS && (self.cols >= self.rows || m <= self.rows / 2);
+        if !halve_cols && self.rows <= MIN_ROWS && self.strip_cols <= MIN_COLS {
+            return None;
         }
+        Some(Cut {
+            cols: if halve_cols { self.cols / 2 } else { self.cols },
+            rows: if halve_cols { self.rows } else { (self.rows / 2).max(MIN_ROWS) },
+            strip_cols: (self.strip_cols / 2).max(MIN_COLS),
+            ..*self
+        })
     }
 }
 
@@ -146,21 +188,18 @@ pub(super) unsafe fn run(
     if threads > 1 && estimate(gemm) < SHARE_NS {
         threads = 1;
     }
-    let (mut rows, mut cols) = (MAX_ROWS, MAX_COLS);
-    let mut tasks = count_tasks(gemm, rows, cols);
-    while threads > 1 && tasks < TASKS_PER_THREAD * threads && (rows > MIN_ROWS || cols > MIN_COLS) {
-        // A strip gains nothing from fewer rows, and a block is best near a square.
-        if cols > MIN_COLS && (cols >= rows || gemm.m <= rows / 2) {
-            cols /= 2;
-        } else {
-            rows /= 2;
-        }
-        tasks = count_tasks(gemm, rows, cols);
+    let strip = isa.mr().min(STRIP_A / strip_a(1, gemm.k));
+    let mut cut = Cut { strip, rows: MAX_ROWS, cols: MAX_COLS, strip_cols: STRIP_COLS };
+    let mut tasks = cut.all(gemm);
+    while threads > 1 && tasks < TASKS_PER_THREAD * threads {
+        let Some(finer) = cut.finer(gemm.m) else { break };
+        cut = finer;
+        tasks = cut.all(gemm);
     }
     let threads = threads.min(tasks).max(1);
     // SAFETY: `skip` lies within the workspace, as there is room after it.
     let workspace = unsafe { workspace.as_mut_ptr().add(skip) };
-    let shared = Shared { isa, gemm, layout, workspace, rows, cols, tasks, next: AtomicUsize::new(0) };
+    let shared = Shared { isa, gemm, layout, workspace, cut, tasks, next: AtomicUsize::new(0) };
     fan(&shared, 0, threads);
     Ok(())
 }
@@ -180,7 +219,6 @@ fn work(shared: &Shared<'_>, worker: usize) {
     let gemm = shared.gemm;
     // SAFETY: `run` made sure of room for every worker.
     let scratch = unsafe { shared.workspace.add(worker * shared.layout.bytes) };
-    let across = gemm.n.div_ceil(shared.cols);
     let (mut p, mut first) = (0, 0);
     let mut packed = None;
     loop {
@@ -190,22 +228,24 @@ fn work(shared: &Shared<'_>, worker: usize) {
         }
         // Tasks are drawn in rising order, so the walk over the problems never turns back.
         let mut m = problem::size(gemm, p).0;
-        let mut down = m.div_ceil(shared.rows);
+        let (mut down, mut across) = shared.cut.one(m, gemm.n);
         while drawn >= first + down * across {
             first += down * across;
             p += 1;
             m = problem::size(gemm, p).0;
-            down = m.div_ceil(shared.rows);
+            (down, across) = shared.cut.one(m, gemm.n);
         }
         let (i, j) = ((drawn - first) % down, (drawn - first) / down);
+        let cols = shared.cut.cols(m);
         let task = Task {
             isa: shared.isa,
             gemm,
             layout: &shared.layout,
             scratch,
             problem: problem::get(gemm, p),
+            strip: m <= shared.cut.strip,
             rows: (m * i / down, m * (i + 1) / down),
-            cols: (j * shared.cols, ((j + 1) * shared.cols).min(gemm.n)),
+            cols: (j * cols, ((j + 1) * cols).min(gemm.n)),
         };
         // SAFETY: `super::gemm`'s contract; this task's block is drawn by this worker alone.
         unsafe { task.run(&mut packed) };

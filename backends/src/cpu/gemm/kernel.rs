@@ -36,7 +36,7 @@ pub(super) trait Simd: Copy {
     /// Copies `n <= 16` values, converted, from `src` to `dst`, which has room for 16.
     unsafe fn copy_few<T: Source>(src: *const T, n: usize, dst: *mut f32);
     /// Transposes LANES x LANES values: `dst[j * dst_stride + i] = src[i * stride + j]`.
-    unsafe fn transpose<T: Source>(src: *const T, stride: isize, dst: *mut f32, dst_stride: usize);
+    unsafe fn transpose(src: *const f32, stride: usize, dst: *mut f32, dst_stride: usize);
     /// Brings a cache line nearer; any address is fine.
     unsafe fn prefetch(p: *const u8);
 }

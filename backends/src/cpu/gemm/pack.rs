@@ -115,7 +115,18 @@ pub(super) struct ArgsB {
     pub(super) n: usize,
     /// Floats from one panel to the next, at least `k * nr`.
     pub(super) panel_step: usize,
+    /// [`STAGE`] floats to use in between.
+    pub(super) stage: *mut f32,
 }
+
+/// Steps of k that pass through the stage at once: long enough runs of memory, and they stay in L1.
+const STAGE_K: usize = 128;
+/// Floats between rows of the stage, odd in cache lines.
+const STAGE_ROW: usize = STAGE_K + 16;
+/// Floats of the stage of the largest vectors.
+pub(super) const STAGE: usize = 16 * STAGE_ROW;
+/// Rows of B to prefetch ahead while packing along rows.
+const AHEAD: usize = 8;
 
 pub(super) type PackB = unsafe fn(&ArgsB, *mut f32);
 
@@ -148,25 +159,31 @@ unsafe fn pack_b_of<S: Simd, T: Source>(args: &ArgsB, dst: *mut f32) {
             // Along the rows of B, over all panels: whole rows are what memory delivers fastest.
             for p in 0..args.k {
                 let from = src.offset(p as isize * row_stride);
+                let ahead = from.wrapping_offset(AHEAD as isize * row_stride).cast::<u8>();
                 for panel in 0..full {
                     let to = dst.add(panel * args.panel_step + p * nr);
+                    let mut byte = panel * nr * size_of::<T>();
+                    while byte < (panel + 1) * nr * size_of::<T>() {
+                        S::prefetch(ahead.wrapping_add(byte));
+                        byte += 64;
+                    }
                     S::store(to, T::load::<S>(from.add(panel * nr)));
                     S::store(to.add(S::LANES), T::load::<S>(from.add(panel * nr + S::LANES)));
                 }
             }
+        } else if row_stride == 1 {
+            for panel in 0..full {
+                for half in 0..2 {
+                    let from = src.offset((panel * nr + half * S::LANES) as isize * col_stride);
+                    let to = dst.add(panel * args.panel_step + half * S::LANES);
+                    transpose_columns::<S, T>(from, col_stride, args.k, to, nr, args.stage);
+                }
+            }
         } else {
-            let blocks = if row_stride == 1 { args.k / S::LANES } else { 0 };
             for panel in 0..full {
                 let from = src.offset((panel * nr) as isize * col_stride);
                 let to = dst.add(panel * args.panel_step);
-                for block in 0..blocks {
-                    let p = block * S::LANES;
-                    for half in 0..2 {
-                        let from = from.offset((half * S::LANES) as isize * col_stride).add(p);
-                        S::transpose(from, col_stride, to.add(p * nr + half * S::LANES), nr);
-                    }
-                }
-                for p in blocks * S::LANES..args.k {
+                for p in 0..args.k {
                     for j in 0..nr {
                         *to.add(p * nr + j) =
                             (*from.offset(p as isize * row_stride + j as isize * col_stride)).to_f32();
@@ -184,6 +201,47 @@ unsafe fn pack_b_of<S: Simd, T: Source>(args: &ArgsB, dst: *mut f32) {
                 }
                 to.add(p * nr + rest).write_bytes(0, nr - rest);
             }
+        }
+    }
+}
+
+/// LANES columns of B that are each contiguous along k become rows of a panel.
+///
+/// They are copied beside each other first: columns a power of two apart share L1 sets, so that a transpose straight
+/// from them would fetch every line twice; and memory delivers long runs faster.
+#[inline(always)]
+unsafe fn transpose_columns<S: Simd, T: Source>(
+    src: *const T,
+    stride: isize,
+    k: usize,
+    dst: *mut f32,
+    nr: usize,
+    stage: *mut f32,
+) {
+    let mut done = 0;
+    // SAFETY: the caller's contract; the stage has LANES rows.
+    unsafe {
+        while done < k {
+            let len = STAGE_K.min(k - done);
+            for j in 0..S::LANES {
+                let from = src.offset(j as isize * stride).add(done);
+                let mut byte = 0;
+                while byte < len * size_of::<T>() {
+                    S::prefetch(from.wrapping_add(STAGE_K).cast::<u8>().wrapping_add(byte));
+                    byte += 64;
+                }
+                convert::<S, T>(from, len, stage.add(j * STAGE_ROW));
+            }
+            let blocks = len / S::LANES * S::LANES;
+            for p in (0..blocks).step_by(S::LANES) {
+                S::transpose(stage.add(p), STAGE_ROW, dst.add((done + p) * nr), nr);
+            }
+            for p in blocks..len {
+                for j in 0..S::LANES {
+                    *dst.add((done + p) * nr + j) = *stage.add(j * STAGE_ROW + p);
+                }
+            }
+            done += len;
         }
     }
 }

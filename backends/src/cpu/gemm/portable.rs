@@ -68,11 +68,11 @@ impl Simd for Portable {
         }
     }
     #[inline(always)]
-    unsafe fn transpose<T: Source>(src: *const T, stride: isize, dst: *mut f32, dst_stride: usize) {
+    unsafe fn transpose(src: *const f32, stride: usize, dst: *mut f32, dst_stride: usize) {
         for i in 0..4 {
             for j in 0..4 {
                 // SAFETY: the caller's contract.
-                unsafe { *dst.add(j * dst_stride + i) = (*src.offset(i as isize * stride).add(j)).to_f32() };
+                unsafe { *dst.add(j * dst_stride + i) = *src.add(i * stride + j) };
             }
         }
     }

@@ -1,8 +1,8 @@
 //! One task: a block of C of one problem, computed by one thread.
 
-use super::drive::{STRIP_A, STRIP_TILES, Scratch, chunks, panel_step, strip_a, sums_aside};
+use super::drive::{Scratch, chunks, panel_step, sums_aside};
 use super::finish::{self, Spot};
-use super::kernel::{Isa, MAX_TILE, ROW};
+use super::kernel::{Isa, MAX_TILE, ROW, Wide, WideFn};
 use super::pack::{ArgsA, ArgsB};
 use super::problem::Problem;
 use super::{Gemm, MatMut, Storage};
@@ -15,9 +15,14 @@ pub(super) struct Task<'t, 'a> {
     /// This thread's part of the workspace.
     pub(super) scratch: *mut u8,
     pub(super) problem: Problem<'a>,
+    /// Few enough rows to run as a strip.
+    pub(super) strip: bool,
     pub(super) rows: (usize, usize),
     pub(super) cols: (usize, usize),
 }
+
+/// Steps of k for which a strip task runs over all its columns: streams of B that memory delivers at once.
+const STRIP_K: usize = 8;
 
 /// Which block of B a thread's scratch holds: problem and first column.
 pub(super) type Packed = Option<(usize, usize)>;
@@ -54,11 +59,9 @@ impl Task<'_, '_> {
     /// # Safety
     /// [`super::gemm`]'s contract, and nobody else uses the scratch or writes the block.
     pub(super) unsafe fn run(&self, packed: &mut Packed) {
-        let rows = self.rows.1 - self.rows.0;
-        let strips = rows <= STRIP_TILES * self.isa.mr() && strip_a(rows, self.problem.k) <= STRIP_A;
         // SAFETY: the caller's contract.
         unsafe {
-            if strips {
+            if self.strip {
                 *packed = None;
                 self.strips();
             } else {
@@ -75,6 +78,9 @@ impl Task<'_, '_> {
     }
     fn tile(&self) -> *mut f32 {
         self.scratch.wrapping_add(self.layout.tile).cast()
+    }
+    fn stage(&self) -> *mut f32 {
+        self.scratch.wrapping_add(self.layout.stage).cast()
     }
     fn sums(&self) -> *mut f32 {
         self.scratch.wrapping_add(self.layout.sums).cast()
@@ -119,7 +125,7 @@ impl Task<'_, '_> {
     /// Packs columns of B for one chunk.
     unsafe fn pack_b(&self, chunk: Chunk, col: usize, cols: usize) {
         let b = self.problem.b.from(chunk.k as isize, col as isize);
-        let args = ArgsB { b, k: chunk.len, n: cols, panel_step: panel_step(self.isa, chunk.len) };
+        let args = ArgsB { b, k: chunk.len, n: cols, panel_step: panel_step(self.isa, chunk.len), stage: self.stage() };
         // SAFETY: the caller's contract.
         unsafe { (self.isa.pack_b)(&args, self.b()) }
     }
@@ -161,38 +167,103 @@ impl Task<'_, '_> {
 
     /// Few rows: A is packed whole, and B is read once, from where it lies if a kernel can.
     unsafe fn strips(&self) {
-        let (isa, b) = (self.isa, self.problem.b);
-        let rows = self.rows.1 - self.rows.0;
+        let (rows, b) = (self.rows.1 - self.rows.0, self.problem.b);
         // SAFETY: the caller's contract; `strip_a` floats were set aside for A.
         unsafe {
             for (q, chunk) in self.chunks().enumerate() {
                 self.pack_a(self.rows.0, rows, chunk, false, self.a().add(q * rows * ROW));
             }
-            let in_place = (b.col_stride == 1 && b.row_stride >= 0).then(|| isa.wide(b.storage)[rows - 1]);
+            if b.col_stride == 1 && b.row_stride >= 0 {
+                self.strips_in_place();
+            } else {
+                self.strips_packed();
+            }
+        }
+    }
+
+    /// The next strip from column `col`: its width, and the wide kernel if there is room for it.
+    fn strip(&self, col: usize, rows: usize) -> (usize, Option<WideFn>) {
+        let (isa, left) = (self.isa, self.cols.1 - col);
+        let Wide { run, vectors } = isa.wide(self.problem.b.storage)[rows - 1];
+        if vectors * isa.lanes <= left { (vectors * isa.lanes, Some(run)) } else { (left.min(isa.nr()), None) }
+    }
+
+    /// All columns for a few steps of k, then the next few: B is read along its rows, which are longer than a page,
+    /// and the sums wait in L1.
+    unsafe fn strips_in_place(&self) {
+        let (isa, b) = (self.isa, self.problem.b);
+        let (row, rows) = (self.rows.0, self.rows.1 - self.rows.0);
+        let width = (self.cols.1 - self.cols.0).next_multiple_of(isa.nr());
+        let sums_of = |at: At| self.place(at, (self.sums().wrapping_add(at.col - self.cols.0), width));
+        let strip_at = |col: usize, cols: usize| At { row, rows, col, cols };
+        // SAFETY: the caller's contract; the scratch has room for the sums.
+        unsafe {
+            for (q, chunk) in self.chunks().enumerate() {
+                let mut done = 0;
+                loop {
+                    let len = STRIP_K.min(chunk.len - done);
+                    let part = Chunk { k: chunk.k + done, len, first: chunk.first && done == 0, last: false };
+                    let a = self.a().add(q * rows * ROW + done);
+                    let load = !part.first || self.gemm.accumulate;
+                    let mut col = self.cols.0;
+                    while col < self.cols.1 {
+                        let (cols, wide) = self.strip(col, rows);
+                        let at = strip_at(col, cols);
+                        let sums = sums_of(at);
+                        if part.first && load && !sums.in_c {
+                            (isa.load_tile)(&self.c(at), rows, cols, sums.at, sums.stride);
+                        }
+                        if let Some(wide) = wide {
+                            let from = b.from(part.k as isize, col as isize).data;
+                            wide(len, a, from, b.row_stride as usize, sums.at, sums.stride, load);
+                        } else {
+                            let kernel = isa.by_row[rows - 1][cols.div_ceil(isa.lanes) - 1];
+                            if b.storage == Storage::F32 && cols.is_multiple_of(isa.lanes) {
+                                let from = b.from(part.k as isize, col as isize).data.cast();
+                                kernel(len, a, from, b.row_stride as usize, sums.at, sums.stride, load);
+                            } else {
+                                self.pack_b(part, col, cols);
+                                kernel(len, a, self.b(), isa.nr(), sums.at, sums.stride, load);
+                            }
+                        }
+                        col += cols;
+                    }
+                    done += len;
+                    if done == chunk.len {
+                        break;
+                    }
+                }
+            }
             let mut col = self.cols.0;
             while col < self.cols.1 {
-                let left = self.cols.1 - col;
-                let wide = in_place.filter(|wide| wide.vectors * isa.lanes <= left);
-                let cols = wide.map_or(left.min(isa.nr()), |wide| wide.vectors * isa.lanes);
-                let at = At { row: self.rows.0, rows, col, cols };
-                let sums = self.place(at, (self.tile(), cols.next_multiple_of(isa.lanes)));
+                let (cols, _) = self.strip(col, rows);
+                let at = strip_at(col, cols);
+                self.finish(at, &sums_of(at));
+                col += cols;
+            }
+        }
+    }
+
+    /// Panel after panel of B, packed.
+    unsafe fn strips_packed(&self) {
+        let isa = self.isa;
+        let (row, rows) = (self.rows.0, self.rows.1 - self.rows.0);
+        // SAFETY: the caller's contract.
+        unsafe {
+            for col in (self.cols.0..self.cols.1).step_by(isa.nr()) {
+                let cols = isa.nr().min(self.cols.1 - col);
+                let at = At { row, rows, col, cols };
+                let sums = self.place(at, (self.tile(), isa.nr()));
                 if !sums.in_c && self.gemm.accumulate {
                     (isa.load_tile)(&self.c(at), rows, cols, sums.at, sums.stride);
                 }
+                let kernel = isa.by_row[rows - 1][cols.div_ceil(isa.lanes) - 1];
                 for (q, chunk) in self.chunks().enumerate() {
-                    let a = self.a().add(q * rows * ROW);
+                    self.pack_b(chunk, col, cols);
                     let load = !chunk.first || self.gemm.accumulate;
-                    if let Some(wide) = wide {
-                        let from = b.from(chunk.k as isize, col as isize).data;
-                        (wide.run)(chunk.len, a, from, b.row_stride as usize, sums.at, sums.stride, load);
-                    } else {
-                        self.pack_b(chunk, col, cols);
-                        let kernel = isa.by_row[rows - 1][cols.div_ceil(isa.lanes) - 1];
-                        kernel(chunk.len, a, self.b(), isa.nr(), sums.at, sums.stride, load);
-                    }
+                    kernel(chunk.len, self.a().add(q * rows * ROW), self.b(), isa.nr(), sums.at, sums.stride, load);
                 }
                 self.finish(at, &sums);
-                col += cols;
             }
         }
     }

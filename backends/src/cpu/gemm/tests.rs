@@ -344,6 +344,13 @@ fn sizes_around_the_blocks_match_the_oracle() {
 }
 
 #[test]
+fn an_a_too_long_to_pack_whole_still_fits_the_workspace() {
+    for m in [7, 14] {
+        Case::plain(m, 300, 18_000).check(kernel::best(), 1);
+    }
+}
+
+#[test]
 fn every_instruction_set_with_fma_gives_the_same_bits() {
     let mut random = Random(5);
     let fused: Vec<_> = kernel::available().filter(|isa| isa.name != "portable").collect();

@@ -94,9 +94,9 @@ mod avx512 {
             }
         }
         #[inline(always)]
-        unsafe fn transpose<T: Source>(src: *const T, stride: isize, dst: *mut f32, dst_stride: usize) {
+        unsafe fn transpose(src: *const f32, stride: usize, dst: *mut f32, dst_stride: usize) {
             unsafe {
-                let row = |i: usize| T::load::<Self>(src.offset(i as isize * stride));
+                let row = |i: usize| Self::load(src.add(i * stride));
                 // Within groups of 4 rows: u[4g + q] holds in its 128-bit lane l column 4l + q of rows 4g..4g+4.
                 let mut u = [_mm512_setzero_ps(); 16];
                 for g in 0..4 {
@@ -208,9 +208,9 @@ mod avx2 {
             }
         }
         #[inline(always)]
-        unsafe fn transpose<T: Source>(src: *const T, stride: isize, dst: *mut f32, dst_stride: usize) {
+        unsafe fn transpose(src: *const f32, stride: usize, dst: *mut f32, dst_stride: usize) {
             unsafe {
-                let row = |i: usize| T::load::<Self>(src.offset(i as isize * stride));
+                let row = |i: usize| Self::load(src.add(i * stride));
                 // Within groups of 4 rows: u[4g + q] holds in its 128-bit lane l column 4l + q of rows 4g..4g+4.
                 let mut u = [_mm256_setzero_ps(); 8];
                 for g in 0..2 {

@@ -3,10 +3,9 @@
 //! Dao et al., "FlashAttention" (arXiv:2205.14135), algorithms 1 and 4. Here the vector lanes run over queries.
 
 use crate::cpu::element::{Element, simd};
+use crate::cpu::kernels::product::{Left, Start, product};
 use crate::cpu::kernels::rows::sum_over;
-use crate::cpu::kernels::tile::{
-    LANES, Left, Shared, Start, TILE, cut, lanes, load_rows, product, share_out, transpose, workspace_of,
-};
+use crate::cpu::kernels::tile::{LANES, Shared, TILE, cut, lanes, load_rows, share_out, transpose, workspace_of};
 use crate::cpu::vmath;
 
 /// The shape of an attention over packed operands.

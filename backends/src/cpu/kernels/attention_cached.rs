@@ -2,9 +2,8 @@
 
 use crate::cpu::element::{Element, simd};
 use crate::cpu::kernels::attention::{Attend, attend, attend_scratch};
-use crate::cpu::kernels::tile::{
-    LANES, Left, Shared, Start, TILE, as_f32, cut, lanes, load_rows, product, share_out, workspace_of,
-};
+use crate::cpu::kernels::product::{Left, Start, dots, product};
+use crate::cpu::kernels::tile::{LANES, Shared, TILE, as_f32, cut, lanes, load_rows, share_out, workspace_of};
 use crate::cpu::vmath;
 
 /// The shape of a cached, causal attention. `qkv` is packed as in [`AttentionShape`](super::attention::AttentionShape).
@@ -160,16 +159,16 @@ fn attend_row<T: Element>(
     for first in (0..end).step_by(TILE) {
         let count = TILE.min(end - first);
         let keys = match in_place.0 {
-            Some(keys) => Left { data: &keys[first * k.1..], row: k.1, step: 1 },
+            Some(keys) => (&keys[first * k.1..], k.1),
             None => {
                 simd(
                     #[inline(always)]
                     || load_rows(count, head_dim, (&k.0[first * k.1..], k.1), 1.0, (k_tile, head_dim)),
                 );
-                Left { data: k_tile, row: head_dim, step: 1 }
+                (&*k_tile, head_dim)
             }
         };
-        product([count, 1, head_dim], keys, (query, 1), Start::Zero, (scores, 1));
+        dots(count, head_dim, keys, query, scores);
         simd(
             #[inline(always)]
             || {

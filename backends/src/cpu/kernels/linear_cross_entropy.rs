@@ -4,8 +4,9 @@
 //! Gimelshein, arXiv:1805.02867); the vjp computes the logits again. The vector lanes run over rows.
 
 use crate::cpu::element::{Element, simd};
+use crate::cpu::kernels::product::{Left, Start, product};
 use crate::cpu::kernels::tile::{
-    LANES, Left, Shared, Start, TILE, as_f32, cut, lanes, load_rows, product, share_out, transpose, workspace_of,
+    LANES, Shared, TILE, as_f32, cut, lanes, load_rows, share_out, transpose, workspace_of,
 };
 use crate::cpu::vmath;
 

@@ -14,6 +14,7 @@ pub mod layer_norm;
 pub mod linear_cross_entropy;
 pub mod movement;
 pub(crate) mod par;
+mod product;
 pub mod random;
 pub mod random_fill;
 pub mod reduce;

@@ -1,52 +1,9 @@
-//! Tests of the tile products, of sharing out and of transposing.
+//! Tests of sharing out and of transposing.
 
 use super::*;
 
 fn values(n: usize, seed: u32) -> Vec<f32> {
     (0..n as u32).map(|i| ((i.wrapping_mul(2_654_435_761) ^ seed) >> 8) as f32 / 8_388_608.0 - 1.0).collect()
-}
-
-#[test]
-fn a_product_is_the_sum_over_k_wherever_it_lies() {
-    for [m, n, k] in [[1, 16, 1], [1, 1, 5], [19, 1, 7], [7, 16, 3], [64, 64, 64], [13, 48, 5], [8, 32, 0], [21, 80, 9]]
-    {
-        let (ldb, ldc) = (n + 3, n + 5);
-        let (a, b) = (values(m * k + m, 7), values(k * ldb + n, 9));
-        for transposed in [false, true] {
-            let (row, step) = if transposed { (1, m) } else { (k, 1) };
-            let factor = values(n, 11);
-            for mode in 0..3 {
-                let before = values(m * ldc, 3);
-                let mut c = if mode == 0 { vec![f32::NAN; m * ldc] } else { before.clone() };
-                let start = [Start::Zero, Start::Keep, Start::Scaled(&factor)][mode];
-                product([m, n, k], Left { data: &a, row, step }, (&b, ldb), start, (&mut c, ldc));
-                for i in 0..m {
-                    for j in 0..n {
-                        let mut want =
-                            [0.0, before[i * ldc + j] as f64, (before[i * ldc + j] * factor[j]) as f64][mode];
-                        for p in 0..k {
-                            want += a[i * row + p * step] as f64 * b[p * ldb + j] as f64;
-                        }
-                        let got = c[i * ldc + j] as f64;
-                        assert!((got - want).abs() < 1e-5, "{m} {n} {k} {mode}: ({i}, {j}) {got} {want}");
-                    }
-                }
-            }
-            // One row or one column alone has the same bits as inside the whole.
-            let mut whole = vec![0.0; m * ldc];
-            product([m, n, k], Left { data: &a, row, step }, (&b, ldb), Start::Zero, (&mut whole, ldc));
-            for i in 0..m {
-                let mut one = vec![0.0; n];
-                product([1, n, k], Left { data: &a[i * row..], row, step }, (&b, ldb), Start::Zero, (&mut one, n));
-                assert_eq!(one, whole[i * ldc..][..n]);
-            }
-            let mut column = vec![0.0; m];
-            product([m, 1, k], Left { data: &a, row, step }, (&b[n / 2..], ldb), Start::Zero, (&mut column, 1));
-            for i in 0..m {
-                assert_eq!(column[i], whole[i * ldc + n / 2]);
-            }
-        }
-    }
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use moebius::{Engine, Optimizer, Trainer};
+use moebius::{Engine, Optimizer, StepTime, Trainer};
 use moebius_models::config::Config;
 use moebius_models::generate::Generator;
 use moebius_models::gpt;
@@ -93,10 +93,7 @@ fn step(args: &BenchArgs, config: &Config, engine: &Engine) -> Result<Value, Fai
         }
     }
     if args.profile {
-        for t in session.profile(trainer.program(), 3)? {
-            let pass = if t.backward { "backward" } else { "forward" };
-            eprintln!("{:>9.3} ms  {:>4} x {} ({pass})", t.seconds * 1e3, t.count, t.op);
-        }
+        print_profile(&session.profile(trainer.program(), 3)?);
     }
     let seconds = median(times);
     let flops = config.flops_per_token().total as f64;
@@ -127,6 +124,9 @@ fn decode(args: &BenchArgs, config: &Config, engine: &Engine) -> Result<Value, F
             times.push(begun.elapsed().as_secs_f64());
         }
     }
+    if args.profile {
+        print_profile(&session.profile(generator.program(), 20)?);
+    }
     let seconds = median(times);
     let weights = config.parameters().active * 4;
     Ok(json!({
@@ -136,6 +136,13 @@ fn decode(args: &BenchArgs, config: &Config, engine: &Engine) -> Result<Value, F
         "tokens_per_s": 1.0 / seconds,
         "weight_gb_per_s": weights as f64 / seconds / 1e9,
     }))
+}
+
+fn print_profile(times: &[StepTime]) {
+    for t in times {
+        let pass = if t.backward { "backward" } else { "forward" };
+        eprintln!("{:>9.3} ms  {:>4} x {} ({pass})", t.seconds * 1e3, t.count, t.op);
+    }
 }
 
 /// The most memory this process ever held, in bytes; 0 where the system does not tell.

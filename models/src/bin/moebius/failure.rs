@@ -56,7 +56,7 @@ impl Failure {
             | Failure::Tokenizer(_)
             | Failure::Report(_)
             | Failure::Io { .. }
-            | Failure::NoModel { .. } => eprintln!("moebius: {self}"),
+            | Failure::NoModel { .. } => eprintln!("moebius: {}", with_causes(self)),
         }
         ExitCode::from(if self.is_wrong_use() { 2 } else { 1 })
     }
@@ -76,6 +76,20 @@ impl Failure {
             | Failure::Silent => false,
         }
     }
+}
+
+/// An error's message and those of its causes, as far as they say something new.
+fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let more = error.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text
 }
 
 /// Says that a panic is a bug of the program, unless standard output was closed by its reader.
