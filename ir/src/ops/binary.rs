@@ -224,7 +224,11 @@ pub(crate) fn unbroadcast(graph: &mut Graph, cotangent: Value, shape: &Shape) ->
     let added = from.len() - shape.len();
     let repeated = |&axis: &usize| axis < added || (shape[axis - added] == 1 && from[axis] != 1);
     let axes: Vec<usize> = (0..from.len()).filter(repeated).collect();
-    let sum = graph.reduce(ReduceFn::Sum, cotangent, &axes)?;
+    // One run of neighbouring axes at a time, the last run first: backends need not reduce others.
+    let mut sum = cotangent;
+    for run in axes.chunk_by(|a, b| a + 1 == *b).rev() {
+        sum = graph.reduce(ReduceFn::Sum, sum, run)?;
+    }
     graph.reshape(sum, shape.clone())
 }
 

@@ -1,0 +1,161 @@
+//! Matrix products, attention, embedding and cross entropy.
+
+use moebius_ir::ops::AttentionGrad;
+use moebius_ir::{DType, Role, Site, TensorType};
+
+use super::{Case, FLOATS, case};
+use crate::tolerance::Class;
+
+fn matmul() -> Vec<Case> {
+    let mut cases = Vec::new();
+    let sizes: [(&[usize], usize, usize, usize, bool); 7] = [
+        (&[], 1, 1, 1, true),
+        (&[], 5, 3, 7, true),
+        (&[], 33, 65, 17, true),
+        (&[], 70, 130, 40, true),
+        (&[3], 9, 20, 11, true),
+        (&[3], 9, 20, 11, false),
+        (&[2, 2], 4, 6, 5, false),
+    ];
+    for (outer, m, n, k, shared) in sizes {
+        for (ta, tb) in [(false, false), (false, true), (true, false), (true, true)] {
+            let what = if shared { "shared" } else { "batched" };
+            let name = format!("{outer:?} {m}x{n}x{k} {what}, transposed {ta} {tb}");
+            cases.push(case("matmul", name, Class::Sum, FLOATS, move |s| {
+                let with = |tail: [usize; 2]| [outer, &tail].concat();
+                let x = s.float(with(if ta { [k, m] } else { [m, k] }), |x| x)?;
+                let w = if tb { [n, k] } else { [k, n] };
+                let w = s.float(if shared { w.to_vec() } else { with(w) }, |x| x)?;
+                let bias = match (ta, tb) {
+                    (false, false) => Some(s.float([n], |x| x)?),
+                    (false, true) => Some(s.float_as(DType::F32, [n], |x| x)?),
+                    (true, _) => None,
+                };
+                let y = s.graph.matmul_with(x, w, bias, ta, tb)?;
+                s.out(y)
+            }));
+        }
+    }
+    cases
+}
+
+/// Batch, tokens, heads, kv heads, head dim.
+const ATTENTIONS: [(usize, usize, usize, usize, usize); 6] =
+    [(1, 1, 1, 1, 4), (2, 7, 4, 2, 5), (1, 67, 2, 2, 16), (2, 33, 3, 1, 8), (1, 18, 2, 1, 64), (3, 2, 1, 1, 1)];
+
+fn attention() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (b, t, h, g, d) in ATTENTIONS {
+        for causal in [true, false] {
+            let scale = 1.0 / (d as f32).sqrt();
+            let name = format!("batch {b}, {t} tokens, heads {h}/{g} of {d}, causal {causal}");
+            cases.push(case("attention", name.clone(), Class::Sum, FLOATS, move |s| {
+                let qkv = s.float([b, t, (h + 2 * g) * d], |x| x)?;
+                let y = s.graph.attention(qkv, h, g, causal, scale)?;
+                s.out(y)?;
+                let lse = s.graph.node(s.graph.producer(y)).results[1];
+                s.aux(lse)
+            }));
+            cases.push(case("attention_grad", name, Class::Gradient, FLOATS, move |s| {
+                let qkv = s.float([b, t, (h + 2 * g) * d], |x| x)?;
+                let dout = s.float([b, t, h * d], |x| x)?;
+                s.wrt.clear();
+                let y = s.graph.attention(qkv, h, g, causal, scale)?;
+                let lse = s.graph.node(s.graph.producer(y)).results[1];
+                let op = AttentionGrad { heads: h, kv_heads: g, causal, scale };
+                let dqkv = s.graph.push(op.into(), &[qkv, y, lse, dout], Site::caller())?[0];
+                s.aux(dqkv)
+            }));
+        }
+    }
+    for (b, t, room, start, h, g, d) in
+        [(1, 1, 1, 0, 1, 1, 4), (2, 1, 70, 66, 4, 2, 8), (2, 5, 40, 0, 2, 2, 5), (1, 6, 20, 14, 3, 1, 16)]
+    {
+        let name = format!("batch {b}, {t} tokens from {start} of {room}, heads {h}/{g} of {d}");
+        cases.push(case("attention_cached", name, Class::Sum, FLOATS, move |s| {
+            let qkv = s.float([b, t, (h + 2 * g) * d], |x| x)?;
+            s.wrt.clear();
+            let cache = TensorType::new(s.dtype, [b, room, g * d]);
+            let (k, v) = (s.normals(cache.elements()), s.normals(cache.elements()));
+            let k = s.input(Role::State, cache.clone(), k, false)?;
+            let v = s.input(Role::State, cache, v, false)?;
+            let start = s.ints([], &[start])?;
+            let [y, new_k, new_v] = s.graph.attention_cached(qkv, k, v, start, h, g, 1.0 / (d as f32).sqrt())?;
+            s.graph.update(k, new_k)?;
+            s.graph.update(v, new_v)?;
+            s.aux(y)
+        }));
+    }
+    cases
+}
+
+fn embedding() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (what, v, d, shape, ids) in [
+        ("some ids twice, some never", 11, 6, vec![2, 5], vec![0, 3, 3, 10, 0, 7, 3, 1, 0, 10]),
+        ("a scalar id", 4, 3, vec![], vec![2]),
+        ("one row, one column", 1, 1, vec![3], vec![0, 0, 0]),
+        ("no ids", 3, 2, vec![0], vec![]),
+        ("wide rows", 5, 133, vec![4], vec![4, 4, 0, 2]),
+    ] {
+        let ids: Vec<i32> = ids;
+        cases.push(case("embedding", what, Class::Exact, FLOATS, {
+            let (shape, ids) = (shape.clone(), ids.clone());
+            move |s| {
+                let table = s.float([v, d], |x| x)?;
+                let ids = s.ints(shape.clone(), &ids)?;
+                let y = s.graph.embedding(table, ids)?;
+                s.out(y)
+            }
+        }));
+        cases.push(case("embedding_grad", what, Class::Sum, FLOATS, move |s| {
+            let dy = s.float([&shape[..], &[d]].concat(), |x| x)?;
+            s.wrt.clear();
+            let ids = s.ints(shape.clone(), &ids)?;
+            let y = s.graph.embedding_grad(ids, dy, v)?;
+            s.aux(y)
+        }));
+    }
+    cases
+}
+
+fn cross_entropy() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (n, d, v) in [(1, 1, 1), (5, 8, 3), (9, 16, 517), (70, 33, 40)] {
+        let name = format!("{n} rows of {d}, {v} classes");
+        let targets: Vec<i32> = (0..n as i32).map(|i| if i % 4 == 2 { -1 - i } else { (i * 37 + 5) % v as i32 }).collect();
+        cases.push(case("linear_cross_entropy", name.clone(), Class::Sum, FLOATS, {
+            let targets = targets.clone();
+            move |s| {
+                let (x, w) = (s.float([n, d], |x| x)?, s.float([v, d], |x| 0.5 * x)?);
+                let targets = s.ints([n], &targets)?;
+                let loss = s.graph.linear_cross_entropy(x, w, targets)?;
+                if v == 1 {
+                    // The only class is certain: the gradient is 0 but for the rounding of lse.
+                    s.wrt.clear();
+                }
+                s.out(loss)?;
+                let lse = s.graph.node(s.graph.producer(loss)).results[1];
+                s.aux(lse)
+            }
+        }));
+        if v == 1 {
+            continue;
+        }
+        cases.push(case("linear_cross_entropy_grad", name, Class::Gradient, FLOATS, move |s| {
+            let (x, w) = (s.float([n, d], |x| x)?, s.float([v, d], |x| 0.5 * x)?);
+            let dloss = s.float_as(DType::F32, [n], |x| x)?;
+            s.wrt.clear();
+            let targets = s.ints([n], &targets)?;
+            let loss = s.graph.linear_cross_entropy(x, w, targets)?;
+            let lse = s.graph.node(s.graph.producer(loss)).results[1];
+            let grads = s.graph.linear_cross_entropy_grad(x, w, targets, lse, dloss)?;
+            grads.into_iter().try_for_each(|v| s.aux(v))
+        }));
+    }
+    cases
+}
+
+pub(super) fn cases() -> Vec<Case> {
+    [matmul(), attention(), embedding(), cross_entropy()].into_iter().flatten().collect()
+}

@@ -1,0 +1,121 @@
+//! Running graphs on the backends of this machine.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use moebius_backends::cpu::Cpu;
+use moebius_backends::{Backend, Instance, Result, Store};
+use moebius_ir::{Graph, Role, Tensor, TensorType, passes};
+
+use crate::sketch::Inputs;
+
+/// A backend under a name that tells the variants of one kind apart.
+pub struct Device {
+    /// Kind and variant.
+    pub name: &'static str,
+    /// The backend.
+    pub backend: Arc<dyn Backend>,
+}
+
+/// The CPU backend with memory checks.
+///
+/// # Panics
+/// If the threads cannot be started.
+pub fn cpu(threads: usize) -> Cpu {
+    Cpu::new(Some(threads)).unwrap_or_else(|e| panic!("{e}")).with_checks(true)
+}
+
+/// Every backend that this machine can run, in each variant that must agree with the reference.
+pub fn devices() -> Vec<Device> {
+    vec![
+        Device { name: "cpu, 1 thread", backend: Arc::new(cpu(1)) },
+        Device { name: "cpu, 3 threads", backend: Arc::new(cpu(3)) },
+        Device { name: "cpu, 3 threads, unchecked", backend: Arc::new(cpu(3).with_checks(false)) },
+    ]
+}
+
+/// A compiled graph with its memory and its stored tensors.
+pub struct Live {
+    instance: Box<dyn Instance>,
+    /// Parameters and states.
+    pub store: Box<dyn Store>,
+    feeds: Vec<String>,
+    states: Vec<(String, TensorType)>,
+    outputs: Vec<(String, TensorType)>,
+}
+
+impl Live {
+    /// Optimises, plans, compiles and instantiates `graph`.
+    ///
+    /// # Errors
+    /// Whatever the backend refuses.
+    pub fn new(backend: &dyn Backend, graph: &Graph) -> Result<Live> {
+        let plan = backend.plan(passes::optimise(graph)?)?;
+        assert_eq!(plan.overlap(), None, "buffers of a plan");
+        let executable = backend.compile(plan)?;
+        let mut store = backend.new_store();
+        let role = |g: &Graph, v| g.input_of(v).map_or(Role::Feed, |i| i.role);
+        let (mut feeds, mut states) = (Vec::new(), Vec::new());
+        for (name, value) in graph.inputs() {
+            if role(graph, *value) == Role::Feed {
+                feeds.push(name.clone());
+            } else {
+                store.insert(name, graph.ty(*value))?;
+                states.push((name.clone(), graph.ty(*value).clone()));
+            }
+        }
+        let outputs = graph.outputs().iter().map(|(n, v)| (n.clone(), graph.ty(*v).clone())).collect();
+        Ok(Live { instance: executable.instantiate()?, store, feeds, states, outputs })
+    }
+
+    /// The instance itself.
+    pub fn instance(&mut self) -> (&mut dyn Instance, &mut dyn Store) {
+        (self.instance.as_mut(), self.store.as_mut())
+    }
+
+    /// Sets all feeds and stored tensors, runs once, and gives all outputs, and the stored tensors as `state.NAME`.
+    ///
+    /// # Errors
+    /// Whatever the backend refuses.
+    pub fn run(&mut self, inputs: &Inputs) -> Result<HashMap<String, Tensor>> {
+        for name in &self.feeds {
+            self.instance.write(name, &inputs[name].to_bytes())?;
+        }
+        for (name, _) in &self.states {
+            self.store.write(name, &inputs[name].to_bytes())?;
+        }
+        self.instance.run(self.store.as_mut())?;
+        let mut results = HashMap::new();
+        for (name, ty) in &self.outputs {
+            let mut bytes = vec![0; ty.bytes()];
+            self.instance.read(name, &mut bytes)?;
+            results.insert(name.clone(), Tensor::from_bytes(ty.clone(), &bytes));
+        }
+        for (name, ty) in &self.states {
+            results.insert(format!("state.{name}"), Tensor::from_bytes(ty.clone(), &self.store.bytes(name)?));
+        }
+        Ok(results)
+    }
+}
+
+/// What [`Live::run`] should give, by the reference on the graph as it was built.
+///
+/// # Panics
+/// If the inputs do not fit the graph.
+pub fn reference(graph: &Graph, inputs: &Inputs, precision: moebius_ir::reference::Precision) -> HashMap<String, Tensor> {
+    let run = moebius_ir::reference::run(graph, inputs, precision).unwrap_or_else(|e| panic!("{e}"));
+    let mut results: HashMap<String, Tensor> =
+        graph.outputs().iter().map(|(n, v)| (n.clone(), run.value(*v).clone())).collect();
+    for (name, value) in graph.inputs() {
+        if graph.input_of(*value).is_some_and(|i| i.role != Role::Feed) {
+            let new = graph.updates().iter().find(|u| u.state == *value).map_or(*value, |u| u.new);
+            results.insert(format!("state.{name}"), run.value(new).clone());
+        }
+    }
+    results
+}
+
+/// Whether two sets of results have the same bits.
+pub fn same_bits(a: &HashMap<String, Tensor>, b: &HashMap<String, Tensor>) -> bool {
+    a.len() == b.len() && a.iter().all(|(name, t)| b.get(name).is_some_and(|u| t.ty == u.ty && t.to_bytes() == u.to_bytes()))
+}

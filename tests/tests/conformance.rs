@@ -1,0 +1,157 @@
+//! Every op case on every backend against the reference, values and gradients; and what must hold for the bits.
+
+use std::collections::BTreeSet;
+
+use moebius_ir::reference::Precision;
+use moebius_ir::{DType, Op, Tensor, passes};
+use moebius_tests::cases::{self, Case};
+use moebius_tests::device::{self, Live, devices};
+use moebius_tests::tolerance::{Class, difference, rms, tolerance};
+
+/// Runs `check` on each case and dtype of a group and reports all failures together.
+fn each(group: &str, check: impl Fn(&Case, DType) -> Result<(), String>) {
+    let mut failures = Vec::new();
+    for case in cases::group(group) {
+        for &dtype in case.dtypes {
+            if let Err(why) = check(&case, dtype) {
+                failures.push(format!("{}: {why}", case.title(dtype)));
+            }
+        }
+    }
+    assert!(failures.is_empty(), "{} failures\n{}", failures.len(), failures.join("\n"));
+}
+
+/// Compares a backend's result with the reference's, and makes sure that the comparison could have failed.
+fn compare(name: &str, got: &Tensor, wanted: &Tensor, class: Class, dtype: DType) -> Result<(), String> {
+    let tolerance = tolerance(if wanted.ty.dtype.is_float() { class } else { Class::Exact }, dtype);
+    if rms(wanted) > 0.0 {
+        let zeros = Tensor::zeros(wanted.ty.clone());
+        if difference(&zeros, wanted, tolerance).is_none() {
+            return Err(format!("{name}: the tolerance would let zeros pass"));
+        }
+    }
+    match difference(got, wanted, tolerance) {
+        Some(what) => Err(format!("{name}: {what}")),
+        None => Ok(()),
+    }
+}
+
+fn forward(case: &Case, dtype: DType) -> Result<(), String> {
+    let sketch = case.sketch(dtype);
+    let wanted = device::reference(&sketch.graph, &sketch.inputs, Precision::Rounded);
+    // The meaning does not change by the passes, to the bit.
+    let optimised = passes::optimise(&sketch.graph).map_err(|e| e.to_string())?;
+    let fused = device::reference(&optimised, &sketch.inputs, Precision::Rounded);
+    if !device::same_bits(&wanted, &fused) {
+        return Err("the passes change the reference's results".into());
+    }
+    // Feeds for a run in between, so that nothing stale can pass for a result.
+    let other = case.sketch(dtype).inputs.into_iter().map(|(name, mut t)| {
+        if t.ty.dtype.is_float() {
+            t.data.iter_mut().for_each(|v| *v = if v.is_finite() { 0.5 * *v } else { 1.0 });
+        }
+        (name, t.rounded())
+    });
+    let other = other.collect();
+    let mut first = None;
+    for device in devices() {
+        let fail = |e: moebius_backends::Error| format!("{}: {e}", device.name);
+        let mut live = Live::new(device.backend.as_ref(), &sketch.graph).map_err(fail)?;
+        let got = live.run(&sketch.inputs).map_err(fail)?;
+        for (name, wanted) in &wanted {
+            let dtype = if sketch.direct && wanted.ty.dtype.is_float() { wanted.ty.dtype } else { dtype };
+            compare(name, &got[name], wanted, case.class, dtype).map_err(|e| format!("{}: {e}", device.name))?;
+        }
+        live.run(&other).map_err(fail)?;
+        let again = live.run(&sketch.inputs).map_err(fail)?;
+        if !device::same_bits(&got, &again) {
+            return Err(format!("{}: two runs differ", device.name));
+        }
+        if !device::same_bits(first.get_or_insert_with(|| got.clone()), &got) {
+            return Err(format!("{}: other bits than on the first device", device.name));
+        }
+    }
+    Ok(())
+}
+
+fn backward(case: &Case, dtype: DType) -> Result<(), String> {
+    let mut sketch = case.sketch(dtype);
+    if !sketch.differentiable() {
+        return Ok(());
+    }
+    sketch.differentiate().map_err(|e| e.to_string())?;
+    let wanted = device::reference(&sketch.graph, &sketch.inputs, Precision::Rounded);
+    let optimised = passes::optimise(&sketch.graph).map_err(|e| e.to_string())?;
+    if !device::same_bits(&wanted, &device::reference(&optimised, &sketch.inputs, Precision::Rounded)) {
+        return Err("the passes change the reference's gradients".into());
+    }
+    let mut first = None;
+    for device in devices() {
+        let fail = |e: moebius_backends::Error| format!("{}: {e}", device.name);
+        let mut live = Live::new(device.backend.as_ref(), &sketch.graph).map_err(fail)?;
+        let got = live.run(&sketch.inputs).map_err(fail)?;
+        for (name, wanted) in wanted.iter().filter(|(name, _)| name.starts_with("d.")) {
+            compare(name, &got[name], wanted, Class::Gradient, dtype).map_err(|e| format!("{}: {e}", device.name))?;
+        }
+        if !device::same_bits(first.get_or_insert_with(|| got.clone()), &got) {
+            return Err(format!("{}: other bits than on the first device", device.name));
+        }
+    }
+    Ok(())
+}
+
+macro_rules! groups {
+    ($($group:ident),*) => {
+        mod values {
+            $(#[test] fn $group() { super::each(stringify!($group), super::forward); })*
+        }
+        mod gradients {
+            $(#[test] fn $group() { super::each(stringify!($group), super::backward); })*
+        }
+        const TESTED: &[&str] = &[$(stringify!($group)),*];
+    };
+}
+
+groups! { elementwise, movement, norms, dense, sparse, optimizer }
+
+#[test]
+fn every_group_and_every_op_is_tested() {
+    let groups = cases::groups();
+    assert_eq!(groups.iter().map(|(name, _)| *name).collect::<Vec<_>>(), TESTED);
+    let covered: BTreeSet<&str> = groups.iter().flat_map(|(_, cases)| cases.iter().map(|c| c.op)).collect();
+    let all: BTreeSet<&str> = Op::NAMES.iter().copied().collect();
+    assert_eq!(covered, all);
+    // Each case does use its op: as it was built, or in the form the passes give it.
+    for case in groups.iter().flat_map(|(_, cases)| cases) {
+        let graph = case.sketch(case.dtypes[0]).graph;
+        let optimised = passes::optimise(&graph).unwrap_or_else(|e| panic!("{e}"));
+        let uses = |g: &moebius_ir::Graph| g.nodes().iter().any(|n| n.op.name() == case.op);
+        assert!(uses(&graph) || uses(&optimised), "{} does not use {}", case.name, case.op);
+    }
+}
+
+#[test]
+fn titles_tell_cases_apart() {
+    let groups = cases::groups();
+    let mut titles = BTreeSet::new();
+    for case in groups.iter().flat_map(|(_, cases)| cases) {
+        assert!(titles.insert(case.title(case.dtypes[0])), "{} twice", case.title(case.dtypes[0]));
+    }
+}
+
+#[test]
+fn a_comparison_notices_what_it_should() {
+    let ramp = |f: &dyn Fn(f64) -> f64| Tensor::f32([50], (0..50).map(|i| f(f64::from(i) - 20.3)).collect());
+    let wanted = ramp(&|x| x);
+    for class in [Class::Element, Class::Sum, Class::Gradient] {
+        for dtype in [DType::F32, DType::Bf16, DType::F16] {
+            let tolerance = tolerance(class, dtype);
+            assert_eq!(difference(&wanted, &wanted, tolerance), None);
+            for wrong in [ramp(&|x| -x), ramp(&|x| x + 1.0), ramp(&|x| 1.1 * x), ramp(&|_| f64::NAN)] {
+                assert!(difference(&wrong, &wanted, tolerance).is_some(), "{class:?} {dtype}");
+            }
+        }
+    }
+    let narrow = Tensor::f32([49], wanted.data[..49].to_vec());
+    assert!(difference(&narrow, &wanted, tolerance(Class::Sum, DType::F32)).is_some());
+}
