@@ -112,6 +112,14 @@ pub(super) unsafe fn tile<
     // SAFETY: the caller's contract; prefetches and the last, unread steps of `a` and `b` use wrapping arithmetic.
     unsafe {
         let mut acc = [[S::zero(); NV]; MR];
+        if AHEAD == 0 {
+            // The tile to the right comes next; rows of C are often a power of two apart, so it would miss L1 and L2.
+            for i in 0..MR {
+                let next = c.wrapping_add(i * ldc + NV * S::LANES).cast::<u8>();
+                S::prefetch(next);
+                S::prefetch(next.wrapping_add(64));
+            }
+        }
         if load {
             for i in 0..MR {
                 for j in 0..NV {
