@@ -112,6 +112,14 @@ pub(super) unsafe fn tile<
     // SAFETY: the caller's contract; prefetches and the last, unread steps of `a` and `b` use wrapping arithmetic.
     unsafe {
         let mut acc = [[S::zero(); NV]; MR];
+        if AHEAD == 0 {
+            // The tile to the right comes next; rows of C are often a power of two apart, so it would miss L1 and L2.
+            for i in 0..MR {
+                let next = c.wrapping_add(i * ldc + NV * S::LANES).cast::<u8>();
+                S::prefetch(next);
+                S::prefetch(next.wrapping_add(64));
+            }
+        }
         if load {
             for i in 0..MR {
                 for j in 0..NV {
@@ -144,6 +152,49 @@ pub(super) unsafe fn tile<
         for i in 0..MR {
             for j in 0..NV {
                 S::store(c.add(i * ldc + j * S::LANES), acc[i][j]);
+            }
+        }
+    }
+}
+
+/// `c[MR][n] (+)= a · b` over K steps, `n` a multiple of LANES: along whole rows of B, K streams that the hardware
+/// prefetches, with A in registers. For so few rows that memory is the limit.
+///
+/// # Safety
+/// As [`tile`]; A is row-wise.
+#[inline(always)]
+pub(super) unsafe fn streams<S: Simd, T: Source, const MR: usize, const K: usize>(
+    n: usize,
+    a: *const f32,
+    b: *const T,
+    b_step: usize,
+    c: *mut f32,
+    ldc: usize,
+    load: bool,
+) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let mut av = [[S::zero(); K]; MR];
+        for i in 0..MR {
+            for p in 0..K {
+                av[i][p] = S::splat(*a.add(i * ROW + p));
+            }
+        }
+        for j in (0..n).step_by(S::LANES) {
+            let mut acc = [S::zero(); MR];
+            if load {
+                for i in 0..MR {
+                    acc[i] = S::load(c.add(i * ldc + j));
+                }
+            }
+            for p in 0..K {
+                let bv = T::load::<S>(b.add(p * b_step + j));
+                for i in 0..MR {
+                    acc[i] = S::fma(av[i][p], bv, acc[i]);
+                }
+            }
+            for i in 0..MR {
+                S::store(c.add(i * ldc + j), acc[i]);
             }
         }
     }
@@ -224,6 +275,13 @@ pub(super) type WideFn = unsafe fn(usize, *const f32, *const u8, usize, *mut f32
 /// A [`columns`] instance over B of the storage it is listed under: `(k, a, b, stride, c, ldc, load)`.
 pub(super) type ColumnsFn = unsafe fn(usize, *const f32, *const u8, isize, *mut f32, usize, bool);
 
+/// A [`streams`] instance for its number of steps of k: `(n, a, b, b_step, c, ldc, load)`.
+#[derive(Clone, Copy)]
+pub(super) struct Streams {
+    pub(super) run: WideFn,
+    pub(super) steps: usize,
+}
+
 /// A wide kernel and its width in vectors.
 #[derive(Clone, Copy)]
 pub(super) struct Wide {
@@ -243,6 +301,8 @@ pub(super) struct Isa {
     pub(super) wide: [&'static [Wide]; 3],
     /// `[rows - 1]` for B whose columns are contiguous, f32, bf16, f16.
     pub(super) columns: [&'static [ColumnsFn; COLUMNS_ROWS]; 3],
+    /// `[rows - 1]` for B whose rows are contiguous, f32, bf16, f16.
+    pub(super) streams: [&'static [Streams; STREAMS_ROWS]; 3],
     pub(super) pack_a: PackA,
     pub(super) pack_b: PackB,
     pub(super) load_tile: LoadTile,
@@ -271,6 +331,10 @@ impl Isa {
     pub(super) fn wide(&self, storage: Storage) -> &'static [Wide] {
         self.wide[place(storage)]
     }
+    /// The kernel for this storage of B with contiguous rows and this many rows of A.
+    pub(super) fn streams(&self, storage: Storage, rows: usize) -> Option<Streams> {
+        self.streams[place(storage)].get(rows - 1).copied()
+    }
     /// The kernel for this storage of B with contiguous columns and this many rows.
     pub(super) fn columns(&self, storage: Storage, rows: usize) -> Option<ColumnsFn> {
         self.columns[place(storage)].get(rows - 1).copied()
@@ -283,7 +347,7 @@ macro_rules! isa {
     ($(#[$attr:meta])? $name:literal, $simd:ty, [$($mr:literal x $wide:literal),+]) => {
         mod table {
             use super::*;
-            use crate::cpu::gemm::kernel::{self, COL, ColumnsFn, Isa, ROW, Source, TileFn, Wide};
+            use crate::cpu::gemm::kernel::{self, COL, ColumnsFn, Isa, ROW, Source, Streams, TileFn, Wide};
             use crate::cpu::gemm::{MatMut, finish, pack};
             use half::{bf16, f16};
 
@@ -307,6 +371,21 @@ macro_rules! isa {
             ) {
                 // SAFETY: the caller's contract.
                 unsafe { kernel::columns::<$simd, T, MR>(k, a, b.cast(), stride, c, ldc, load) }
+            }
+            $(#[$attr])?
+            unsafe fn streams<T: Source, const MR: usize, const K: usize>(
+                n: usize, a: *const f32, b: *const u8, b_step: usize, c: *mut f32, ldc: usize, load: bool,
+            ) {
+                // SAFETY: the caller's contract.
+                unsafe { kernel::streams::<$simd, T, MR, K>(n, a, b.cast(), b_step, c, ldc, load) }
+            }
+            const fn all_streams<T: Source>() -> &'static [Streams; kernel::STREAMS_ROWS] {
+                &[
+                    Streams { run: streams::<T, 1, 8>, steps: 8 },
+                    Streams { run: streams::<T, 2, 8>, steps: 8 },
+                    Streams { run: streams::<T, 3, 4>, steps: 4 },
+                    Streams { run: streams::<T, 4, 4>, steps: 4 },
+                ]
             }
             const fn all_columns<T: Source>() -> &'static [ColumnsFn; kernel::COLUMNS_ROWS] {
                 &[
@@ -345,6 +424,7 @@ macro_rules! isa {
                     &[$(Wide { run: wide::<f16, $mr, $wide>, vectors: $wide }),+],
                 ],
                 columns: [all_columns::<f32>(), all_columns::<bf16>(), all_columns::<f16>()],
+                streams: [all_streams::<f32>(), all_streams::<bf16>(), all_streams::<f16>()],
                 pack_a,
                 pack_b,
                 load_tile,
@@ -361,6 +441,8 @@ pub(super) const AHEAD: usize = 512;
 
 /// Bytes of a column of B to prefetch ahead.
 const AHEAD_COLUMNS: usize = 256;
+/// Most rows of [`streams`]: A must fit in the registers.
+pub(super) const STREAMS_ROWS: usize = 4;
 /// Most rows of [`columns`]: beyond, packing B pays.
 pub(super) const COLUMNS_ROWS: usize = 8;
 
