@@ -1,6 +1,6 @@
 //! Memory of the CPU backend: aligned buffers and the store of parameters and state.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::alloc::{Layout, alloc, dealloc};
 use std::any::Any;
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -27,18 +27,42 @@ impl Buffer {
     /// A cache line on every machine we know, and wide enough for any vector load.
     pub(crate) const ALIGN: usize = 128;
 
+    /// Memory from this size on is asked for in huge pages: weights are streamed through, and with small pages a core
+    /// spends much of that time looking addresses up.
+    const HUGE_FROM: usize = 1 << 20;
+    /// Size of a huge page on x86-64 and most of AArch64.
+    const HUGE_PAGE: usize = 2 << 20;
+
     fn layout(len: usize) -> Option<Layout> {
-        Layout::from_size_align(len.max(1), Self::ALIGN).ok()
+        let align = if len >= Self::HUGE_FROM { Self::HUGE_PAGE } else { Self::ALIGN };
+        Layout::from_size_align(len.max(1), align).ok().map(|l| l.pad_to_align())
+    }
+
+    /// Tells the system that this memory may lie in huge pages; only a hint.
+    fn hint(start: NonNull<u8>, layout: Layout) {
+        #[cfg(target_os = "linux")]
+        if layout.align() == Self::HUGE_PAGE {
+            // SAFETY: whole pages that were just allocated with this layout; the call changes no content.
+            unsafe { libc::madvise(start.as_ptr().cast(), layout.size(), libc::MADV_HUGEPAGE) };
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = (start, layout);
     }
 
     /// `len` zero bytes, or an error naming `what` they are for.
     pub(crate) fn zeroed(len: usize, what: impl FnOnce() -> String) -> Result<Buffer> {
+        let Some(layout) = Self::layout(len) else {
+            return Err(Error::OutOfMemory { backend: BACKEND, what: what(), bytes: len });
+        };
+        // The hint must come before the first touch, so the zeroes are written here and not by the allocator.
         // SAFETY: the layout's size is at least 1.
-        let start = Self::layout(len).and_then(|layout| NonNull::new(unsafe { alloc_zeroed(layout) }));
-        match start {
-            Some(start) => Ok(Buffer { start, len }),
-            None => Err(Error::OutOfMemory { backend: BACKEND, what: what(), bytes: len }),
-        }
+        let Some(start) = NonNull::new(unsafe { alloc(layout) }) else {
+            return Err(Error::OutOfMemory { backend: BACKEND, what: what(), bytes: len });
+        };
+        Self::hint(start, layout);
+        // SAFETY: `layout.size()` bytes were allocated.
+        unsafe { start.as_ptr().write_bytes(0, layout.size()) };
+        Ok(Buffer { start, len })
     }
 
     pub(crate) fn as_ptr(&self) -> *mut u8 {

@@ -20,13 +20,13 @@ const MIN_COLS: usize = 128;
 /// Tasks per thread to aim at, so that the last ones to finish are short.
 const TASKS_PER_THREAD: usize = 8;
 /// The same when all are strips: those read the longer runs of memory the wider they are.
-const STRIPS_PER_THREAD: usize = 4;
+const STRIPS_PER_THREAD: usize = 1;
 /// Columns of the largest strip task (one tile of rows): whole pages of B's rows, while the sums stay in L1 or L2.
 const STRIP_COLS: usize = 4096;
 /// Most floats of A packed whole for a strip task (half of L2).
 const STRIP_A: usize = 128 * 1024;
 /// Below this estimate of time on one thread, waking others costs more than they give.
-const SHARE_NS: usize = 40_000;
+const SHARE_NS: usize = 8_000;
 /// For the estimate: flops and bytes one core gets through per nanosecond.
 const FLOPS_PER_NS: usize = 80;
 const BYTES_PER_NS: usize = 16;
