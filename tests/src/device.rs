@@ -102,7 +102,11 @@ impl Live {
 ///
 /// # Panics
 /// If the inputs do not fit the graph.
-pub fn reference(graph: &Graph, inputs: &Inputs, precision: moebius_ir::reference::Precision) -> HashMap<String, Tensor> {
+pub fn reference(
+    graph: &Graph,
+    inputs: &Inputs,
+    precision: moebius_ir::reference::Precision,
+) -> HashMap<String, Tensor> {
     let run = moebius_ir::reference::run(graph, inputs, precision).unwrap_or_else(|e| panic!("{e}"));
     let mut results: HashMap<String, Tensor> =
         graph.outputs().iter().map(|(n, v)| (n.clone(), run.value(*v).clone())).collect();
@@ -117,5 +121,6 @@ pub fn reference(graph: &Graph, inputs: &Inputs, precision: moebius_ir::referenc
 
 /// Whether two sets of results have the same bits.
 pub fn same_bits(a: &HashMap<String, Tensor>, b: &HashMap<String, Tensor>) -> bool {
-    a.len() == b.len() && a.iter().all(|(name, t)| b.get(name).is_some_and(|u| t.ty == u.ty && t.to_bytes() == u.to_bytes()))
+    a.len() == b.len()
+        && a.iter().all(|(name, t)| b.get(name).is_some_and(|u| t.ty == u.ty && t.to_bytes() == u.to_bytes()))
 }

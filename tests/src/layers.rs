@@ -127,7 +127,13 @@ pub fn moe(s: &mut Sketch, prefix: &str, x: Value, layer: Moe) -> Result<MoeResu
 ///
 /// # Errors
 /// If a name under `prefix` is taken.
-pub fn residual_moe(s: &mut Sketch, prefix: &str, x: Value, layer: Moe, coefficient: Option<Value>) -> Result<MoeResult> {
+pub fn residual_moe(
+    s: &mut Sketch,
+    prefix: &str,
+    x: Value,
+    layer: Moe,
+    coefficient: Option<Value>,
+) -> Result<MoeResult> {
     let result = moe(s, &format!("{prefix}.moe"), x, layer)?;
     let dense = dense_ffn(s, &format!("{prefix}.dense"), x, layer.hidden)?;
     let scores = parameter(s, &format!("{prefix}.coefficient"), [layer.width, 2], 0.3)?;

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use moebius_ir::ops::{AttentionGrad, BinaryFn, Balance, Order};
+use moebius_ir::ops::{AttentionGrad, Balance, BinaryFn, Order};
 use moebius_ir::reference::{Precision, run};
 use moebius_ir::{DType, Error, Graph, Op, Site, TensorType, Value, gradients};
 use moebius_tests::layers::{self, Moe};
@@ -23,7 +23,9 @@ fn slope(title: &str, sketch: &mut Sketch, loss: Value) -> Result<(), String> {
     let (mut gradient, mut size) = (0.0, 0.0);
     for (name, _) in sketch.wrt.clone() {
         let direction = sketch.normals(sketch.inputs[&name].data.len());
-        let Some(d) = base.output(&sketch.graph, &format!("d.{name}")) else { return Err(format!("{title}: no d.{name}")) };
+        let Some(d) = base.output(&sketch.graph, &format!("d.{name}")) else {
+            return Err(format!("{title}: no d.{name}"));
+        };
         for (i, v) in direction.iter().enumerate() {
             gradient += v * d.data[i];
             size += (v * d.data[i]).powi(2);

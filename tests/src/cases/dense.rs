@@ -123,7 +123,8 @@ fn cross_entropy() -> Vec<Case> {
     let mut cases = Vec::new();
     for (n, d, v) in [(1, 1, 1), (5, 8, 3), (9, 16, 517), (70, 33, 40)] {
         let name = format!("{n} rows of {d}, {v} classes");
-        let targets: Vec<i32> = (0..n as i32).map(|i| if i % 4 == 2 { -1 - i } else { (i * 37 + 5) % v as i32 }).collect();
+        let targets: Vec<i32> =
+            (0..n as i32).map(|i| if i % 4 == 2 { -1 - i } else { (i * 37 + 5) % v as i32 }).collect();
         cases.push(case("linear_cross_entropy", name.clone(), Class::Sum, FLOATS, {
             let targets = targets.clone();
             move |s| {

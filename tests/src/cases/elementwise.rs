@@ -61,8 +61,24 @@ fn unary() -> Vec<Case> {
                 let periodic = f == UnaryFn::Sin || f == UnaryFn::Cos;
                 let large = if periodic { 100.0 } else { 1e30 };
                 let hard = vec![
-                    f64::INFINITY, f64::NEG_INFINITY, f64::NAN, 0.0, -0.0, 1.0, -1.0, large, -large, 1e-3, 88.0, -87.0,
-                    20.0, -20.0, 9.0, -9.0, 0.5, -0.5,
+                    f64::INFINITY,
+                    f64::NEG_INFINITY,
+                    f64::NAN,
+                    0.0,
+                    -0.0,
+                    1.0,
+                    -1.0,
+                    large,
+                    -large,
+                    1e-3,
+                    88.0,
+                    -87.0,
+                    20.0,
+                    -20.0,
+                    9.0,
+                    -9.0,
+                    0.5,
+                    -0.5,
                 ];
                 let x = s.fixed(TensorType::new(s.dtype, [hard.len()]), hard)?;
                 let y = s.graph.unary(f, x)?;
@@ -201,8 +217,22 @@ fn compare_select_cast() -> Vec<Case> {
             cases.push(case("cast", format!("{from} to {to}"), Class::Exact, ONE, move |s| {
                 let hard: Vec<f64> = match from {
                     DType::F32 | DType::Bf16 | DType::F16 => vec![
-                        0.0, -0.0, 0.5, -0.5, 1.75, -1.75, 255.5, 1.003_906_25, 3e9, -3e9, 5e9, f64::INFINITY,
-                        f64::NEG_INFINITY, f64::NAN, 65_520.0, 1e-7,
+                        0.0,
+                        -0.0,
+                        0.5,
+                        -0.5,
+                        1.75,
+                        -1.75,
+                        255.5,
+                        1.003_906_25,
+                        3e9,
+                        -3e9,
+                        5e9,
+                        f64::INFINITY,
+                        f64::NEG_INFINITY,
+                        f64::NAN,
+                        65_520.0,
+                        1e-7,
                     ],
                     DType::I32 => vec![0.0, 1.0, -1.0, 257.0, 16_777_217.0, 2_147_483_647.0, -2_147_483_648.0],
                     DType::U32 => vec![0.0, 1.0, 257.0, 16_777_217.0, 2_147_483_648.0, 4_294_967_295.0],
@@ -314,9 +344,7 @@ fn sources() -> Vec<Case> {
             [words, ints, bools].into_iter().try_for_each(|v| s.aux(v))
         }),
     ];
-    for distribution in
-        [Distribution::Uniform, Distribution::Normal, Distribution::Gumbel, Distribution::Bits]
-    {
+    for distribution in [Distribution::Uniform, Distribution::Normal, Distribution::Gumbel, Distribution::Bits] {
         for (shape, stream) in [(Shape::from([7, 19]), 0), (Shape::default(), 5), (Shape::from([4099]), u32::MAX)] {
             let name = format!("{distribution:?} {shape} of stream {stream}").to_lowercase();
             cases.push(case("random", name, Class::Exact, ONE, move |s| {

@@ -62,7 +62,9 @@ fn assigned(s: &mut Sketch, r: &Routing) -> Result<[Value; 3]> {
 /// Logits whose probabilities differ by enough that no rounding and no small step changes a choice.
 fn clear_logits(s: &mut Sketch, n: usize, e: usize) -> Result<Value> {
     let noise = s.normals(n * e);
-    let data = (0..n * e).map(|i| 0.5 + 0.6 * ((i % e * 5 + i / e * 3) % e) as f64 / (e as f64).sqrt() + 0.02 * noise[i]).collect();
+    let data = (0..n * e)
+        .map(|i| 0.5 + 0.6 * ((i % e * 5 + i / e * 3) % e) as f64 / (e as f64).sqrt() + 0.02 * noise[i])
+        .collect();
     let ty = TensorType::f32([n, e]);
     s.input(moebius_ir::Role::Feed, ty, data, true)
 }
@@ -113,9 +115,8 @@ fn route() -> Vec<Case> {
     );
     cases.push(case("route", "large logits, and rows that are not finite", Class::Sum, ONE, |s| {
         let (inf, nan) = (f64::INFINITY, f64::NAN);
-        let logits = vec![
-            1e4, -1e4, 0.0, -inf, 2.0, 1.0, nan, 1.0, 2.0, 1.0, nan, 0.0, inf, 0.0, 1.0, -inf, -inf, -inf,
-        ];
+        let logits =
+            vec![1e4, -1e4, 0.0, -inf, 2.0, 1.0, nan, 1.0, 2.0, 1.0, nan, 0.0, inf, 0.0, 1.0, -inf, -inf, -inf];
         let logits = s.fixed(TensorType::f32([6, 3]), logits)?;
         let [gate, index, _, _, counts] = s.graph.route(logits, 2, Balance::FirstChoice)?;
         [gate, index, counts].into_iter().try_for_each(|v| s.aux(v))
@@ -136,12 +137,10 @@ fn assign() -> Vec<Case> {
                 cases.push(case("assign", name, Class::Exact, ONE, move |s| {
                     let index = s.ints([r.tokens, r.k], &r.expert_index)?;
                     // Rounded, so that there are equal priorities too.
-                    let priorities: Vec<f64> = s.normals(r.tokens * r.k).into_iter().map(|x| (2.0 * x).round()).collect();
-                    let priority = if prioritised {
-                        Some(s.fixed(TensorType::f32([r.tokens, r.k]), priorities)?)
-                    } else {
-                        None
-                    };
+                    let priorities: Vec<f64> =
+                        s.normals(r.tokens * r.k).into_iter().map(|x| (2.0 * x).round()).collect();
+                    let priority =
+                        if prioritised { Some(s.fixed(TensorType::f32([r.tokens, r.k]), priorities)?) } else { None };
                     let results = s.graph.assign(index, priority, r.experts, r.capacity, order)?;
                     results.into_iter().try_for_each(|v| s.aux(v))
                 }));
