@@ -75,7 +75,10 @@ fn unsafe_code_lies_in_backends() {
     none("unsafe", lines_with(others, |l| has_word(l, "unsafe")));
     // There, clippy wants a reason for each use.
     let manifest = read("backends/Cargo.toml");
-    assert!(manifest.contains("undocumented_unsafe_blocks = \"warn\"") && manifest.contains("missing_safety_doc = \"warn\""));
+    assert!(
+        manifest.contains("undocumented_unsafe_blocks = \"warn\"")
+            && manifest.contains("missing_safety_doc = \"warn\"")
+    );
 }
 
 #[test]
