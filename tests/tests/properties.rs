@@ -26,8 +26,8 @@ fn run(s: &Sketch) -> Results {
     results.unwrap_or_else(|e| panic!("{e}"))
 }
 
-/// Two ways of one computation in f32, each of some dozens of roundings.
-const CLOSE: Tolerance = Tolerance { relative: 1e-4, of_rms: 3e-5 };
+/// Two ways of one computation in f32, each of some dozens of roundings; a router's gradient is a difference of larger terms.
+const CLOSE: Tolerance = Tolerance { relative: 1e-4, of_rms: 5e-4 };
 
 #[track_caller]
 fn assert_close(what: &str, got: &Tensor, wanted: &Tensor) {
