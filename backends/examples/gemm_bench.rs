@@ -65,23 +65,26 @@ fn fma_peak() -> f64 {
     f64::NAN
 }
 
-/// GB/s read by all cores from a buffer larger than the caches, each byte once.
+/// GB/s read by all cores from a buffer larger than the caches, a new slab of 4 MiB per sample.
 fn read_bandwidth(big: &[u64]) -> f64 {
-    let part = big.len() / rayon::current_num_threads();
+    const SLAB: usize = (4 << 20) / 8;
+    let mut turn = 0;
     let best = race(
         1.0,
         &mut [&mut || {
+            turn = (turn + 1) % (big.len() / SLAB);
+            let slab = &big[turn * SLAB..][..SLAB];
+            let part = SLAB / rayon::current_num_threads();
             rayon::broadcast(|thread| {
-                let part = &big[thread.index() * part..][..part];
                 let mut sums = [0u64; 32];
-                for chunk in part.chunks_exact(32) {
+                for chunk in slab[thread.index() * part..][..part].chunks_exact(32) {
                     sums.iter_mut().zip(chunk).for_each(|(sum, x)| *sum ^= x);
                 }
                 black_box(sums)
             });
         }],
     );
-    (big.len() * 8) as f64 / best[0] / 1e9
+    (SLAB * 8) as f64 / best[0] / 1e9
 }
 
 struct Bench {
@@ -166,7 +169,8 @@ impl Bench {
             let done = unsafe { if kind == Kind::Seq { gemm_seq(&whole, workspace) } else { gemm(&whole, workspace) } };
             done.expect("a valid batch");
         };
-        let mut their_turn = 0;
+        // Far from ours, whose weights are still in the cache.
+        let mut their_turn = copies / 2;
         let mut theirs = || {
             their_turn = (their_turn + 1) % copies;
             for p in 0..problems {
@@ -264,8 +268,12 @@ fn main() {
         shape("decode", 4, 4096, 4096, 1, Plain, true, true),
         shape("decode", 8, 4096, 4096, 1, Plain, false, true),
         shape("decode", 8, 4096, 4096, 1, Plain, true, true),
-        shape("decode", 1, 1024, 256, 1, Plain, false, false),
-        shape("decode", 1, 256, 1024, 1, Plain, true, false),
+        shape("stream", 1, 2048, 512, 1, Plain, false, true),
+        shape("stream", 1, 512, 2048, 1, Plain, true, true),
+        shape("stream", 8, 2048, 512, 1, Plain, false, true),
+        shape("stream", 8, 512, 2048, 1, Plain, true, true),
+        shape("hot", 1, 1024, 256, 1, Plain, false, false),
+        shape("hot", 1, 256, 1024, 1, Plain, true, false),
         shape("small", 1, 256, 256, 1, Plain, false, false),
         shape("small", 1, 256, 256, 1, Plain, true, false),
         shape("small", 1, 16, 256, 1, Plain, false, false),

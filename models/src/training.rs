@@ -185,6 +185,11 @@ impl Run {
         }
         let checkpoints = Checkpoints::create(out, train.keep_checkpoints)?;
 
+        let mut newest = if resume { newest_intact(&checkpoints, out, observer)? } else { None };
+        // Lines of steps that will be done again are dropped.
+        let done = newest.as_ref().map_or(0, |checkpoint| checkpoint.state.step);
+        let metrics = MetricsWriter::resume(&out.join(METRICS_FILE), done)?;
+
         let mut session = engine.session();
         let graph = gpt::training(&config.model, train.batch)?;
         let optimizer = Optimizer {
@@ -208,7 +213,7 @@ impl Run {
             batches,
             windows,
             checkpoints,
-            metrics: MetricsWriter::resume(&out.join(METRICS_FILE), 0)?,
+            metrics,
             moe_layers,
             tokens: vec![0; ids],
             targets: vec![0; ids],
@@ -217,29 +222,17 @@ impl Run {
             training_time: Duration::ZERO,
             config,
         };
-        let restored = if resume { run.restore(out, observer)? } else { false };
-        if restored {
-            run.metrics = MetricsWriter::resume(&out.join(METRICS_FILE), run.trainer.steps_done())?;
-        } else {
-            let (session, config) = (&mut run.session, &run.config);
-            gpt::initialise(&config.model, config.train.seed, |p, values| session.write(&p.name, values))?;
+        match &mut newest {
+            Some(checkpoint) => {
+                run.load(checkpoint)?;
+                observer(Event::Resumed(checkpoint.state.step));
+            }
+            None => {
+                let (session, config) = (&mut run.session, &run.config);
+                gpt::initialise(&config.model, config.train.seed, |p, values| session.write(&p.name, values))?;
+            }
         }
         Ok(run)
-    }
-
-    /// Loads the newest intact checkpoint; whether there is one.
-    fn restore(&mut self, out: &Path, observer: &mut Observer<'_>) -> Result<bool, TrainingError> {
-        let mut intact = self.checkpoints.latest_intact()?;
-        intact.damaged.iter().for_each(|(step, why)| observer(Event::Damaged(*step, why)));
-        let Some(mut checkpoint) = intact.checkpoint else {
-            if intact.damaged.is_empty() {
-                return Ok(false);
-            }
-            return Err(TrainingError::AllDamaged { path: out.into(), newest: intact.damaged.remove(0).1 });
-        };
-        self.load(&mut checkpoint)?;
-        observer(Event::Resumed(checkpoint.state.step));
-        Ok(true)
     }
 
     fn load(&mut self, checkpoint: &mut Checkpoint) -> Result<(), TrainingError> {
@@ -431,6 +424,20 @@ impl Run {
         observer(Event::Saved(&path));
         Ok(())
     }
+}
+
+/// The newest intact checkpoint, if there is any; damaged ones are told to the observer.
+fn newest_intact(
+    checkpoints: &Checkpoints,
+    out: &Path,
+    observer: &mut Observer<'_>,
+) -> Result<Option<Checkpoint>, TrainingError> {
+    let mut intact = checkpoints.latest_intact()?;
+    intact.damaged.iter().for_each(|(step, why)| observer(Event::Damaged(*step, why)));
+    if intact.checkpoint.is_none() && !intact.damaged.is_empty() {
+        return Err(TrainingError::AllDamaged { path: out.into(), newest: intact.damaged.remove(0).1 });
+    }
+    Ok(intact.checkpoint)
 }
 
 fn write_folder(out: &Path, config: &Config, tokenizer: &Tokenizer) -> Result<(), TrainingError> {

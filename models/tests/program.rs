@@ -318,13 +318,13 @@ fn damaged_and_foreign_checkpoints_are_named_and_older_ones_used() {
     let mut flipped = good.clone();
     flipped[good.len() * 2 / 3] ^= 4;
     fs::write(&weights, &flipped).unwrap();
+    let error = place.fails(1, &["generate", "--model", "run/checkpoints/step-24", "--prompt", "x"]);
+    assert!(error.contains("model.safetensors"), "{error}");
     let resume = ["train", "--data", "text.txt", "--resume", "--out", "run", "--steps", "26"];
     let output = succeeds(place.run(&resume));
     let error = stderr(&output);
     assert!(error.contains("step-24") && error.contains("model.safetensors"), "{error}");
     assert!(error.contains("resuming after step 18"), "{error}");
-    let error = place.fails(1, &["generate", "--model", "run/checkpoints/step-24", "--prompt", "x"]);
-    assert!(error.contains("model.safetensors"), "{error}");
 
     fs::write(&weights, &good[..good.len() / 2]).unwrap();
     let error = place.fails(1, &["eval", "--model", "run/checkpoints/step-24", "--data", "text.txt"]);

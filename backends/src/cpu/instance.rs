@@ -1,9 +1,10 @@
 //! Carries out a plan on the CPU.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use moebius_ir::{DType, Fences, Lifetime, NodeId, Op, Plan, Step, Storage, Value};
+use moebius_ir::{DType, Fences, NodeId, Op, Plan, Step, Storage, Value};
 
 use super::BACKEND;
 use super::element::Element;
@@ -29,6 +30,8 @@ struct Launched {
     scratch: (usize, usize),
     /// Arena ranges that hold nothing before the step: results that overwrite no operand, and scratch.
     fresh: Vec<(usize, usize)>,
+    /// Arena ranges that nobody may write during the step: the fences of the buffers that are alive then.
+    fences: Vec<(usize, usize)>,
 }
 
 enum Work {
@@ -36,21 +39,11 @@ enum Work {
     Copy { from: Place, to: Place, bytes: usize },
 }
 
-/// The end of a buffer, and the steps between which its memory belongs to it and not to another one.
-struct Fence {
-    from: usize,
-    to: usize,
-    first: usize,
-    last: usize,
-}
-
 struct Program {
     plan: Plan,
     work: Vec<Work>,
     /// The parameters and states, in the order of the table.
     states: Vec<Value>,
-    /// Arena ranges that no kernel may write while the buffer before them is alive.
-    fences: Vec<Fence>,
     pool: Arc<rayon::ThreadPool>,
     checks: bool,
 }
@@ -72,7 +65,8 @@ impl CpuExecutable {
         let work = plan
             .steps()
             .iter()
-            .map(|step| match *step {
+            .enumerate()
+            .map(|(at, step)| match *step {
                 Step::Run { node: id, scratch, scratch_bytes } => {
                     let node = graph.node(id);
                     let operands: Vec<Place> = node.operands.iter().map(|&v| place(v)).collect();
@@ -89,6 +83,13 @@ impl CpuExecutable {
                             fresh.push((at, graph.ty(value).bytes()));
                         }
                     }
+                    let alive = plan.lifetimes().iter().filter(|l| l.first <= at && at <= l.last);
+                    let fences = match plan.fences() {
+                        Fences::Off => Vec::new(),
+                        Fences::On => {
+                            alive.map(|l| (l.offset + l.bytes - moebius_ir::FENCE_BYTES, l.offset + l.bytes)).collect()
+                        }
+                    };
                     let launch = launches[id.index()].take().unwrap_or_else(|| unreachable!("a node is run once"));
                     Work::Launch(Launched {
                         node: id,
@@ -97,6 +98,7 @@ impl CpuExecutable {
                         results,
                         scratch: (scratch, scratch_bytes),
                         fresh,
+                        fences,
                     })
                 }
                 Step::Copy { state, new } => {
@@ -104,18 +106,7 @@ impl CpuExecutable {
                 }
             })
             .collect();
-        let fences = match plan.fences() {
-            Fences::Off => Vec::new(),
-            Fences::On => {
-                let fence = moebius_ir::FENCE_BYTES;
-                let of = |l: &Lifetime| {
-                    let to = l.offset + l.bytes;
-                    Fence { from: to - fence, to, first: l.first, last: l.last }
-                };
-                plan.lifetimes().iter().map(of).collect()
-            }
-        };
-        CpuExecutable(Arc::new(Program { plan, work, states, fences, pool, checks }))
+        CpuExecutable(Arc::new(Program { plan, work, states, pool, checks }))
     }
 }
 
@@ -185,17 +176,17 @@ impl CpuInstance {
         let me = &*self;
         let (arena, states) = (Pointer(me.arena.as_ptr()), Table(&me.states));
         let me = Shared(me);
-        program.pool.install(move || {
+        let work = move || {
             let (arena, states, me) = (arena.get(), states.get(), me.get());
-            for (step, work) in program.work.iter().enumerate() {
+            for work in &program.work {
                 match work {
                     Work::Launch(l) => {
                         if program.checks {
                             // SAFETY: planned ranges of the arena that hold no live value during this step.
                             l.fresh.iter().for_each(|&(at, n)| unsafe { arena.add(at).write_bytes(POISON, n) });
-                            // SAFETY: from this step on the fence belongs to no value.
-                            program.fences.iter().filter(|f| f.first == step).for_each(|f| unsafe {
-                                arena.add(f.from).write_bytes(POISON, f.to - f.from);
+                            // SAFETY: fences belong to no value.
+                            l.fences.iter().for_each(|&(from, to)| unsafe {
+                                arena.add(from).write_bytes(POISON, to - from);
                             });
                         }
                         let args = Args::new(arena, states, &l.operands, &l.results, l.scratch);
@@ -206,12 +197,12 @@ impl CpuInstance {
                             wanted: e.wanted,
                             found: e.found,
                         })?;
-                        let intact = |f: &Fence| {
+                        let intact = |&(from, to): &(usize, usize)| {
                             // SAFETY: inside the arena, which nothing writes between steps.
-                            let fence = unsafe { std::slice::from_raw_parts(arena.add(f.from), f.to - f.from) };
-                            !(f.first..=f.last).contains(&step) || fence.iter().all(|&b| b == POISON)
+                            let fence = unsafe { std::slice::from_raw_parts(arena.add(from), to - from) };
+                            fence.iter().all(|&b| b == POISON)
                         };
-                        if program.checks && !program.fences.iter().all(intact) {
+                        if program.checks && !l.fences.iter().all(intact) {
                             return Err(Error::Fence { op: node.op.name(), site: node.site.clone() });
                         }
                         if !after(me, l) {
@@ -230,7 +221,10 @@ impl CpuInstance {
                 }
             }
             Ok(())
-        })
+        };
+        let done = AtomicBool::new(false);
+        let awake: Awake = [const { AtomicBool::new(false) }; MOST_AWAKE];
+        program.pool.install(|| stay_awake(rayon::current_num_threads() - 1, &done, &awake, work))
     }
 
     /// Copies the outputs that lie in stored tensors. Only after a run that has located those.
@@ -261,6 +255,53 @@ impl CpuInstance {
                 unsafe { std::slice::from_raw_parts(self.states[slot], bytes) }
             }
         }
+    }
+}
+
+/// Threads beyond this number sleep between the launches of a run.
+const MOST_AWAKE: usize = 64;
+
+/// Which threads stay awake already.
+type Awake = [AtomicBool; MOST_AWAKE];
+
+/// Runs `work` on this thread while `others` further threads of the pool look for its jobs without falling asleep: waking
+/// a thread takes longer than many launches of a decoding step.
+///
+/// The waiting jobs lie below every job of `work` in this thread's queue. Thieves take the lowest job first, so this thread
+/// can find a waiting job only when `work` is over, and never sits in one while `work` waits for it.
+fn stay_awake<R: Send>(others: usize, done: &AtomicBool, awake: &Awake, work: impl FnOnce() -> R + Send) -> R {
+    let waiting = || {
+        let me = rayon::current_thread_index().filter(|&i| i < MOST_AWAKE);
+        if me.is_none_or(|i| awake[i].swap(true, Ordering::Relaxed)) {
+            return;
+        }
+        let mut idle = 0u32;
+        while !done.load(Ordering::Acquire) {
+            if rayon::yield_now() == Some(rayon::Yield::Executed) {
+                idle = 0;
+            } else {
+                idle += 1;
+                // Other programs may want this core too.
+                if idle.is_multiple_of(256) { std::thread::yield_now() } else { std::hint::spin_loop() }
+            }
+        }
+    };
+    // Also when a kernel panics: the waiting threads must go home in any case.
+    struct Done<'a>(&'a AtomicBool);
+    impl Drop for Done<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Release);
+        }
+    }
+    let work = || {
+        let _done = Done(done);
+        work()
+    };
+    match others {
+        0 => work(),
+        1 => rayon::join(work, waiting).0,
+        2 => rayon::join(|| rayon::join(work, waiting).0, waiting).0,
+        _more => rayon::join(|| rayon::join(|| rayon::join(work, waiting).0, waiting).0, waiting).0,
     }
 }
 

@@ -19,15 +19,17 @@ const MIN_ROWS: usize = 64;
 const MIN_COLS: usize = 128;
 /// Tasks per thread to aim at, so that the last ones to finish are short.
 const TASKS_PER_THREAD: usize = 8;
+/// The same when all are strips: those read the longer runs of memory the wider they are.
+const STRIPS_PER_THREAD: usize = 4;
 /// Columns of the largest strip task (one tile of rows): whole pages of B's rows, while the sums stay in L1 or L2.
-const STRIP_COLS: usize = 1024;
+const STRIP_COLS: usize = 4096;
 /// Most floats of A packed whole for a strip task (half of L2).
 const STRIP_A: usize = 128 * 1024;
 /// Below this estimate of time on one thread, waking others costs more than they give.
-const SHARE_NS: usize = 25_000;
+const SHARE_NS: usize = 40_000;
 /// For the estimate: flops and bytes one core gets through per nanosecond.
 const FLOPS_PER_NS: usize = 80;
-const BYTES_PER_NS: usize = 12;
+const BYTES_PER_NS: usize = 16;
 
 /// One thread's part of the workspace.
 pub(super) struct Scratch {
@@ -191,7 +193,8 @@ pub(super) unsafe fn run(
     let strip = isa.mr().min(STRIP_A / strip_a(1, gemm.k));
     let mut cut = Cut { strip, rows: MAX_ROWS, cols: MAX_COLS, strip_cols: STRIP_COLS };
     let mut tasks = cut.all(gemm);
-    while threads > 1 && tasks < TASKS_PER_THREAD * threads {
+    let wanted = threads * if gemm.m <= strip { STRIPS_PER_THREAD } else { TASKS_PER_THREAD };
+    while threads > 1 && tasks < wanted {
         let Some(finer) = cut.finer(gemm.m) else { break };
         cut = finer;
         tasks = cut.all(gemm);

@@ -35,9 +35,11 @@ pub(super) trait Simd: Copy {
     unsafe fn store_f16(p: *mut f16, v: Self::V);
     /// Copies `n <= 16` values, converted, from `src` to `dst`, which has room for 16.
     unsafe fn copy_few<T: Source>(src: *const T, n: usize, dst: *mut f32);
-    /// Transposes LANES x LANES values: `dst[j * dst_stride + i] = src[i * stride + j]`.
-    unsafe fn transpose(src: *const f32, stride: usize, dst: *mut f32, dst_stride: usize);
-    /// Brings a cache line nearer; any address is fine.
+    /// Transposes the first LANES vectors as a LANES x LANES matrix.
+    unsafe fn transpose(rows: &mut [Self::V; 16]);
+    /// The values of pairs of bf16: the lower ones, the upper ones.
+    unsafe fn split_bf16(v: Self::V) -> (Self::V, Self::V);
+    /// Brings a cache line into L1; any address is fine.
     unsafe fn prefetch(p: *const u8);
 }
 
@@ -85,7 +87,7 @@ impl Source for f16 {
 }
 
 /// `c[MR][NV*LANES] (+)= a · b` over `k` steps: `a(i, p) = a[i*RS + p*CS]`, `b(p, ..) = b[p*b_step ..]`.
-/// `AHEAD`: rows of B to prefetch ahead, for a B that is not packed; 0 for one that is.
+/// `AHEAD`: bytes of each row of B to prefetch ahead, for a B that is not packed; 0 for one that is.
 ///
 /// # Safety
 /// All pointers cover what the formula reaches; with `load` C is initialised.
@@ -110,6 +112,14 @@ pub(super) unsafe fn tile<
     // SAFETY: the caller's contract; prefetches and the last, unread steps of `a` and `b` use wrapping arithmetic.
     unsafe {
         let mut acc = [[S::zero(); NV]; MR];
+        if AHEAD == 0 {
+            // The tile to the right comes next; rows of C are often a power of two apart, so it would miss L1 and L2.
+            for i in 0..MR {
+                let next = c.wrapping_add(i * ldc + NV * S::LANES).cast::<u8>();
+                S::prefetch(next);
+                S::prefetch(next.wrapping_add(64));
+            }
+        }
         if load {
             for i in 0..MR {
                 for j in 0..NV {
@@ -123,7 +133,7 @@ pub(super) unsafe fn tile<
                 bv[j] = T::load::<S>(b.add(j * S::LANES));
             }
             if AHEAD > 0 {
-                let ahead = b.wrapping_add(AHEAD * b_step).cast::<u8>();
+                let ahead = b.cast::<u8>().wrapping_add(AHEAD);
                 let mut byte = 0;
                 while byte < NV * S::LANES * size_of::<T>() {
                     S::prefetch(ahead.wrapping_add(byte));
@@ -147,10 +157,130 @@ pub(super) unsafe fn tile<
     }
 }
 
+/// `c[MR][n] (+)= a · b` over K steps, `n` a multiple of LANES: along whole rows of B, K streams that the hardware
+/// prefetches, with A in registers. For so few rows that memory is the limit.
+///
+/// # Safety
+/// As [`tile`]; A is row-wise.
+#[inline(always)]
+pub(super) unsafe fn streams<S: Simd, T: Source, const MR: usize, const K: usize>(
+    n: usize,
+    a: *const f32,
+    b: *const T,
+    b_step: usize,
+    c: *mut f32,
+    ldc: usize,
+    load: bool,
+) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let mut av = [[S::zero(); K]; MR];
+        for i in 0..MR {
+            for p in 0..K {
+                av[i][p] = S::splat(*a.add(i * ROW + p));
+            }
+        }
+        for j in (0..n).step_by(S::LANES) {
+            let mut acc = [S::zero(); MR];
+            if load {
+                for i in 0..MR {
+                    acc[i] = S::load(c.add(i * ldc + j));
+                }
+            }
+            for p in 0..K {
+                let bv = T::load::<S>(b.add(p * b_step + j));
+                for i in 0..MR {
+                    acc[i] = S::fma(av[i][p], bv, acc[i]);
+                }
+            }
+            for i in 0..MR {
+                S::store(c.add(i * ldc + j), acc[i]);
+            }
+        }
+    }
+}
+
+/// `c[MR][LANES] (+)= a · b` over `k` steps, where the columns of B are what is contiguous: `b(p, j) = b[j*stride + p]`.
+/// Blocks of LANES x LANES are transposed in registers, so that the chain over k is that of [`tile`].
+///
+/// # Safety
+/// As [`tile`]; A is row-wise.
+#[inline(always)]
+pub(super) unsafe fn columns<S: Simd, T: Source, const MR: usize>(
+    k: usize,
+    a: *const f32,
+    b: *const T,
+    stride: isize,
+    c: *mut f32,
+    ldc: usize,
+    load: bool,
+) {
+    // SAFETY: the caller's contract; prefetches use wrapping arithmetic.
+    unsafe {
+        let mut acc = [S::zero(); MR];
+        if load {
+            for i in 0..MR {
+                acc[i] = S::load(c.add(i * ldc));
+            }
+        }
+        // Two bf16 are transposed as one float: half the shuffles.
+        let pairs = matches!(T::STORAGE, Storage::Bf16) && cfg!(target_endian = "little");
+        let width = if pairs { 2 * S::LANES } else { S::LANES };
+        let blocks = k / width * width;
+        for p in (0..blocks).step_by(width) {
+            let mut v = [S::zero(); 16];
+            for j in 0..S::LANES {
+                let from = b.offset(j as isize * stride).add(p);
+                S::prefetch(from.cast::<u8>().wrapping_add(AHEAD_COLUMNS));
+                v[j] = if pairs { S::load(from.cast()) } else { T::load::<S>(from) };
+            }
+            S::transpose(&mut v);
+            let a = a.add(p);
+            for q in 0..S::LANES {
+                if pairs {
+                    let (lower, upper) = S::split_bf16(v[q]);
+                    for i in 0..MR {
+                        acc[i] = S::fma(S::splat(*a.add(i * ROW + 2 * q)), lower, acc[i]);
+                    }
+                    for i in 0..MR {
+                        acc[i] = S::fma(S::splat(*a.add(i * ROW + 2 * q + 1)), upper, acc[i]);
+                    }
+                } else {
+                    for i in 0..MR {
+                        acc[i] = S::fma(S::splat(*a.add(i * ROW + q)), v[q], acc[i]);
+                    }
+                }
+            }
+        }
+        for p in blocks..k {
+            let mut row = [0.0; 16];
+            for j in 0..S::LANES {
+                row[j] = (*b.offset(j as isize * stride).add(p)).to_f32();
+            }
+            for i in 0..MR {
+                acc[i] = S::fma(S::splat(*a.add(i * ROW + p)), S::load(row.as_ptr()), acc[i]);
+            }
+        }
+        for i in 0..MR {
+            S::store(c.add(i * ldc), acc[i]);
+        }
+    }
+}
+
 /// A [`tile`] instance over packed B (or f32 B in place): `(k, a, b, b_step, c, ldc, load)`.
 pub(super) type TileFn = unsafe fn(usize, *const f32, *const f32, usize, *mut f32, usize, bool);
 /// A [`tile`] instance over B in place, of the storage it is listed under.
 pub(super) type WideFn = unsafe fn(usize, *const f32, *const u8, usize, *mut f32, usize, bool);
+
+/// A [`columns`] instance over B of the storage it is listed under: `(k, a, b, stride, c, ldc, load)`.
+pub(super) type ColumnsFn = unsafe fn(usize, *const f32, *const u8, isize, *mut f32, usize, bool);
+
+/// A [`streams`] instance for its number of steps of k: `(n, a, b, b_step, c, ldc, load)`.
+#[derive(Clone, Copy)]
+pub(super) struct Streams {
+    pub(super) run: WideFn,
+    pub(super) steps: usize,
+}
 
 /// A wide kernel and its width in vectors.
 #[derive(Clone, Copy)]
@@ -169,10 +299,23 @@ pub(super) struct Isa {
     pub(super) by_col: &'static [[TileFn; 2]],
     /// `[rows - 1]` for B in place, f32, bf16, f16.
     pub(super) wide: [&'static [Wide]; 3],
+    /// `[rows - 1]` for B whose columns are contiguous, f32, bf16, f16.
+    pub(super) columns: [&'static [ColumnsFn; COLUMNS_ROWS]; 3],
+    /// `[rows - 1]` for B whose rows are contiguous, f32, bf16, f16.
+    pub(super) streams: [&'static [Streams; STREAMS_ROWS]; 3],
     pub(super) pack_a: PackA,
     pub(super) pack_b: PackB,
     pub(super) load_tile: LoadTile,
     pub(super) store_tile: StoreTile,
+}
+
+/// Where a storage's kernels are listed.
+fn place(storage: Storage) -> usize {
+    match storage {
+        Storage::F32 => 0,
+        Storage::Bf16 => 1,
+        Storage::F16 => 2,
+    }
 }
 
 impl Isa {
@@ -186,11 +329,15 @@ impl Isa {
     }
     /// The wide kernels for this storage of B.
     pub(super) fn wide(&self, storage: Storage) -> &'static [Wide] {
-        match storage {
-            Storage::F32 => self.wide[0],
-            Storage::Bf16 => self.wide[1],
-            Storage::F16 => self.wide[2],
-        }
+        self.wide[place(storage)]
+    }
+    /// The kernel for this storage of B with contiguous rows and this many rows of A.
+    pub(super) fn streams(&self, storage: Storage, rows: usize) -> Option<Streams> {
+        self.streams[place(storage)].get(rows - 1).copied()
+    }
+    /// The kernel for this storage of B with contiguous columns and this many rows.
+    pub(super) fn columns(&self, storage: Storage, rows: usize) -> Option<ColumnsFn> {
+        self.columns[place(storage)].get(rows - 1).copied()
     }
 }
 
@@ -200,7 +347,7 @@ macro_rules! isa {
     ($(#[$attr:meta])? $name:literal, $simd:ty, [$($mr:literal x $wide:literal),+]) => {
         mod table {
             use super::*;
-            use crate::cpu::gemm::kernel::{self, COL, Isa, ROW, Source, TileFn, Wide};
+            use crate::cpu::gemm::kernel::{self, COL, ColumnsFn, Isa, ROW, Source, Streams, TileFn, Wide};
             use crate::cpu::gemm::{MatMut, finish, pack};
             use half::{bf16, f16};
 
@@ -217,6 +364,34 @@ macro_rules! isa {
             ) {
                 // SAFETY: the caller's contract.
                 unsafe { kernel::tile::<$simd, T, MR, NV, ROW, 1, { kernel::AHEAD }>(k, a, b.cast(), b_step, c, ldc, load) }
+            }
+            $(#[$attr])?
+            unsafe fn columns<T: Source, const MR: usize>(
+                k: usize, a: *const f32, b: *const u8, stride: isize, c: *mut f32, ldc: usize, load: bool,
+            ) {
+                // SAFETY: the caller's contract.
+                unsafe { kernel::columns::<$simd, T, MR>(k, a, b.cast(), stride, c, ldc, load) }
+            }
+            $(#[$attr])?
+            unsafe fn streams<T: Source, const MR: usize, const K: usize>(
+                n: usize, a: *const f32, b: *const u8, b_step: usize, c: *mut f32, ldc: usize, load: bool,
+            ) {
+                // SAFETY: the caller's contract.
+                unsafe { kernel::streams::<$simd, T, MR, K>(n, a, b.cast(), b_step, c, ldc, load) }
+            }
+            const fn all_streams<T: Source>() -> &'static [Streams; kernel::STREAMS_ROWS] {
+                &[
+                    Streams { run: streams::<T, 1, 8>, steps: 8 },
+                    Streams { run: streams::<T, 2, 8>, steps: 8 },
+                    Streams { run: streams::<T, 3, 4>, steps: 4 },
+                    Streams { run: streams::<T, 4, 4>, steps: 4 },
+                ]
+            }
+            const fn all_columns<T: Source>() -> &'static [ColumnsFn; kernel::COLUMNS_ROWS] {
+                &[
+                    columns::<T, 1>, columns::<T, 2>, columns::<T, 3>, columns::<T, 4>,
+                    columns::<T, 5>, columns::<T, 6>, columns::<T, 7>, columns::<T, 8>,
+                ]
             }
             $(#[$attr])?
             unsafe fn pack_a(args: &pack::ArgsA<'_>, dst: *mut f32) {
@@ -248,6 +423,8 @@ macro_rules! isa {
                     &[$(Wide { run: wide::<bf16, $mr, $wide>, vectors: $wide }),+],
                     &[$(Wide { run: wide::<f16, $mr, $wide>, vectors: $wide }),+],
                 ],
+                columns: [all_columns::<f32>(), all_columns::<bf16>(), all_columns::<f16>()],
+                streams: [all_streams::<f32>(), all_streams::<bf16>(), all_streams::<f16>()],
                 pack_a,
                 pack_b,
                 load_tile,
@@ -259,8 +436,15 @@ macro_rules! isa {
 }
 pub(super) use isa;
 
-/// Rows of B in place to prefetch ahead: a column strip jumps a page per row, where the hardware does not follow.
-pub(super) const AHEAD: usize = 12;
+/// Bytes of a row of B in place to prefetch ahead.
+pub(super) const AHEAD: usize = 512;
+
+/// Bytes of a column of B to prefetch ahead.
+const AHEAD_COLUMNS: usize = 256;
+/// Most rows of [`streams`]: A must fit in the registers.
+pub(super) const STREAMS_ROWS: usize = 4;
+/// Most rows of [`columns`]: beyond, packing B pays.
+pub(super) const COLUMNS_ROWS: usize = 8;
 
 /// Every instruction set this machine has, best first.
 pub(super) fn available() -> impl Iterator<Item = &'static Isa> {

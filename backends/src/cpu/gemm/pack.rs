@@ -123,6 +123,8 @@ pub(super) struct ArgsB {
 const STAGE_K: usize = 128;
 /// Floats between rows of the stage, odd in cache lines.
 const STAGE_ROW: usize = STAGE_K + 16;
+/// Runs to prefetch ahead. Fewer than L1 has ways: they may all fall on the same sets.
+const RUNS_AHEAD: usize = 6;
 /// Floats of the stage of the largest vectors.
 pub(super) const STAGE: usize = 16 * STAGE_ROW;
 /// Rows of B to prefetch ahead while packing along rows.
@@ -225,16 +227,26 @@ unsafe fn transpose_columns<S: Simd, T: Source>(
             let len = STAGE_K.min(k - done);
             for j in 0..S::LANES {
                 let from = src.offset(j as isize * stride).add(done);
+                // The run that comes RUNS_AHEAD runs later: of this round, or of the next one.
+                let (column, step) = ((j + RUNS_AHEAD) % S::LANES, (j + RUNS_AHEAD) / S::LANES * STAGE_K);
+                let ahead = src.wrapping_offset(column as isize * stride).wrapping_add(done + step).cast::<u8>();
                 let mut byte = 0;
                 while byte < len * size_of::<T>() {
-                    S::prefetch(from.wrapping_add(STAGE_K).cast::<u8>().wrapping_add(byte));
+                    S::prefetch(ahead.wrapping_add(byte));
                     byte += 64;
                 }
                 convert::<S, T>(from, len, stage.add(j * STAGE_ROW));
             }
             let blocks = len / S::LANES * S::LANES;
             for p in (0..blocks).step_by(S::LANES) {
-                S::transpose(stage.add(p), STAGE_ROW, dst.add((done + p) * nr), nr);
+                let mut rows = [S::zero(); 16];
+                for j in 0..S::LANES {
+                    rows[j] = S::load(stage.add(j * STAGE_ROW + p));
+                }
+                S::transpose(&mut rows);
+                for q in 0..S::LANES {
+                    S::store(dst.add((done + p + q) * nr), rows[q]);
+                }
             }
             for p in blocks..len {
                 for j in 0..S::LANES {

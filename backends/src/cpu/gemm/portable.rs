@@ -28,8 +28,8 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> [f32; 4] {
-        // SAFETY: the caller's pointer has 4 elements.
-        unsafe { p.cast::<[f32; 4]>().read() }
+        // SAFETY: the caller's pointer has 4 elements; pairs of bf16 are read through it too, so it may lie at any 2 bytes.
+        unsafe { p.cast::<[f32; 4]>().read_unaligned() }
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, v: [f32; 4]) {
@@ -68,13 +68,16 @@ impl Simd for Portable {
         }
     }
     #[inline(always)]
-    unsafe fn transpose(src: *const f32, stride: usize, dst: *mut f32, dst_stride: usize) {
+    unsafe fn transpose(rows: &mut [[f32; 4]; 16]) {
         for i in 0..4 {
-            for j in 0..4 {
-                // SAFETY: the caller's contract.
-                unsafe { *dst.add(j * dst_stride + i) = *src.add(i * stride + j) };
+            for j in 0..i {
+                (rows[i][j], rows[j][i]) = (rows[j][i], rows[i][j]);
             }
         }
+    }
+    #[inline(always)]
+    unsafe fn split_bf16(v: [f32; 4]) -> ([f32; 4], [f32; 4]) {
+        (v.map(|x| f32::from_bits(x.to_bits() << 16)), v.map(|x| f32::from_bits(x.to_bits() & 0xffff_0000)))
     }
     #[inline(always)]
     unsafe fn prefetch(_: *const u8) {}

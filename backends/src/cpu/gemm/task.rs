@@ -176,7 +176,7 @@ impl Task<'_, '_> {
             if b.col_stride == 1 && b.row_stride >= 0 {
                 self.strips_in_place();
             } else {
-                self.strips_packed();
+                self.strips_by_panel();
             }
         }
     }
@@ -185,7 +185,13 @@ impl Task<'_, '_> {
     fn strip(&self, col: usize, rows: usize) -> (usize, Option<WideFn>) {
         let (isa, left) = (self.isa, self.cols.1 - col);
         let Wide { run, vectors } = isa.wide(self.problem.b.storage)[rows - 1];
-        if vectors * isa.lanes <= left { (vectors * isa.lanes, Some(run)) } else { (left.min(isa.nr()), None) }
+        // Whole vectors first, so that what does not fit C is the same columns whichever kernels run.
+        match left / isa.lanes {
+            0 => (left, None),
+            1 => (isa.lanes, None),
+            full if full < vectors => (isa.nr(), None),
+            _ => (vectors * isa.lanes, Some(run)),
+        }
     }
 
     /// All columns for a few steps of k, then the next few: B is read along its rows, which are longer than a page,
@@ -194,33 +200,49 @@ impl Task<'_, '_> {
         let (isa, b) = (self.isa, self.problem.b);
         let (row, rows) = (self.rows.0, self.rows.1 - self.rows.0);
         let width = (self.cols.1 - self.cols.0).next_multiple_of(isa.nr());
-        let sums_of = |at: At| self.place(at, (self.sums().wrapping_add(at.col - self.cols.0), width));
-        let strip_at = |col: usize, cols: usize| At { row, rows, col, cols };
+        let ldb = b.row_stride as usize;
+        let streams = isa.streams(b.storage, rows);
+        let whole = (self.cols.1 - self.cols.0) / isa.lanes * isa.lanes;
+        let sums_at = |col: usize, cols: usize| {
+            let at = At { row, rows, col, cols };
+            (at, self.place(at, (self.sums().wrapping_add(col - self.cols.0), width)))
+        };
         // SAFETY: the caller's contract; the scratch has room for the sums.
         unsafe {
+            let mut col = self.cols.0;
+            while self.gemm.accumulate && col < self.cols.1 {
+                let (cols, _) = self.strip(col, rows);
+                let (at, sums) = sums_at(col, cols);
+                if !sums.in_c {
+                    (isa.load_tile)(&self.c(at), rows, cols, sums.at, sums.stride);
+                }
+                col += cols;
+            }
             for (q, chunk) in self.chunks().enumerate() {
                 let mut done = 0;
                 loop {
-                    let len = STRIP_K.min(chunk.len - done);
+                    let streams = streams.filter(|streams| done + streams.steps <= chunk.len && whole > 0);
+                    let len = streams.map_or(STRIP_K.min(chunk.len - done), |streams| streams.steps);
                     let part = Chunk { k: chunk.k + done, len, first: chunk.first && done == 0, last: false };
                     let a = self.a().add(q * rows * ROW + done);
                     let load = !part.first || self.gemm.accumulate;
                     let mut col = self.cols.0;
+                    if let Some(streams) = streams {
+                        let (_, sums) = sums_at(col, whole);
+                        let from = b.from(part.k as isize, col as isize).data;
+                        (streams.run)(whole, a, from, ldb, sums.at, sums.stride, load);
+                        col += whole;
+                    }
                     while col < self.cols.1 {
                         let (cols, wide) = self.strip(col, rows);
-                        let at = strip_at(col, cols);
-                        let sums = sums_of(at);
-                        if part.first && load && !sums.in_c {
-                            (isa.load_tile)(&self.c(at), rows, cols, sums.at, sums.stride);
-                        }
+                        let (_, sums) = sums_at(col, cols);
+                        let from = b.from(part.k as isize, col as isize).data;
                         if let Some(wide) = wide {
-                            let from = b.from(part.k as isize, col as isize).data;
-                            wide(len, a, from, b.row_stride as usize, sums.at, sums.stride, load);
+                            wide(len, a, from, ldb, sums.at, sums.stride, load);
                         } else {
                             let kernel = isa.by_row[rows - 1][cols.div_ceil(isa.lanes) - 1];
                             if b.storage == Storage::F32 && cols.is_multiple_of(isa.lanes) {
-                                let from = b.from(part.k as isize, col as isize).data.cast();
-                                kernel(len, a, from, b.row_stride as usize, sums.at, sums.stride, load);
+                                kernel(len, a, from.cast(), ldb, sums.at, sums.stride, load);
                             } else {
                                 self.pack_b(part, col, cols);
                                 kernel(len, a, self.b(), isa.nr(), sums.at, sums.stride, load);
@@ -237,33 +259,44 @@ impl Task<'_, '_> {
             let mut col = self.cols.0;
             while col < self.cols.1 {
                 let (cols, _) = self.strip(col, rows);
-                let at = strip_at(col, cols);
-                self.finish(at, &sums_of(at));
+                let (at, sums) = sums_at(col, cols);
+                self.finish(at, &sums);
                 col += cols;
             }
         }
     }
 
-    /// Panel after panel of B, packed.
-    unsafe fn strips_packed(&self) {
-        let isa = self.isa;
+    /// Vector after vector of columns transposed in registers, or panel after panel packed.
+    unsafe fn strips_by_panel(&self) {
+        let (isa, b) = (self.isa, self.problem.b);
         let (row, rows) = (self.rows.0, self.rows.1 - self.rows.0);
+        let columns = isa.columns(b.storage, rows).filter(|_| b.row_stride == 1);
+        let mut col = self.cols.0;
         // SAFETY: the caller's contract.
         unsafe {
-            for col in (self.cols.0..self.cols.1).step_by(isa.nr()) {
-                let cols = isa.nr().min(self.cols.1 - col);
+            while col < self.cols.1 {
+                let left = self.cols.1 - col;
+                let columns = columns.filter(|_| isa.lanes <= left);
+                let cols = if columns.is_some() { isa.lanes } else { left.min(isa.nr()) };
                 let at = At { row, rows, col, cols };
                 let sums = self.place(at, (self.tile(), isa.nr()));
                 if !sums.in_c && self.gemm.accumulate {
                     (isa.load_tile)(&self.c(at), rows, cols, sums.at, sums.stride);
                 }
-                let kernel = isa.by_row[rows - 1][cols.div_ceil(isa.lanes) - 1];
                 for (q, chunk) in self.chunks().enumerate() {
-                    self.pack_b(chunk, col, cols);
                     let load = !chunk.first || self.gemm.accumulate;
-                    kernel(chunk.len, self.a().add(q * rows * ROW), self.b(), isa.nr(), sums.at, sums.stride, load);
+                    let a = self.a().add(q * rows * ROW);
+                    if let Some(columns) = columns {
+                        let from = b.from(chunk.k as isize, col as isize).data;
+                        columns(chunk.len, a, from, b.col_stride, sums.at, sums.stride, load);
+                    } else {
+                        self.pack_b(chunk, col, cols);
+                        let kernel = isa.by_row[rows - 1][cols.div_ceil(isa.lanes) - 1];
+                        kernel(chunk.len, a, self.b(), isa.nr(), sums.at, sums.stride, load);
+                    }
                 }
                 self.finish(at, &sums);
+                col += cols;
             }
         }
     }

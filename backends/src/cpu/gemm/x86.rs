@@ -94,13 +94,12 @@ mod avx512 {
             }
         }
         #[inline(always)]
-        unsafe fn transpose(src: *const f32, stride: usize, dst: *mut f32, dst_stride: usize) {
+        unsafe fn transpose(rows: &mut [__m512; 16]) {
             unsafe {
-                let row = |i: usize| Self::load(src.add(i * stride));
                 // Within groups of 4 rows: u[4g + q] holds in its 128-bit lane l column 4l + q of rows 4g..4g+4.
                 let mut u = [_mm512_setzero_ps(); 16];
                 for g in 0..4 {
-                    let (a, b, c, d) = (row(4 * g), row(4 * g + 1), row(4 * g + 2), row(4 * g + 3));
+                    let (a, b, c, d) = (rows[4 * g], rows[4 * g + 1], rows[4 * g + 2], rows[4 * g + 3]);
                     let ab = _mm512_castps_pd(_mm512_unpacklo_ps(a, b));
                     let cd = _mm512_castps_pd(_mm512_unpacklo_ps(c, d));
                     u[4 * g] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
@@ -116,12 +115,19 @@ mod avx512 {
                     let even_hi = _mm512_shuffle_f32x4::<0x88>(u[8 + q], u[12 + q]);
                     let odd_lo = _mm512_shuffle_f32x4::<0xdd>(u[q], u[4 + q]);
                     let odd_hi = _mm512_shuffle_f32x4::<0xdd>(u[8 + q], u[12 + q]);
-                    let at = |l: usize| dst.add((4 * l + q) * dst_stride);
-                    _mm512_storeu_ps(at(0), _mm512_shuffle_f32x4::<0x88>(even_lo, even_hi));
-                    _mm512_storeu_ps(at(1), _mm512_shuffle_f32x4::<0x88>(odd_lo, odd_hi));
-                    _mm512_storeu_ps(at(2), _mm512_shuffle_f32x4::<0xdd>(even_lo, even_hi));
-                    _mm512_storeu_ps(at(3), _mm512_shuffle_f32x4::<0xdd>(odd_lo, odd_hi));
+                    rows[q] = _mm512_shuffle_f32x4::<0x88>(even_lo, even_hi);
+                    rows[4 + q] = _mm512_shuffle_f32x4::<0x88>(odd_lo, odd_hi);
+                    rows[8 + q] = _mm512_shuffle_f32x4::<0xdd>(even_lo, even_hi);
+                    rows[12 + q] = _mm512_shuffle_f32x4::<0xdd>(odd_lo, odd_hi);
                 }
+            }
+        }
+        #[inline(always)]
+        unsafe fn split_bf16(v: __m512) -> (__m512, __m512) {
+            unsafe {
+                let bits = _mm512_castps_si512(v);
+                let upper = _mm512_and_si512(bits, _mm512_set1_epi32(!0xffff));
+                (_mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits)), _mm512_castsi512_ps(upper))
             }
         }
         #[inline(always)]
@@ -208,13 +214,12 @@ mod avx2 {
             }
         }
         #[inline(always)]
-        unsafe fn transpose(src: *const f32, stride: usize, dst: *mut f32, dst_stride: usize) {
+        unsafe fn transpose(rows: &mut [__m256; 16]) {
             unsafe {
-                let row = |i: usize| Self::load(src.add(i * stride));
                 // Within groups of 4 rows: u[4g + q] holds in its 128-bit lane l column 4l + q of rows 4g..4g+4.
                 let mut u = [_mm256_setzero_ps(); 8];
                 for g in 0..2 {
-                    let (a, b, c, d) = (row(4 * g), row(4 * g + 1), row(4 * g + 2), row(4 * g + 3));
+                    let (a, b, c, d) = (rows[4 * g], rows[4 * g + 1], rows[4 * g + 2], rows[4 * g + 3]);
                     let ab = _mm256_castps_pd(_mm256_unpacklo_ps(a, b));
                     let cd = _mm256_castps_pd(_mm256_unpacklo_ps(c, d));
                     u[4 * g] = _mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd));
@@ -226,9 +231,17 @@ mod avx2 {
                 }
                 for q in 0..4 {
                     let (lo, hi) = (u[q], u[4 + q]);
-                    _mm256_storeu_ps(dst.add(q * dst_stride), _mm256_permute2f128_ps::<0x20>(lo, hi));
-                    _mm256_storeu_ps(dst.add((4 + q) * dst_stride), _mm256_permute2f128_ps::<0x31>(lo, hi));
+                    rows[q] = _mm256_permute2f128_ps::<0x20>(lo, hi);
+                    rows[4 + q] = _mm256_permute2f128_ps::<0x31>(lo, hi);
                 }
+            }
+        }
+        #[inline(always)]
+        unsafe fn split_bf16(v: __m256) -> (__m256, __m256) {
+            unsafe {
+                let bits = _mm256_castps_si256(v);
+                let upper = _mm256_and_si256(bits, _mm256_set1_epi32(!0xffff));
+                (_mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits)), _mm256_castsi256_ps(upper))
             }
         }
         #[inline(always)]

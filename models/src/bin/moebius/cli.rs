@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{ArgGroup, Args, Parser, Subcommand};
 
 /// Train, evaluate and sample sparse-expert language models (PR-MoE) on any machine.
 #[derive(Parser)]
@@ -132,19 +132,20 @@ pub(crate) struct GenerateArgs {
 }
 
 #[derive(Args)]
-#[group(required = true, multiple = false, id = "what", args = ["preset", "config", "model", "list"])]
+#[group(skip)]
+#[command(group(ArgGroup::new("what").required(true).multiple(false)))]
 pub(crate) struct InspectArgs {
     /// A preset by name
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", group = "what")]
     pub(crate) preset: Option<String>,
     /// A TOML file
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", group = "what")]
     pub(crate) config: Option<PathBuf>,
     /// A run's folder, or one of its checkpoints
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", group = "what")]
     pub(crate) model: Option<PathBuf>,
     /// List the presets
-    #[arg(long)]
+    #[arg(long, group = "what")]
     pub(crate) list: bool,
     /// Batch size for the memory of activations [default: the preset's]
     #[arg(long, value_name = "B")]
