@@ -87,7 +87,8 @@ impl Plan {
     /// Plans `graph`. `scratch` gives the bytes of scratch memory a backend's kernel for a node needs.
     ///
     /// # Errors
-    /// [`Error::Overwrite`] if an op works in place on something that must be read later.
+    /// [`Error::Overwrite`] if an op works in place on something that must be read later; [`Error::Update`] if the old value
+    /// of an updated state is also an output or the new value of another state.
     pub fn new(graph: Graph, scratch: &dyn Fn(&Graph, NodeId) -> usize, fences: Fences) -> Result<Plan> {
         let order = order(&graph)?;
         let mut step_of = vec![0usize; graph.nodes().len()];
@@ -102,6 +103,15 @@ impl Plan {
         let roots = roots(&graph, &steps, &step_of);
         for update in graph.updates() {
             if roots[update.new.index()] != update.state {
+                let stale = |v: Value| roots[v.index()] == update.state;
+                if graph.outputs().iter().any(|(_, v)| stale(*v)) || graph.updates().iter().any(|u| stale(u.new)) {
+                    return Err(Error::Update {
+                        name: graph.input_of(update.state).map_or_else(String::new, |i| i.name.clone()),
+                        wanted: "an old value that nothing needs after the run".into(),
+                        found: "an output or another update that is the old value".into(),
+                        site: graph.node(graph.producer(update.new)).site.clone(),
+                    });
+                }
                 steps.push(Step::Copy { state: update.state, new: update.new });
             }
         }

@@ -125,9 +125,16 @@ impl Executable for CpuExecutable {
                 arena.bytes_mut()[at..at + bytes.len()].copy_from_slice(&bytes);
             }
         }
+        let kept = graph
+            .outputs()
+            .iter()
+            .filter(|(_, v)| matches!(self.0.plan.storage(*v), Storage::State(_)))
+            .map(|(name, v)| Ok((*v, Buffer::zeroed(graph.ty(*v).bytes(), || format!("output {name:?}"))?)))
+            .collect::<Result<_>>()?;
         Ok(Box::new(CpuInstance {
             program: Arc::clone(&self.0),
             arena,
+            kept,
             states: vec![std::ptr::null_mut(); self.0.states.len()],
             located: 0,
         }))
@@ -137,6 +144,8 @@ impl Executable for CpuExecutable {
 struct CpuInstance {
     program: Arc<Program>,
     arena: Buffer,
+    /// Copies of the outputs that lie in stored tensors: those may change, move or go before they are read.
+    kept: Vec<(Value, Buffer)>,
     /// Where the stored tensors lie, as of store version `located`.
     states: Vec<*mut u8>,
     located: u64,
@@ -218,6 +227,16 @@ impl CpuInstance {
         program.pool.install(|| stay_awake(rayon::current_num_threads() - 1, &done, &awake, work))
     }
 
+    /// Copies the outputs that lie in stored tensors. Only after a run that has located those.
+    fn keep(&mut self) {
+        let mut kept = std::mem::take(&mut self.kept);
+        for (value, buffer) in &mut kept {
+            buffer.bytes_mut().copy_from_slice(self.value_bytes(*value));
+        }
+        self.kept = kept;
+    }
+
+    /// Only while the store of the run is held: a value may lie in it.
     fn value_bytes(&self, value: Value) -> &[u8] {
         let bytes = self.program.plan.graph().ty(value).bytes();
         match self.program.plan.storage(value) {
@@ -232,7 +251,7 @@ impl CpuInstance {
                 if self.states[slot].is_null() {
                     return &[];
                 }
-                // SAFETY: located in the store by the run that is going on or has just ended.
+                // SAFETY: located in the store by the run that is going on.
                 unsafe { std::slice::from_raw_parts(self.states[slot], bytes) }
             }
         }
@@ -335,7 +354,9 @@ impl Instance for CpuInstance {
 
     fn run(&mut self, store: &mut dyn Store) -> Result<()> {
         self.locate(store)?;
-        self.steps(|_, _| true)
+        self.steps(|_, _| true)?;
+        self.keep();
+        Ok(())
     }
 
     fn read(&self, output: &str, out: &mut [u8]) -> Result<()> {
@@ -344,7 +365,11 @@ impl Instance for CpuInstance {
             let there = graph.outputs().iter().map(|(n, _)| n.clone()).collect();
             return Err(Error::NoSuch { what: "output", name: output.into(), there });
         };
-        copy("output", output, graph.ty(value), self.value_bytes(value), out)
+        let bytes = match self.kept.iter().find(|(v, _)| *v == value) {
+            Some((_, copy)) => copy.bytes(),
+            None => self.value_bytes(value),
+        };
+        copy("output", output, graph.ty(value), bytes, out)
     }
 
     fn first_non_finite(&mut self, store: &mut dyn Store) -> Result<Option<NonFinite>> {
@@ -380,6 +405,7 @@ impl Instance for CpuInstance {
             begun = Instant::now();
             true
         })?;
+        self.keep();
         Ok(times)
     }
 }
