@@ -65,7 +65,9 @@ pub fn difference(got: &Tensor, wanted: &Tensor, tolerance: Tolerance) -> Option
         .filter(|&i| {
             let (g, w) = (got.data[i], wanted.data[i]);
             let same = g == w || (g.is_nan() && w.is_nan());
-            !same && !((g - w).abs() <= tolerance.relative * w.abs() + tolerance.of_rms * size + tiny)
+            let most = tolerance.relative * w.abs() + tolerance.of_rms * size + tiny;
+            let error = (g - w).abs();
+            !same && (!w.is_finite() || error.is_nan() || error > most)
         })
         .max_by(|&a, &b| {
             let error = |i: usize| (got.data[i] - wanted.data[i]).abs();

@@ -152,6 +152,13 @@ fn a_comparison_notices_what_it_should() {
             }
         }
     }
+    let infinite = |v: f64| Tensor::f32([2], vec![1.0, v]);
+    for wrong in [1e38, f64::NEG_INFINITY, f64::NAN] {
+        for class in [Class::Exact, Class::Element, Class::Sum, Class::Gradient] {
+            let tolerance = tolerance(class, DType::F32);
+            assert!(difference(&infinite(wrong), &infinite(f64::INFINITY), tolerance).is_some(), "{class:?} {wrong}");
+        }
+    }
     let narrow = Tensor::f32([49], wanted.data[..49].to_vec());
     assert!(difference(&narrow, &wanted, tolerance(Class::Sum, DType::F32)).is_some());
 }

@@ -98,6 +98,32 @@ fn a_value_that_a_kernel_rejects_is_an_error_with_its_line() {
     session.run(&mut program).unwrap();
 }
 
+#[test]
+fn a_start_outside_of_the_cache_is_rejected() {
+    let mut g = Graph::new();
+    let qkv = g.feed("qkv", TensorType::f32([1, 2, 6])).unwrap();
+    let [k, v] = ["k", "v"].map(|n| g.state(n, TensorType::f32([1, 5, 2])).unwrap());
+    let start = g.feed("start", TensorType::i32([])).unwrap();
+    let [out, new_k, new_v] = g.attention_cached(qkv, k, v, start, 1, 1, 1.0).unwrap();
+    g.output("out", out).unwrap();
+    g.update(k, new_k).unwrap();
+    g.update(v, new_v).unwrap();
+    let mut session = engine(1).session();
+    let mut program = session.compile(&g).unwrap();
+    program.feed("qkv", &(0..12).map(|i| i as f32).collect::<Vec<_>>()).unwrap();
+    session.run(&mut program).unwrap();
+    let before = everything(&session);
+    for wrong in [-1, 4, i32::MAX, i32::MIN] {
+        program.feed("start", &[wrong]).unwrap();
+        let refused = session.run(&mut program).unwrap_err();
+        assert!(
+            matches!(&refused, Error::Backend(Backend::Kernel { op: "attention_cached", .. })),
+            "start {wrong}: {refused}"
+        );
+        assert_eq!(everything(&session), before, "a rejected start writes nothing");
+    }
+}
+
 /// Eight tokens into a layer, a linear head with fixed targets; feeds `x`.
 fn eight_tokens(sparse: bool) -> (Sketch, Value) {
     let mut s = Sketch::new(DType::F32).seeded(9);

@@ -1,14 +1,14 @@
 //! The rules of the house that can be held by reading the source.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use moebius_ir::Op;
 use moebius_tests::source::{code_lines, files, read};
 
 const CRATES: [&str; 6] = ["ir", "backends", "engine", "models", "tests", "benches"];
 
-fn stem(path: &PathBuf) -> String {
+fn stem(path: &Path) -> String {
     path.file_stem().map_or_else(String::new, |s| s.to_string_lossy().into_owned())
 }
 

@@ -8,11 +8,15 @@ use crate::tolerance::Class;
 
 fn matmul() -> Vec<Case> {
     let mut cases = Vec::new();
-    let sizes: [(&[usize], usize, usize, usize, bool); 7] = [
+    let sizes: [(&[usize], usize, usize, usize, bool); 10] = [
         (&[], 1, 1, 1, true),
         (&[], 5, 3, 7, true),
         (&[], 33, 65, 17, true),
         (&[], 70, 130, 40, true),
+        // Few rows and deep sums, which decoding has and kernels treat by themselves.
+        (&[], 1, 150, 530, true),
+        (&[], 4, 67, 300, true),
+        (&[], 8, 34, 270, true),
         (&[3], 9, 20, 11, true),
         (&[3], 9, 20, 11, false),
         (&[2, 2], 4, 6, 5, false),

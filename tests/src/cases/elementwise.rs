@@ -103,16 +103,14 @@ fn binary() -> Vec<Case> {
             let name = format!("{f:?}, {what}").to_lowercase();
             let (a, b) = (a.to_vec(), b.to_vec());
             cases.push(case("binary", name, Class::Element, FLOATS, move |s| {
-                // The whole numbers and halves of `b` never equal an `a`, so that max and min have no ties.
-                let x = s.float(a.clone(), |x| match f {
-                    BinaryFn::Pow => x.abs() + 0.5,
-                    BinaryFn::Max | BinaryFn::Min => (2.0 * x).round() + 0.25,
-                    _other => away(x, 0.1),
+                // Whole numbers and quarters: a max or min has no ties.
+                let ordered = f == BinaryFn::Max || f == BinaryFn::Min;
+                let x = s.float(a.clone(), |x| match (ordered, f == BinaryFn::Pow) {
+                    (true, _) => (2.0 * x).round() + 0.25,
+                    (false, true) => x.abs() + 0.5,
+                    (false, false) => away(x, 0.1),
                 })?;
-                let y = s.float(b.clone(), |x| match f {
-                    BinaryFn::Max | BinaryFn::Min => (2.0 * x).round() - 0.25,
-                    _other => away(x, 0.3),
-                })?;
+                let y = s.float(b.clone(), |x| if ordered { (2.0 * x).round() - 0.25 } else { away(x, 0.3) })?;
                 let activation = matches!(
                     f,
                     BinaryFn::GeluTanhGrad | BinaryFn::GeluErfGrad | BinaryFn::SiluGrad | BinaryFn::ReluGrad
@@ -121,7 +119,6 @@ fn binary() -> Vec<Case> {
                     // Differentiable in the cotangent only.
                     s.wrt.remove(0);
                 }
-                // An add or a sub may cancel, so that the element's own size is no measure.
                 let z = s.graph.binary(f, x, y)?;
                 s.out(z)
             }));

@@ -2,13 +2,11 @@
 
 use moebius_ir::{DType, TensorType};
 
-use super::{Case, FLOATS, ONE, case};
+use super::{Build, Case, FLOATS, ONE, case};
 use crate::tolerance::Class;
 
 pub(super) fn cases() -> Vec<Case> {
-    let exact = |op, name: String, build: Box<dyn Fn(&mut crate::Sketch) -> moebius_ir::Result<()> + Send + Sync>| {
-        case(op, name, Class::Exact, FLOATS, build)
-    };
+    let exact = |op, name: String, build: Build| case(op, name, Class::Exact, FLOATS, build);
     let mut cases = vec![
         exact(
             "reshape",
