@@ -335,7 +335,7 @@ impl Run {
     fn step(&mut self, observer: &mut Observer<'_>) -> Result<(), TrainingError> {
         let begun = Instant::now();
         let step = self.trainer.steps_done() + 1;
-        self.batches.fill(step - 1, &mut self.tokens, &mut self.targets);
+        self.batches.fill(step - 1, &mut self.tokens, &mut self.targets)?;
         let learning_rate = self.config.learning_rate_of_step(step);
         let program = self.trainer.program();
         program.feed("tokens", &self.tokens)?;
