@@ -73,7 +73,10 @@ fn unsafe_code_lies_in_backends() {
     // Nor does any other crate take back the lint.
     assert!(read("Cargo.toml").contains("unsafe_code = \"deny\""));
     for name in CRATES.iter().filter(|name| **name != "backends") {
-        assert!(read(format!("{name}/Cargo.toml")).contains("[lints]\nworkspace = true"), "{name} has lints of its own");
+        assert!(
+            read(format!("{name}/Cargo.toml")).contains("[lints]\nworkspace = true"),
+            "{name} has lints of its own"
+        );
     }
     // There, clippy wants a reason for each use.
     let manifest = read("backends/Cargo.toml");
