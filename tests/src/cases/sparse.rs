@@ -1,6 +1,6 @@
 //! The router and the sparse-expert ops, each over the same list of ways to route.
 
-use moebius_ir::ops::{Balance, Order};
+use moebius_ir::ops::{Balance, Order, Router};
 use moebius_ir::{DType, Result, TensorType, Value};
 
 use super::{Case, FLOATS, ONE, case};
@@ -85,7 +85,7 @@ fn route() -> Vec<Case> {
             let e = if e == 130 { 131 } else { e };
             cases.push(case("route", name.clone(), Class::Sum, ONE, move |s| {
                 let logits = clear_logits(s, n, e)?;
-                let [gate, index, balance_loss, z_loss, counts] = s.graph.route(logits, k, balance)?;
+                let [gate, index, balance_loss, z_loss, counts, _] = s.graph.route(logits, k, balance)?;
                 [gate, balance_loss, z_loss].into_iter().try_for_each(|v| s.out(v))?;
                 s.aux(index)?;
                 s.aux(counts)
@@ -97,7 +97,7 @@ fn route() -> Vec<Case> {
                 let d_gate = s.float([n, k], |x| x)?;
                 let (d_balance, d_z) = (s.float([], |x| x)?, s.float([], |x| x)?);
                 s.wrt.clear();
-                let d = s.graph.route_grad(logits, index, d_gate, d_balance, d_z, k, balance)?;
+                let d = s.graph.route_grad(logits, index, d_gate, d_balance, d_z, &Router::softmax(k, balance))?;
                 s.aux(d)
             }));
         }
@@ -106,7 +106,7 @@ fn route() -> Vec<Case> {
         case("route", "ties go to the lowest index", Class::Sum, ONE, |s| {
             let logits = vec![0.0; 6].into_iter().chain([1.0, 2.0, 2.0, 1.0, 2.0, 1.0]).collect();
             let logits = s.input(moebius_ir::Role::Feed, TensorType::f32([2, 6]), logits, true)?;
-            let [gate, index, _, _, counts] = s.graph.route(logits, 4, Balance::AllChoices)?;
+            let [gate, index, _, _, counts, _] = s.graph.route(logits, 4, Balance::AllChoices)?;
             s.out(gate)?;
             s.aux(index)?;
             s.aux(counts)
@@ -118,7 +118,7 @@ fn route() -> Vec<Case> {
         let logits =
             vec![1e4, -1e4, 0.0, -inf, 2.0, 1.0, nan, 1.0, 2.0, 1.0, nan, 0.0, inf, 0.0, 1.0, -inf, -inf, -inf];
         let logits = s.fixed(TensorType::f32([6, 3]), logits)?;
-        let [gate, index, _, _, counts] = s.graph.route(logits, 2, Balance::FirstChoice)?;
+        let [gate, index, _, _, counts, _] = s.graph.route(logits, 2, Balance::FirstChoice)?;
         [gate, index, counts].into_iter().try_for_each(|v| s.aux(v))
     }));
     cases

@@ -3,7 +3,7 @@
 use crate::cpu::element::simd;
 use crate::cpu::vmath;
 
-use super::par::{LANES, Shared, dot, greatest, sum, tasks};
+use super::par::{LANES, Shared, dot, fold, greatest, sum, tasks};
 
 /// Tokens per partial sum of the means over tokens, whatever the thread count.
 const TOKENS: usize = 32;
@@ -24,11 +24,13 @@ pub struct RouteLosses {
     pub load_balancing_loss: f32,
     /// `mean_n(logsumexp(logits[n])^2)`, without a coefficient; 0 without tokens.
     pub z_loss: f32,
+    /// `mean_n(-sum_e p[n, e] ln p[n, e])`; 0 without tokens.
+    pub entropy: f32,
 }
 
 /// The scratch [`route`] needs for `n` tokens and `e` experts, in f32 elements.
 pub fn route_workspace(n: usize, e: usize) -> usize {
-    n.div_ceil(TOKENS) * (2 * e + 1)
+    n.div_ceil(TOKENS) * (2 * e + 2)
 }
 
 /// Softmax of one row into `p`; returns (max, sum of e^(l - max)). A NaN, or no finite logit, makes every p NaN.
@@ -44,6 +46,24 @@ fn softmax(logits: &[f32], p: &mut [f32]) -> (f32, f32) {
         *p *= scale;
     }
     (max, sum)
+}
+
+/// `sum_e p (l - max)`, in which -inf with its p of 0 counts nothing.
+#[inline(always)]
+fn mean_distance(p: &[f32], logits: &[f32], max: f32) -> f32 {
+    let mut lanes = [0.0_f32; LANES];
+    // Where e^x is 0 in f32, any finite distance does.
+    let term = |p: f32, l: f32| p * (l - max).max(-1e4);
+    let ((p, p_rest), (l, l_rest)) = (p.as_chunks::<LANES>(), logits.as_chunks::<LANES>());
+    for (p, l) in p.iter().zip(l) {
+        for i in 0..LANES {
+            lanes[i] += term(p[i], l[i]);
+        }
+    }
+    for (lane, (&p, &l)) in lanes.iter_mut().zip(p_rest.iter().zip(l_rest)) {
+        *lane += term(p, l);
+    }
+    fold(lanes)
 }
 
 /// The `k` largest of `p`, descending, ties to the lowest index. For a row of NaN: the experts 0..k.
@@ -105,19 +125,19 @@ pub fn route(
     assert!(logits.len() == n * e && expert_index.len() == n * k && gate.len() == n * k && counts.len() == e);
     let chunks = n.div_ceil(TOKENS);
     let (sums, rest) = workspace[..route_workspace(n, e)].split_at_mut(chunks * e);
-    let (rows, z_sums) = rest.split_at_mut(chunks * e);
+    let (rows, scalars) = rest.split_at_mut(chunks * e);
     let (index_out, gate_out) = (Shared::new(expert_index), Shared::new(gate));
-    let (sums_out, rows_out, z_out) = (Shared::new(&mut *sums), Shared::new(rows), Shared::new(&mut *z_sums));
+    let (sums_out, rows_out, scalars_out) = (Shared::new(&mut *sums), Shared::new(rows), Shared::new(&mut *scalars));
     tasks(chunks, n * e, |c| {
         let (from, to) = (c * TOKENS, n.min((c + 1) * TOKENS));
-        // SAFETY: each chunk has its own tokens, its own row of sums and its own element of z_sums.
-        let (index, gate, sum, row, z) = unsafe {
+        // SAFETY: each chunk has its own tokens, its own row of sums and its own pair of scalars.
+        let (index, gate, sum, row, scalars) = unsafe {
             (
                 index_out.part(from * k, (to - from) * k),
                 gate_out.part(from * k, (to - from) * k),
                 sums_out.part(c * e, e),
                 rows_out.part(c * e, e),
-                z_out.part(c, 1),
+                scalars_out.part(2 * c, 2),
             )
         };
         let logits = &logits[from * e..to * e];
@@ -125,11 +145,12 @@ pub fn route(
             #[inline(always)]
             || {
                 sum.fill(0.0);
-                z[0] = 0.0;
+                scalars.fill(0.0);
                 for t in 0..to - from {
                     let (max, total) = softmax(&logits[t * e..(t + 1) * e], row);
                     let lse = max + vmath::ln(total);
-                    z[0] += lse * lse;
+                    scalars[0] += lse * lse;
+                    scalars[1] += vmath::ln(total) - mean_distance(row, &logits[t * e..(t + 1) * e], max);
                     for (s, &p) in sum.iter_mut().zip(row.iter()) {
                         *s += p;
                     }
@@ -150,7 +171,7 @@ pub fn route(
         }
     };
     let mut balance = 0.0_f64;
-    let mut fold = |counts: &[i32]| {
+    let mut add_balance = |counts: &[i32]| {
         for (x, &count) in counts.iter().enumerate() {
             let sum: f64 = (0..chunks).map(|c| f64::from(sums[c * e + x])).sum();
             balance += sum * f64::from(count);
@@ -158,24 +179,25 @@ pub fn route(
     };
     let choices_counted = match mask {
         BalanceMask::FirstChoice => {
-            fold(counts);
+            add_balance(counts);
             later_choices(counts);
             1
         }
         BalanceMask::TopK => {
             later_choices(counts);
-            fold(counts);
+            add_balance(counts);
             k
         }
     };
     if n == 0 {
-        return RouteLosses { load_balancing_loss: 0.0, z_loss: 0.0 };
+        return RouteLosses { load_balancing_loss: 0.0, z_loss: 0.0, entropy: 0.0 };
     }
     let tokens = n as f64;
-    let z: f64 = z_sums.iter().map(|&z| f64::from(z)).sum();
+    let total = |at| (0..chunks).map(|c| f64::from(scalars[2 * c + at])).sum::<f64>();
     RouteLosses {
         load_balancing_loss: (balance * e as f64 / (tokens * tokens * choices_counted as f64)) as f32,
-        z_loss: (z / tokens) as f32,
+        z_loss: (total(0) / tokens) as f32,
+        entropy: (total(1) / tokens) as f32,
     }
 }
 

@@ -1,6 +1,6 @@
 //! Launches of the sparse-expert ops that are not matrix products.
 
-use moebius_ir::ops::{Balance, Order};
+use moebius_ir::ops::{Balance, Combine, Order, Route, RouteGrad, Router, Score};
 use moebius_ir::{Graph, Node};
 
 use super::args::Launch;
@@ -19,17 +19,26 @@ fn mask(balance: Balance) -> BalanceMask {
     }
 }
 
-pub(super) fn lower_route(graph: &Graph, node: &Node, k: usize, balance: Balance) -> Lowered {
+pub(super) fn lower_route(graph: &Graph, node: &Node, op: &Route) -> Lowered {
+    let (k, balance) = (op.router.k, op.router.balance);
+    if op.router != Router::softmax(k, balance) || op.operands().count != 1 {
+        return Err("the plain softmax router".into());
+    }
     let (n, e) = (graph.shape(node.operands[0])[0], graph.shape(node.operands[0])[1]);
     Ok(Launch::new(4 * route_workspace(n, e), move |a| {
         let (gate, index) = (a.result(0, n * k), a.result(1, n * k));
         let losses = route(a.operand(0, n * e), n, e, k, mask(balance), index, gate, a.result(4, e), a.scratch());
         a.result::<f32>(2, 1)[0] = losses.load_balancing_loss;
         a.result::<f32>(3, 1)[0] = losses.z_loss;
+        a.result::<f32>(5, 1)[0] = losses.entropy;
     }))
 }
 
-pub(super) fn lower_route_grad(graph: &Graph, node: &Node, k: usize, balance: Balance) -> Lowered {
+pub(super) fn lower_route_grad(graph: &Graph, node: &Node, op: &RouteGrad) -> Lowered {
+    let &RouteGrad { k, score, balance } = op;
+    if score != Score::Softmax {
+        return Err("the softmax router".into());
+    }
     let (n, e) = (graph.shape(node.operands[0])[0], graph.shape(node.operands[0])[1]);
     Ok(Launch::new(4 * route_grad_workspace(e), move |a| {
         let (logits, index, d_gate) = (a.operand(0, n * e), a.operand(1, n * k), a.operand(2, n * k));
@@ -70,7 +79,10 @@ pub(super) fn lower_dispatch(graph: &Graph, node: &Node) -> Lowered {
     }))
 }
 
-pub(super) fn lower_combine(graph: &Graph, node: &Node) -> Lowered {
+pub(super) fn lower_combine(graph: &Graph, node: &Node, op: Combine) -> Lowered {
+    if op.side {
+        return Err("a combine without a side".into());
+    }
     let [rows, slot_choice, choice_slot] = shapes(graph, node);
     let (d, s, n, k) = (rows[1], slot_choice[0], choice_slot[0], choice_slot[1]);
     by_float!(graph.ty(node.operands[0]).dtype, T => Launch::new(0, move |a| {
