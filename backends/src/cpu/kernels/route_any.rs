@@ -415,3 +415,35 @@ fn token_grad(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::par::tests::{Rng, bits, same_on_any_thread_count};
+    use super::*;
+    use moebius_ir::ops::Balance;
+
+    #[test]
+    fn bits_do_not_depend_on_threads() {
+        let (n, e, k) = (2000, 24, 3);
+        let mut rng = Rng(8);
+        let (logits, d_gate, bias) = (rng.values(n * e, 4.0), rng.values(n * k, 1.0), rng.values(e, 1.0));
+        let noise = rng.values(n * e, 1.0);
+        for score in [Score::Sigmoid, Score::SqrtSoftplus, Score::Identity, Score::SparseMixer { jitter_eps: 0.1 }] {
+            let groups = Some(Groups { count: 4, keep: 2, by: GroupScore::Top2Sum });
+            let router = Router { score, groups, ..Router::softmax(k, Balance::AllChoices) };
+            let noise = Some((&noise[..], NoiseUse::LaterChoices));
+            let inputs = Inputs { logits: &logits, selection_bias: Some(&bias), noise, used: None, choices: None };
+            same_on_any_thread_count(|| {
+                let (mut index, mut gate, mut counts) = (vec![-7; n * k], vec![f32::NAN; n * k], vec![-7; e]);
+                let mut work = vec![f32::NAN; route_any_workspace(n, e).max(route_any_grad_workspace(n, e))];
+                let mask = BalanceMask::TopK;
+                let losses = route_any(&router, mask, inputs, n, e, &mut index, &mut gate, &mut counts, &mut work);
+                let scalars = [losses.load_balancing_loss, losses.z_loss, losses.entropy];
+                let mut d = vec![f32::NAN; n * e];
+                route_any_grad(score, mask, &logits, &index, n, e, k, &d_gate, 0.5, 0.25, &mut d, &mut work);
+                assert!(d.iter().chain(&gate).chain(&scalars).all(|v| v.is_finite()));
+                (index, bits(&gate), counts, bits(&scalars), bits(&d))
+            });
+        }
+    }
+}
