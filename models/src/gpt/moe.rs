@@ -41,7 +41,7 @@ pub(super) fn moe(
     let router = p.master(g, &at("router.weight"))?;
     let x32 = g.cast(x, DType::F32)?;
     let logits = g.matmul_with(x32, router, None, false, true)?;
-    let [probability, expert_index, load_balancing_loss, z_loss, counts] = g.route(logits, c.top_k, balance)?;
+    let [probability, expert_index, load_balancing_loss, z_loss, counts, _] = g.route(logits, c.top_k, balance)?;
     let capacity = capacity(c, mode, tokens, experts);
     // With a limit, top-k evicts the least probable members of an expert (DeepSpeed's 'probs'), the others the latest.
     let priority = (c.router() == Router::TopK && capacity.is_some()).then_some(probability);
