@@ -17,8 +17,8 @@ const MAX_COLS: usize = 256;
 /// Blocks are not cut below this: packing would cost more than balance gains, and a wide kernel needs the columns.
 const MIN_ROWS: usize = 64;
 const MIN_COLS: usize = 128;
-/// Tasks per thread to aim at, so that the last ones to finish are short.
-const TASKS_PER_THREAD: usize = 8;
+/// Tasks per thread to aim at: more would make the last ones to finish shorter, but pack every operand more often.
+const TASKS_PER_THREAD: usize = 4;
 /// The same when all are strips: those read the longer runs of memory the wider they are.
 const STRIPS_PER_THREAD: usize = 1;
 /// Columns of the largest strip task (one tile of rows): whole pages of B's rows, while the sums stay in L1 or L2.

@@ -31,6 +31,9 @@ pub(super) fn edge(rows: usize, tiles: usize, i: usize) -> usize {
     rows * i / tiles
 }
 
+/// Rows of A to prefetch ahead while packing along rows.
+const ROWS_AHEAD: isize = 4;
+
 pub(super) type PackA = unsafe fn(&ArgsA<'_>, *mut f32);
 
 /// Packs a group of tiles of A.
@@ -105,6 +108,13 @@ unsafe fn pack_a_of<S: Simd, T: Source>(args: &ArgsA<'_>, dst: *mut f32) {
                 continue;
             };
             let from = src.offset(row * row_stride);
+            if !args.by_col && col_stride == 1 && args.row_list.is_none() {
+                // A row is a short run of memory, after which the hardware would have to learn the next one.
+                let ahead = from.wrapping_offset(ROWS_AHEAD * row_stride).cast::<u8>();
+                for byte in (0..args.k * size_of::<T>()).step_by(64) {
+                    S::prefetch(ahead.wrapping_add(byte));
+                }
+            }
             if !args.by_col && col_stride == 1 && args.k_list.is_none() {
                 convert::<S, T>(from, args.k, to);
                 continue;
