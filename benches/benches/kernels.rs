@@ -29,6 +29,7 @@ fn case(
     group.finish();
 }
 
+#[expect(clippy::print_stdout, reason = "the rates that the figures after it are read against")]
 fn print_peaks(_: &mut Criterion) {
     println!("FMA peak {:.1} GFLOP/s, read bandwidth {:.1} GB/s", peaks::fma() / 1e9, peaks::read_bandwidth() / 1e9);
 }
