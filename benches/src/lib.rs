@@ -75,7 +75,7 @@ pub fn moe_layer(tokens: usize, width: usize, ffn: usize, experts: usize) -> Res
     let down_bias = parameter(g, "down.bias", &[experts, width])?;
 
     let logits = g.matmul_with(x, router, None, false, true)?;
-    let [gate, expert_index, balance, _, _] = g.route(logits, 1, Balance::AllChoices)?;
+    let [gate, expert_index, balance, ..] = g.route(logits, 1, Balance::AllChoices)?;
     let [slot_choice, choice_slot, offsets, _] = g.assign(expert_index, None, experts, None, Order::TokenMajor)?;
     let rows = g.dispatch(x, slot_choice, choice_slot, None)?;
     let h = g.expert_matmul(rows, up, offsets, Some(up_bias), false)?;
