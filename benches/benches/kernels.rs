@@ -4,6 +4,8 @@
 //! floating-point operations a second (criterion's `elem/s`), ops that stream through memory in bytes a second. An op is
 //! run as in a model: compiled from a graph, on all threads. `-- NAME` runs the cases with NAME in theirs.
 
+#![allow(clippy::print_stdout)]
+
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use moebius::ir::{DType, Graph, Result, TensorType, Value};
 use moebius_benches::{Ids, peaks, ready_op};
