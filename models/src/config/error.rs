@@ -65,7 +65,7 @@ pub enum Violation {
         top_k: usize,
     },
     /// A router for another number of choices.
-    #[error("model.top_k: router {router:?} wants {wanted}, found {found}")]
+    #[error("model.top_k: router {router} wants {wanted}, found {found}")]
     RouterTopK {
         /// The router.
         router: Family,

@@ -269,6 +269,13 @@ impl fmt::Display for Routing {
     }
 }
 
+impl fmt::Display for Family {
+    /// The preset's name, as in a file.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&name(self))
+    }
+}
+
 /// The name a value has in a file.
 fn name<T: Serialize>(value: &T) -> String {
     serde_json::to_value(value).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()

@@ -418,7 +418,7 @@ fn all_violations_are_told_at_once() {
         "model.experts: wanted 1 entry or 3 (model.layers = 6 / model.expert_interval = 2), found 2",
         "model.vocab: wanted 1 to 16777216, found 0",
         "model.init_std",
-        "router Top2 wants 2, found 1",
+        "router top2 wants 2, found 1",
         "train.batch: wanted 1 to",
         "train.steps and train.tokens: wanted one of the two, found both",
         "train.min_learning_rate: wanted at most train.learning_rate = 0.0003, found 1",
