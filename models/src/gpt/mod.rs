@@ -4,11 +4,13 @@
 //! After section 2.5 of the DeepSpeed-MoE specification: pre-norm blocks, learned positions, tied output embedding,
 //! tanh-GELU. `layers` holds attention and the dense feed-forward, `moe` the sparse one, `init` the start values.
 
+mod distillation;
 mod init;
 mod layers;
 mod moe;
 mod parameters;
 
+pub use distillation::{Distillation, distillation};
 pub use init::{Start, initialise};
 pub use parameters::{Parameter, Parameters};
 
