@@ -15,6 +15,7 @@
 //! - Same inputs, same bits: a run's results do not depend on timing or on the number of threads.
 
 mod error;
+mod mapped;
 
 pub mod cpu;
 
@@ -25,6 +26,7 @@ use std::sync::Arc;
 use moebius_ir::{Graph, NodeId, Plan, Site, TensorType};
 
 pub use error::{Error, Refusal, Result};
+pub use mapped::MappedFile;
 
 /// A kind of device that can run plans.
 pub trait Backend: Send + Sync {
@@ -45,6 +47,9 @@ pub trait Backend: Send + Sync {
     /// # Errors
     /// [`Error::Unsupported`] as for [`Backend::plan`].
     fn compile(&self, plan: Plan) -> Result<Arc<dyn Executable>>;
+
+    /// Bytes that can be allocated on the device now, where that can be told.
+    fn free_memory(&self) -> Option<u64>;
 
     /// An empty store on this device.
     fn new_store(&self) -> Box<dyn Store>;

@@ -72,14 +72,12 @@ pub enum TrainingError {
         path: PathBuf,
     },
     /// The checkpoint belongs to another model or run than the configuration in the folder.
-    #[error("{}: the checkpoint is of configuration {found}, the folder's {CONFIG_FILE} is {wanted}", path.display())]
+    #[error("{}: the checkpoint is of another model than the run's configuration: {difference}", path.display())]
     OtherConfig {
         /// The checkpoint.
         path: PathBuf,
-        /// Hash of the folder's configuration.
-        wanted: String,
-        /// Hash the checkpoint was written with.
-        found: String,
+        /// The settings that differ, with both values.
+        difference: String,
     },
     /// The checkpoint was made with another tokenizer.
     #[error("{}: the checkpoint was made with tokenizer {found}, this run has {wanted}", path.display())]
@@ -144,6 +142,7 @@ pub struct Run {
     checkpoints: Checkpoints,
     metrics: MetricsWriter,
     moe_layers: Vec<usize>,
+    is_noisy: bool,
     tokens: Vec<i32>,
     targets: Vec<i32>,
     best: Option<f64>,
@@ -151,10 +150,19 @@ pub struct Run {
     training_time: Duration,
 }
 
-/// The description of every parameter, as checkpoints hold it.
+/// The description of every tensor of the model, as checkpoints hold it: parameters and what is not trained by a gradient.
 pub fn parameter_infos(config: &Config) -> Vec<TensorInfo> {
     let info = |p: gpt::Parameter| TensorInfo::new(p.name, Dtype::F32, p.shape.to_vec());
-    gpt::Parameter::list(&config.model).into_iter().map(info).collect()
+    let untrained = gpt::Parameter::untrained(&config.model);
+    gpt::Parameter::list(&config.model).into_iter().chain(untrained).map(info).collect()
+}
+
+/// The key of a step's noise: of the seed and the step alone, so that a resumed run draws the same numbers, and another one
+/// than that of start values and batches.
+fn noise_key(seed: u64, step: u64) -> [u32; 2] {
+    let key = [seed as u32, (seed >> 32) as u32];
+    let word = |index: u64| moebius::ir::philox::bits(key, u32::MAX, index);
+    [word(2 * step), word(2 * step + 1)]
 }
 
 impl Run {
@@ -177,18 +185,9 @@ impl Run {
         // 0 means all of the validation text.
         let most = (train.eval_windows > 0).then(|| train.eval_windows.div_ceil(train.batch));
         let windows = Windows::new(&corpus.validation, train.batch, sequence, most)?;
-        if !resume {
-            if out.join(CONFIG_FILE).exists() {
-                return Err(TrainingError::RunExists { path: out.into() });
-            }
-            write_folder(out, &config, tokenizer)?;
+        if !resume && out.join(CONFIG_FILE).exists() {
+            return Err(TrainingError::RunExists { path: out.into() });
         }
-        let checkpoints = Checkpoints::create(out, train.keep_checkpoints)?;
-
-        let mut newest = if resume { newest_intact(&checkpoints, out, observer)? } else { None };
-        // Lines of steps that will be done again are dropped.
-        let done = newest.as_ref().map_or(0, |checkpoint| checkpoint.state.step);
-        let metrics = MetricsWriter::resume(&out.join(METRICS_FILE), done)?;
 
         let mut session = engine.session();
         let graph = gpt::training(&config.model, train.batch)?;
@@ -201,6 +200,16 @@ impl Run {
         };
         let trainer = Trainer::new(&mut session, graph.graph, graph.loss, &optimizer)?;
         let evaluator = Evaluator::new(&mut session, &config.model, train.batch)?;
+
+        // Only now, so that a model that does not fit the device leaves nothing behind.
+        if !resume {
+            write_folder(out, &config, tokenizer)?;
+        }
+        let checkpoints = Checkpoints::create(out, train.keep_checkpoints)?;
+        let mut newest = if resume { newest_intact(&checkpoints, out, observer)? } else { None };
+        // Lines of steps that will be done again are dropped.
+        let done = newest.as_ref().map_or(0, |checkpoint| checkpoint.state.step);
+        let metrics = MetricsWriter::resume(&out.join(METRICS_FILE), done)?;
         let experts = config.model.experts_per_layer();
         let moe_layers = experts.iter().enumerate().filter(|(_, e)| **e > 0).map(|(layer, _)| layer).collect();
         let ids = train.batch * sequence;
@@ -215,6 +224,7 @@ impl Run {
             checkpoints,
             metrics,
             moe_layers,
+            is_noisy: gpt::is_noisy(&config.model),
             tokens: vec![0; ids],
             targets: vec![0; ids],
             best: None,
@@ -238,15 +248,16 @@ impl Run {
     fn load(&mut self, checkpoint: &mut Checkpoint) -> Result<(), TrainingError> {
         let state = checkpoint.state.clone();
         let path = checkpoint.path().to_owned();
-        let wanted = self.config.model_hash();
-        if state.config_hash != wanted {
-            return Err(TrainingError::OtherConfig { path, wanted, found: state.config_hash });
+        if state.config_hash != self.config.model_hash() {
+            let written = Config::from_toml(&state.config, "the checkpoint's configuration")?;
+            let difference = self.config.model_difference(&written)?;
+            return Err(TrainingError::OtherConfig { path, difference });
         }
         if state.tokenizer_hash != self.tokenizer_hash {
             let (wanted, found) = (self.tokenizer_name.clone(), state.tokenizer);
             return Err(TrainingError::OtherTokenizer { path, wanted, found });
         }
-        let model = self.infos(self.trainer.parameters());
+        let model = parameter_infos(&self.config);
         let optimizer = self.infos(&self.trainer.moments());
         checkpoint.model.expect(&model)?;
         checkpoint.optimizer.expect(&optimizer)?;
@@ -335,11 +346,14 @@ impl Run {
     fn step(&mut self, observer: &mut Observer<'_>) -> Result<(), TrainingError> {
         let begun = Instant::now();
         let step = self.trainer.steps_done() + 1;
-        self.batches.fill(step - 1, &mut self.tokens, &mut self.targets);
+        self.batches.fill(step - 1, &mut self.tokens, &mut self.targets)?;
         let learning_rate = self.config.learning_rate_of_step(step);
         let program = self.trainer.program();
         program.feed("tokens", &self.tokens)?;
         program.feed("targets", &self.targets)?;
+        if self.is_noisy {
+            program.feed(gpt::NOISE_KEY, &noise_key(self.config.train.seed, step))?;
+        }
         let report = self.trainer.step(&mut self.session, learning_rate as f32)?;
         let program = self.trainer.program();
         let mut record = TrainRecord {
@@ -417,7 +431,7 @@ impl Run {
                 best_validation_loss: self.best,
                 extra: [("training_seconds".to_owned(), self.training_time.as_secs_f64().into())].into(),
             },
-            model: tensors(self.infos(self.trainer.parameters())),
+            model: tensors(parameter_infos(&self.config)),
             optimizer: tensors(self.infos(&self.trainer.moments())),
         };
         let path = self.checkpoints.save(snapshot)?;

@@ -70,7 +70,7 @@ macro_rules! groups {
     ($($group:ident),*) => { $(#[test] fn $group() { group(stringify!($group)); })* };
 }
 
-groups! { elementwise, movement, norms, dense, sparse, optimizer }
+groups! { elementwise, movement, norms, dense, router, sparse, optimizer }
 
 /// A check that accepted any gradient would accept this one.
 #[test]

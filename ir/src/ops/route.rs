@@ -217,6 +217,7 @@ impl Graph {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::router::{GroupScore, Groups, Score};
 
     fn plain(k: usize, balance: Balance) -> Route {
         Route { router: Router::softmax(k, balance), selection_bias: false, noise: None, used: false, choices: false }
@@ -263,5 +264,62 @@ mod tests {
                 g.mul(gate, losses)
             });
         }
+    }
+
+    /// Gates and choices of one token without optional operands but a bias.
+    fn one(router: Router, logits: &[f64], bias: Option<&[f64]>) -> [Vec<f64>; 2] {
+        let op = Route { router, selection_bias: bias.is_some(), ..plain(router.k, router.balance) };
+        let e = logits.len();
+        let logits = Tensor::f32([1, e], logits.to_vec());
+        let bias = bias.map(|b| Tensor::f32([e], b.to_vec()));
+        let operands: Vec<&Tensor> = [&logits].into_iter().chain(&bias).collect();
+        let types = op.infer(&operands.iter().map(|t| t.ty.clone()).collect::<Vec<_>>()).unwrap();
+        let out = op.reference(&operands, &types);
+        [out[0].data.clone(), out[1].data.clone()]
+    }
+
+    #[test]
+    fn a_group_left_out_does_not_win_over_negative_values() {
+        let groups = Some(Groups { count: 2, keep: 1, by: GroupScore::Top2Sum });
+        let router = Router { score: Score::Identity, groups, ..Router::softmax(2, Balance::AllChoices) };
+        // Sums of -3 and -4 with the bias, which the gates do not show.
+        let [gate, index] = one(router, &[3.0, 4.0, 5.0, 5.0], Some(&[-5.0, -5.0, -7.0, -7.0]));
+        assert_eq!((index, gate), (vec![1.0, 0.0], vec![4.0, 3.0]));
+        let refused = |groups, k, e| {
+            let router = Router { groups: Some(groups), ..Router::softmax(k, Balance::AllChoices) };
+            router.check(e).unwrap_err().wanted
+        };
+        let of = |count, keep, by| Groups { count, keep, by };
+        assert!(refused(of(3, 1, GroupScore::Max), 1, 4).contains("divides 4"));
+        assert!(refused(of(2, 3, GroupScore::Max), 1, 4).contains("1 to 2 kept groups"));
+        assert!(refused(of(2, 1, GroupScore::Max), 3, 4).contains("at most 2"));
+        assert!(refused(of(4, 2, GroupScore::Top2Sum), 1, 4).contains("two experts"));
+    }
+
+    #[test]
+    fn sparse_mixer_by_hand() {
+        let mixer =
+            |jitter_eps| Router { score: Score::SparseMixer { jitter_eps }, ..Router::softmax(3, Balance::AllChoices) };
+        // Without jitter the equals share, and the last one left has it all.
+        let [gate, index] = one(mixer(0.0), &[1.0, 2.0, 2.0], None);
+        assert_eq!((index, gate), (vec![1.0, 2.0, 0.0], vec![0.5, 1.0, 1.0]));
+        // Within 2 * 0.25 of 2 is 1, not 0.5; within that of 1 is 0.5.
+        let [gate, _] = one(mixer(0.25), &[0.5, 2.0, 1.0], None);
+        let of = |d: f64| 1.0 / (1.0 + (-d).exp());
+        assert!((gate[0] - of(1.0)).abs() < 1e-15 && (gate[1] - of(0.5)).abs() < 1e-15 && gate[2] == 1.0);
+        assert!(mixer(f64::NAN).check(3).unwrap_err().wanted.contains("jitter_eps"));
+    }
+
+    #[test]
+    fn scores_that_are_all_zero_are_uniform_and_the_entropy_has_no_gradient() {
+        for score in [Score::Sigmoid, Score::SqrtSoftplus] {
+            let scores = Scores::new(score, &[-1e4; 4]);
+            assert_eq!((scores.value, scores.p), (vec![0.0; 4], vec![0.25; 4]));
+        }
+        let mut g = Graph::new();
+        let logits = g.feed("logits", TensorType::f32([3, 4])).unwrap();
+        let [.., entropy] = g.route(logits, 1, Balance::AllChoices).unwrap();
+        let refused = crate::gradients(&mut g, entropy, &[logits]).unwrap_err();
+        assert!(refused.to_string().contains("statistic"), "{refused}");
     }
 }

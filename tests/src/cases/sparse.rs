@@ -60,7 +60,7 @@ fn assigned(s: &mut Sketch, r: &Routing) -> Result<[Value; 3]> {
 }
 
 /// Logits whose probabilities differ by enough that no rounding and no small step changes a choice.
-fn clear_logits(s: &mut Sketch, n: usize, e: usize) -> Result<Value> {
+pub(super) fn clear_logits(s: &mut Sketch, n: usize, e: usize) -> Result<Value> {
     let noise = s.normals(n * e);
     let data = (0..n * e)
         .map(|i| 0.5 + 0.6 * ((i % e * 5 + i / e * 3) % e) as f64 / (e as f64).sqrt() + 0.02 * noise[i])
@@ -183,7 +183,24 @@ fn movement(r: &Routing) -> Vec<Case> {
             s.out(d)
         })
     };
-    vec![with("dispatch", false), with("dispatch", true), with("combine", false), with("combine", true), gate_grad]
+    let beside = |gated: bool, weighted: bool| {
+        let r = r.clone();
+        let name = format!("{}, with a side, gated {gated}, coefficients {weighted}", r.name);
+        case("combine", name, Class::Sum, FLOATS, move |s| {
+            let [slot_choice, choice_slot, _] = assigned(s, &r)?;
+            let slots = s.graph.shape(slot_choice)[0];
+            let (rows, side) = (s.float([slots, width], |x| x)?, s.float([r.tokens, width], |x| x)?);
+            let gate = if gated { Some(s.float_as(DType::F32, [r.tokens, r.k], |x| x)?) } else { None };
+            let coefficient = if weighted { Some(s.float_as(DType::F32, [r.tokens, 2], |x| x)?) } else { None };
+            let y = s.graph.combine_with(rows, slot_choice, choice_slot, gate, Some(side), coefficient)?;
+            s.out(y)
+        })
+    };
+    let mut cases: Vec<Case> =
+        [false, true].into_iter().flat_map(|g| [with("dispatch", g), with("combine", g)]).collect();
+    cases.extend([(false, false), (true, false), (false, true), (true, true)].map(|(g, c)| beside(g, c)));
+    cases.push(gate_grad);
+    cases
 }
 
 fn products(r: &Routing) -> Vec<Case> {

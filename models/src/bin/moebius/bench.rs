@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::cli::{BenchArgs, BenchKind};
 use crate::failure::Failure;
-use crate::text;
+use crate::text::{self, note};
 
 /// Steps that warm caches and branch predictors up and are not counted.
 const WARM_UP: usize = 3;
@@ -87,6 +87,9 @@ fn step(args: &BenchArgs, config: &Config, engine: &Engine) -> Result<Value, Fai
         let begun = Instant::now();
         trainer.program().feed("tokens", &text[..tokens])?;
         trainer.program().feed("targets", &text[1..])?;
+        if gpt::is_noisy(&config.model) {
+            trainer.program().feed(gpt::NOISE_KEY, &[0u32, 0])?;
+        }
         trainer.step(&mut session, 3e-4)?;
         if i >= WARM_UP {
             times.push(begun.elapsed().as_secs_f64());
@@ -141,7 +144,7 @@ fn decode(args: &BenchArgs, config: &Config, engine: &Engine) -> Result<Value, F
 fn print_profile(times: &[StepTime]) {
     for t in times {
         let pass = if t.backward { "backward" } else { "forward" };
-        eprintln!("{:>9.3} ms  {:>4} x {} ({pass})", t.seconds * 1e3, t.count, t.op);
+        note!("{:>9.3} ms  {:>4} x {} ({pass})", t.seconds * 1e3, t.count, t.op);
     }
 }
 
