@@ -14,13 +14,14 @@ pub struct Case<'a> {
     tensors: Option<&'a HashMap<String, Tensor>>,
     used: RefCell<BTreeSet<String>>,
     wrong: Vec<String>,
+    worst: f64,
 }
 
 impl<'a> Case<'a> {
     /// The case `name` in `FILE.safetensors`; an empty name for a file of one case.
     pub fn new(set: &'a Set, file: &str, name: &str) -> Self {
         let prefix = if name.is_empty() { String::new() } else { format!("{name}/") };
-        Case { set, prefix, tensors: set.file(file), used: RefCell::default(), wrong: Vec::new() }
+        Case { set, prefix, tensors: set.file(file), used: RefCell::default(), wrong: Vec::new(), worst: 0.0 }
     }
 
     /// The set it belongs to.
@@ -68,10 +69,16 @@ impl<'a> Case<'a> {
     /// [`Problem::Tensor`].
     pub fn close(&mut self, name: &str, got: &[f64], tolerance: f64) -> Result<(), Problem> {
         let wanted = &self.tensor(name)?.data;
+        self.worst = self.worst.max(worst(got, wanted).map_or(0.0, |(_, error)| error));
         if let Some(wrong) = difference(got, wanted, tolerance) {
             self.wrong(format!("{name}: {wrong}"));
         }
         Ok(())
+    }
+
+    /// The largest error of [`Case::close`] so far, relative to the size of its tensor.
+    pub fn worst(&self) -> f64 {
+        self.worst
     }
 
     /// All differences, and the tensors of the case that nothing asked for.
@@ -90,18 +97,28 @@ impl<'a> Case<'a> {
     }
 }
 
+/// What errors of a tensor are relative to: its largest magnitude, or 0.01 if all are smaller.
+fn size(wanted: &[f64]) -> f64 {
+    wanted.iter().fold(0.01f64, |m, w| m.max(w.abs()))
+}
+
+/// The element that is furthest from `wanted`, and its error relative to the size of the tensor.
+fn worst(got: &[f64], wanted: &[f64]) -> Option<(usize, f64)> {
+    let size = size(wanted);
+    let error = |(g, w): (&f64, &f64)| {
+        let error = (g - w).abs() / size;
+        if error.is_nan() { f64::INFINITY } else { error }
+    };
+    got.iter().zip(wanted).map(error).enumerate().max_by(|a, b| a.1.total_cmp(&b.1))
+}
+
 /// The element of `got` that is furthest from `wanted`, if that is too far; see [`Case::close`].
 pub fn difference(got: &[f64], wanted: &[f64], tolerance: f64) -> Option<String> {
     if got.len() != wanted.len() {
         return Some(format!("{} elements for {}", got.len(), wanted.len()));
     }
-    let size = wanted.iter().fold(0.01f64, |m, w| m.max(w.abs()));
-    let error = |i: usize| {
-        let e = (got[i] - wanted[i]).abs();
-        if e.is_nan() { f64::INFINITY } else { e }
-    };
-    let worst = (0..got.len()).max_by(|&a, &b| error(a).total_cmp(&error(b)))?;
-    (error(worst) > tolerance * size).then(|| {
-        format!("element {worst}: {:e} for {:e}, error {:e}, size {size:e}", got[worst], wanted[worst], error(worst))
+    let (at, error) = worst(got, wanted)?;
+    (error > tolerance).then(|| {
+        format!("element {at}: {:e} for {:e}, error {error:e} of size {:e}", got[at], wanted[at], size(wanted))
     })
 }

@@ -19,8 +19,6 @@ mod rules;
 mod set;
 mod torch;
 
-use std::path::Path;
-
 use serde_json::Value as Json;
 
 pub use compare::Case;
@@ -30,45 +28,46 @@ pub use set::{Fields, Problem, Set};
 /// What became of the cases of a set, each named `KIND/CASE`.
 #[derive(Debug, Default)]
 pub struct Report {
-    /// Cases that agree.
-    pub agreed: Vec<String>,
+    /// Cases that agree, and their largest error relative to the size of its tensor.
+    pub agreed: Vec<(String, f64)>,
     /// Cases that do not, or that could not be run, with all that is wrong.
     pub failed: Vec<(String, Vec<String>)>,
 }
 
 impl Report {
-    fn add(&mut self, name: String, result: Result<Vec<String>, Problem>) {
-        match result {
-            Ok(wrong) if wrong.is_empty() => self.agreed.push(name),
+    fn add(&mut self, name: String, case: Case<'_>, result: Result<(), Problem>) {
+        let worst = case.worst();
+        match result.map(|()| case.finish()) {
+            Ok(wrong) if wrong.is_empty() => self.agreed.push((name, worst)),
             Ok(wrong) => self.failed.push((name, wrong)),
-            Err(problem) => self.failed.push((name, vec![problem.to_string()])),
+            Err(problem) => self.fail(name, &problem),
         }
+    }
+
+    fn fail(&mut self, name: String, problem: &Problem) {
+        self.failed.push((name, vec![problem.to_string()]));
     }
 
     /// One line for each case.
     pub fn lines(&self) -> Vec<String> {
-        let agreed = self.agreed.iter().map(|name| format!("agrees  {name}"));
+        let agreed = self.agreed.iter().map(|(name, worst)| format!("agrees  {name}, error {worst:.1e}"));
         let failed = self.failed.iter().map(|(name, wrong)| format!("FAILS   {name}: {}", wrong.join("; ")));
         agreed.chain(failed).collect()
     }
 }
 
-/// Runs every case of the set in `directory` on `machine`.
-///
-/// # Errors
-/// A [`Problem`] with a file of the set; problems with a case are in the report.
-pub fn run(directory: &Path, machine: &Machine) -> Result<Report, Problem> {
-    let set = Set::read(directory)?;
+/// Runs every case of the set on `machine`.
+pub fn run(set: &Set, machine: &Machine) -> Report {
     let mut report = Report::default();
     for (kind, list) in set.kinds() {
         let Json::Array(cases) = list else {
-            report.add(kind.clone(), Err(Problem::NotAList { kind: kind.clone() }));
+            report.fail(kind.clone(), &Problem::NotAList { kind: kind.clone() });
             continue;
         };
         for (number, fields) in cases.iter().enumerate() {
             let fields = Fields::new(fields);
             let name = fields.text("name").map_or_else(|_| number.to_string(), str::to_owned);
-            let mut case = Case::new(&set, kind, &name);
+            let mut case = Case::new(set, kind, &name);
             let result = match kind.as_str() {
                 "gating" => gating::check(&mut case, &fields, machine),
                 "layer" => layer::check(&mut case, &fields, machine),
@@ -78,16 +77,16 @@ pub fn run(directory: &Path, machine: &Machine) -> Result<Report, Problem> {
                 "lr" => lists::check_learning_rate(&mut case, &fields),
                 _unknown => Err(Problem::UnknownKind { kind: kind.clone() }),
             };
-            report.add(format!("{kind}/{name}"), result.map(|()| case.finish()));
+            report.add(format!("{kind}/{name}"), case, result);
         }
     }
     for stray in set.strays() {
-        report.add(stray.clone(), Err(Problem::Stray { tensor: stray }));
+        report.fail(stray.clone(), &Problem::Stray { tensor: stray });
     }
     if set.has_checkpoint() {
-        let mut case = Case::new(&set, "ckpt_io", "");
-        let result = checkpoint::check(&mut case, directory, machine);
-        report.add("ckpt".into(), result.map(|()| case.finish()));
+        let mut case = Case::new(set, "ckpt_io", "");
+        let result = checkpoint::check(&mut case, set.directory(), machine);
+        report.add("ckpt".into(), case, result);
     }
-    Ok(report)
+    report
 }

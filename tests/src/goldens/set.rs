@@ -205,6 +205,11 @@ impl Set {
         Ok(set)
     }
 
+    /// Where it lies.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
     /// The lists of cases by kind.
     pub fn kinds(&self) -> &[(String, Json)] {
         &self.kinds
