@@ -113,7 +113,7 @@ fn worst(got: &[f64], wanted: &[f64]) -> Option<(usize, f64)> {
 }
 
 /// The element of `got` that is furthest from `wanted`, if that is too far; see [`Case::close`].
-pub fn difference(got: &[f64], wanted: &[f64], tolerance: f64) -> Option<String> {
+pub(super) fn difference(got: &[f64], wanted: &[f64], tolerance: f64) -> Option<String> {
     if got.len() != wanted.len() {
         return Some(format!("{} elements for {}", got.len(), wanted.len()));
     }

@@ -152,6 +152,10 @@ fn of_choices(g: &mut Graph, values: Value, expert_index: Value) -> Result<Value
     let rows = (0..tokens).map(|n| (n * experts) as f64).collect();
     let rows = g.constant(TensorType::i32([tokens, 1]), rows)?;
     let ids = g.add(expert_index, rows)?;
+    // The index -1 of the first token would lie before the table.
+    let first = g.splat(TensorType::i32([]), 0.0)?;
+    let inside = g.compare(CompareFn::Ge, ids, first)?;
+    let ids = g.select(inside, ids, first)?;
     let picked = g.embedding(table, ids)?;
     g.reshape(picked, shape)
 }
