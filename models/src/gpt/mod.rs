@@ -5,12 +5,14 @@
 //! tanh-GELU. `layers` holds attention and the dense feed-forward, `moe` the sparse one with its `router`, `init` the start
 //! values.
 
+mod distillation;
 mod init;
 mod layers;
 mod moe;
 mod parameters;
 pub mod router;
 
+pub use distillation::{Distillation, distillation};
 pub use init::{Start, initialise};
 pub use moe::{MoeStatistics, Pass, moe_layer};
 pub use parameters::{Parameter, Parameters};

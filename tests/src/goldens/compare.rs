@@ -1,0 +1,124 @@
+//! One case: its tensors, and what differs.
+
+use std::cell::RefCell;
+use std::collections::{BTreeSet, HashMap};
+
+use moebius_ir::Tensor;
+
+use super::set::{Problem, Set};
+
+/// A case being compared. Tensors are named without the case; each must be used before [`Case::finish`].
+pub struct Case<'a> {
+    set: &'a Set,
+    prefix: String,
+    tensors: Option<&'a HashMap<String, Tensor>>,
+    used: RefCell<BTreeSet<String>>,
+    wrong: Vec<String>,
+    worst: f64,
+}
+
+impl<'a> Case<'a> {
+    /// The case `name` in `FILE.safetensors`; an empty name for a file of one case.
+    pub fn new(set: &'a Set, file: &str, name: &str) -> Self {
+        let prefix = if name.is_empty() { String::new() } else { format!("{name}/") };
+        Case { set, prefix, tensors: set.file(file), used: RefCell::default(), wrong: Vec::new(), worst: 0.0 }
+    }
+
+    /// The set it belongs to.
+    pub fn set(&self) -> &'a Set {
+        self.set
+    }
+
+    /// A tensor, if the case has it.
+    pub fn optional(&self, name: &str) -> Option<&'a Tensor> {
+        let full = format!("{}{name}", self.prefix);
+        let found = self.tensors?.get(&full)?;
+        self.used.borrow_mut().insert(full);
+        Some(found)
+    }
+
+    /// A tensor.
+    ///
+    /// # Errors
+    /// [`Problem::Tensor`].
+    pub fn tensor(&self, name: &str) -> Result<&'a Tensor, Problem> {
+        self.optional(name).ok_or_else(|| Problem::Tensor { tensor: format!("{}{name}", self.prefix) })
+    }
+
+    /// Marks a tensor as known although nothing is compared with it.
+    pub fn ignore(&self, name: &str) {
+        self.used.borrow_mut().insert(format!("{}{name}", self.prefix));
+    }
+
+    /// Notes a difference.
+    pub fn wrong(&mut self, what: impl Into<String>) {
+        self.wrong.push(what.into());
+    }
+
+    /// Compares numbers that must be equal.
+    pub fn same<T: PartialEq + std::fmt::Debug>(&mut self, what: &str, got: &T, wanted: &T) {
+        if got != wanted {
+            self.wrong(format!("{what}: {got:?} for {wanted:?}"));
+        }
+    }
+
+    /// Compares with a tensor of the case: no element further away than `tolerance` times the largest magnitude in the
+    /// tensor, or 0.01 if all are smaller. A tolerance of 0 wants equal numbers.
+    ///
+    /// # Errors
+    /// [`Problem::Tensor`].
+    pub fn close(&mut self, name: &str, got: &[f64], tolerance: f64) -> Result<(), Problem> {
+        let wanted = &self.tensor(name)?.data;
+        self.worst = self.worst.max(worst(got, wanted).map_or(0.0, |(_, error)| error));
+        if let Some(wrong) = difference(got, wanted, tolerance) {
+            self.wrong(format!("{name}: {wrong}"));
+        }
+        Ok(())
+    }
+
+    /// The largest error of [`Case::close`] so far, relative to the size of its tensor.
+    pub fn worst(&self) -> f64 {
+        self.worst
+    }
+
+    /// All differences, and the tensors of the case that nothing asked for.
+    pub fn finish(mut self) -> Vec<String> {
+        let used = self.used.borrow();
+        let mut unused: Vec<String> = self
+            .tensors
+            .into_iter()
+            .flat_map(HashMap::keys)
+            .filter(|name| name.starts_with(&self.prefix) && !used.contains(*name))
+            .map(|name| format!("{name}: nothing to compare it with"))
+            .collect();
+        unused.sort_unstable();
+        self.wrong.append(&mut unused);
+        self.wrong
+    }
+}
+
+/// What errors of a tensor are relative to: its largest magnitude, or 0.01 if all are smaller.
+fn size(wanted: &[f64]) -> f64 {
+    wanted.iter().fold(0.01f64, |m, w| m.max(w.abs()))
+}
+
+/// The element that is furthest from `wanted`, and its error relative to the size of the tensor.
+fn worst(got: &[f64], wanted: &[f64]) -> Option<(usize, f64)> {
+    let size = size(wanted);
+    let error = |(g, w): (&f64, &f64)| {
+        let error = (g - w).abs() / size;
+        if error.is_nan() { f64::INFINITY } else { error }
+    };
+    got.iter().zip(wanted).map(error).enumerate().max_by(|a, b| a.1.total_cmp(&b.1))
+}
+
+/// The element of `got` that is furthest from `wanted`, if that is too far; see [`Case::close`].
+pub(super) fn difference(got: &[f64], wanted: &[f64], tolerance: f64) -> Option<String> {
+    if got.len() != wanted.len() {
+        return Some(format!("{} elements for {}", got.len(), wanted.len()));
+    }
+    let (at, error) = worst(got, wanted)?;
+    (error > tolerance).then(|| {
+        format!("element {at}: {:e} for {:e}, error {error:e} of size {:e}", got[at], wanted[at], size(wanted))
+    })
+}

@@ -1,0 +1,111 @@
+//! Cases of `gating`: choices, places, gates, counts and gradients from logits.
+
+use std::collections::HashMap;
+
+use moebius_ir::{Tensor, TensorType, gradients};
+
+use super::compare::{Case, difference};
+use super::machine::{Machine, Sheet, output};
+use super::rules::{Function, Given, gate};
+use super::set::{Fields, Problem};
+
+/// Relative to the largest magnitude of the tensor; integers must be equal.
+const TOLERANCE: f64 = 1e-5;
+
+/// `[k,N]` of DeepSpeed from our `[N,k]`, or the other way.
+fn transposed(data: &[f64], rows: usize) -> Vec<f64> {
+    let columns = data.len() / rows.max(1);
+    (0..data.len()).map(|i| data[i % rows * columns + i / rows]).collect()
+}
+
+/// DeepSpeed's place of every kept choice within its expert, from our kept choices: in token order, and for `Top2` all first
+/// choices before all second ones. We keep slots in token order always; how rows of one expert are ordered changes no result.
+fn locations(function: Function, expert_index: &[f64], choice_slot: &[f64], k: usize) -> Vec<f64> {
+    let tokens = choice_slot.len() / k;
+    let mut order: Vec<usize> = (0..choice_slot.len()).filter(|&c| choice_slot[c] >= 0.0).collect();
+    if function == Function::Top2 {
+        order.sort_by_key(|c| c % k * tokens + c / k);
+    }
+    let mut next: HashMap<usize, usize> = HashMap::new();
+    let mut places = vec![0.0; choice_slot.len()];
+    for c in order {
+        let place = next.entry(expert_index[c] as usize).or_default();
+        places[c] = *place as f64;
+        *place += 1;
+    }
+    places
+}
+
+/// Compares one case; the fields are those of the index.
+pub(super) fn check(case: &mut Case<'_>, fields: &Fields<'_>, machine: &Machine) -> Result<(), Problem> {
+    let function = Function::named(fields)?;
+    let (tokens, experts, k) = (fields.count("S")?, fields.count("E")?, function.k());
+    let drop = fields.flag("drop")?;
+    let capacity = function.capacity(tokens, experts, fields.number("cf")?, fields.count("min_cap")?);
+    let mut sheet = Sheet::default();
+    let logits = sheet.input("logits", case.tensor("logits")?.clone())?;
+    let mut optional = |name: &str| case.optional(name).map(|t| sheet.input(name, t.clone())).transpose();
+    let given = Given { rts: optional("rts_uniform")?, gumbel: optional("gumbel")?, used: optional("used_token")? };
+    for (field, there) in
+        [("rts", given.rts.is_some()), ("gum", given.gumbel.is_some()), ("used", given.used.is_some())]
+    {
+        if fields.has(field) && !there && fields.flag(field).unwrap_or(true) {
+            return Err(Problem::Tensor { tensor: format!("the one of `{field}`") });
+        }
+    }
+    let weights = case.tensor("R")?;
+    let weights = Tensor::new(TensorType::f32([tokens, k]), transposed(&weights.data, k));
+    let weights = sheet.input("R", weights)?;
+
+    let gated = gate(&mut sheet.graph, function, drop.then_some(capacity), logits, given)?;
+    let g = &mut sheet.graph;
+    let weighted = g.mul(gated.gate, weights)?;
+    let sum = g.sum_all(weighted)?;
+    let aux = g.mul_scalar(gated.load_balancing_loss, case.set().aux_weight)?;
+    let loss = g.add(sum, aux)?;
+    let gradient = gradients(g, loss, &[logits])?[0];
+    let of_aux = gradients(g, gated.load_balancing_loss, &[logits])?[0];
+    for (name, value) in [
+        ("gates", gated.gate),
+        ("expert_index", gated.expert_index),
+        ("choice_slot", gated.choice_slot),
+        ("exp_counts", gated.counts),
+        ("offsets", gated.offsets),
+        ("dropped", gated.dropped),
+        ("l_aux", gated.load_balancing_loss),
+        ("grad_logits", gradient),
+        ("grad_logits_aux", of_aux),
+    ] {
+        sheet.output(name, value)?;
+    }
+    let got = machine.run(&sheet)?;
+
+    let counts = output(&got, "exp_counts")?;
+    case.close("exp_counts", counts, 0.0)?;
+    let fullest = counts.iter().fold(0.0f64, |m, &c| m.max(c)) as usize;
+    let capacity = if drop { capacity } else { fullest };
+    case.same("capacity", &capacity, &fields.count("capacity")?);
+    if fields.flag("tie_dependent")? {
+        // Which of equal tokens stay is not defined by DeepSpeed.
+        let undefined = ["R", "gates", "indices", "locations", "l_aux", "grad_logits", "grad_logits_aux"];
+        undefined.iter().for_each(|name| case.ignore(name));
+        return Ok(());
+    }
+    let (index, slot) = (output(&got, "expert_index")?, output(&got, "choice_slot")?);
+    let kept_index: Vec<f64> = index.iter().zip(slot).map(|(&e, &s)| if s < 0.0 { -1.0 } else { e }).collect();
+    case.close("indices", &transposed(&kept_index, tokens), 0.0)?;
+    case.close("locations", &transposed(&locations(function, index, slot, k), tokens), 0.0)?;
+    case.same("routes", &k, &fields.count("routes")?);
+    // The index counts every choice without a slot, those of unused tokens too.
+    let without = slot.iter().filter(|&&s| s < 0.0).count();
+    let nowhere = index.iter().filter(|&&e| e < 0.0).count();
+    case.same("dropped and nowhere", &(output(&got, "dropped")?[0] as usize + nowhere), &without);
+    case.same("dropped", &(output(&got, "dropped")?[0] as usize), &fields.count("dropped")?);
+    case.close("gates", &transposed(output(&got, "gates")?, tokens), TOLERANCE)?;
+    case.close("l_aux", output(&got, "l_aux")?, TOLERANCE)?;
+    if let Some(wrong) = difference(output(&got, "l_aux")?, &[fields.number("l_aux")?], TOLERANCE) {
+        case.wrong(format!("l_aux of the index: {wrong}"));
+    }
+    case.close("grad_logits", output(&got, "grad_logits")?, TOLERANCE)?;
+    case.close("grad_logits_aux", output(&got, "grad_logits_aux")?, TOLERANCE)
+}
