@@ -188,10 +188,10 @@ pub(super) fn metrics() -> io::Result<Target> {
             for record in MetricsReader::open(&path).ok()? {
                 last = Some(record.map_err(|e| e.to_string()).ok()?.step());
             }
-            let (path, dir) = (path.clone(), dir.path().to_owned());
+            let _keep = &dir;
+            let path = path.clone();
             // A file that reads to its end can be gone on with, and then still reads.
             Some(Box::new(move || {
-                let _keep = dir;
                 drop(MetricsWriter::resume(&path, last.unwrap_or(0)).map_err(|e| format!("not gone on with: {e}"))?);
                 let again = MetricsReader::open(&path).map_err(|e| e.to_string())?;
                 again.collect::<Result<Vec<_>, _>>().map(drop).map_err(|e| format!("damaged by going on: {e}"))

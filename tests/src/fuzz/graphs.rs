@@ -1,8 +1,6 @@
 //! Graphs as text. What is read must verify or be refused, print, be read back as the same, and be planned or refused.
 
-use moebius_ir::plan::{Fences, Plan};
-use moebius_ir::verify::{Stage, verify};
-use moebius_ir::{DType, Graph, Op, passes};
+use moebius_ir::{DType, Fences, Graph, Op, Plan, Stage, passes, verify};
 
 use super::{Target, Then, Words};
 use crate::cases;
