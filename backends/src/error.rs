@@ -26,6 +26,10 @@ fn list(refusals: &[Refusal]) -> String {
     refusals.iter().map(line).collect()
 }
 
+fn gigabytes(bytes: u64) -> String {
+    format!("{:.2} GB", bytes as f64 / 1e9)
+}
+
 /// An error of a backend.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -49,6 +53,21 @@ pub enum Error {
         what: String,
         /// How much it takes.
         bytes: usize,
+    },
+    /// The device has too little memory for a program; nothing was allocated.
+    #[error(
+        "{backend}: the program needs {} ({} of parameters and state, {} of activations and scratch), {} are free",
+        gigabytes(state.saturating_add(*arena)), gigabytes(*state), gigabytes(*arena), gigabytes(*free)
+    )]
+    TooLarge {
+        /// Name of the backend.
+        backend: &'static str,
+        /// Bytes of parameters and state that are not there yet.
+        state: u64,
+        /// Bytes of the arena.
+        arena: u64,
+        /// Bytes that can be allocated.
+        free: u64,
     },
     /// A name that is not there.
     #[error("no {what} is named {name:?}; there are: {}", there.join(", "))]

@@ -46,6 +46,9 @@ pub trait Backend: Send + Sync {
     /// [`Error::Unsupported`] as for [`Backend::plan`].
     fn compile(&self, plan: Plan) -> Result<Arc<dyn Executable>>;
 
+    /// Bytes that can be allocated on the device now, where that can be told.
+    fn free_memory(&self) -> Option<u64>;
+
     /// An empty store on this device.
     fn new_store(&self) -> Box<dyn Store>;
 }

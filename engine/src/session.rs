@@ -43,11 +43,19 @@ impl Session {
     /// Optimises, plans and compiles `graph`. Parameters and states that the session does not hold yet are added as zeros.
     ///
     /// # Errors
-    /// [`Error::Graph`] or [`Error::Backend`] if the graph is refused; [`moebius_backends::Error::StoredType`] if the session
+    /// [`Error::Graph`] or [`Error::Backend`] if the graph is refused; [`moebius_backends::Error::TooLarge`] if the device has
+    /// not enough memory for it, before any is taken; [`moebius_backends::Error::StoredType`] if the session
     /// holds a tensor of that name and another type.
     pub fn compile(&mut self, graph: &Graph) -> Result<Program> {
         let backend = self.engine.backend();
         let plan = backend.plan(passes::optimise(graph)?)?;
+        let new = plan.graph().inputs().iter().filter(|(name, _)| self.store.ty(name).is_none()).map(|(_, v)| *v);
+        let kept = new.filter(|v| plan.graph().input_of(*v).is_some_and(|i| i.role != Role::Feed));
+        let state: u64 = kept.map(|v| plan.graph().ty(v).bytes() as u64).sum();
+        let arena = plan.arena_bytes() as u64;
+        if let Some(free) = backend.free_memory().filter(|free| state.saturating_add(arena) > *free) {
+            return Err(moebius_backends::Error::TooLarge { backend: backend.name(), state, arena, free }.into());
+        }
         for (name, value) in plan.graph().inputs() {
             if plan.graph().input_of(*value).is_none_or(|i| i.role == Role::Feed) {
                 continue;

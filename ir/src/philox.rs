@@ -9,15 +9,31 @@
 /// 2^-24, the spacing of the uniform numbers.
 const UNIT: f32 = 1.0 / 16_777_216.0;
 
+/// Rounds of a block.
+pub const ROUNDS: usize = 10;
+
 /// One block of Philox4x32-10.
+#[inline]
 pub fn philox4x32_10(key: [u32; 2], counter: [u32; 4]) -> [u32; 4] {
-    let ([mut k0, mut k1], mut c) = (key, counter);
-    for _ in 0..10 {
-        let (p0, p1) = (u64::from(c[0]) * 0xd251_1f53, u64::from(c[2]) * 0xcd9e_8d57);
-        c = [(p1 >> 32) as u32 ^ c[1] ^ k0, p1 as u32, (p0 >> 32) as u32 ^ c[3] ^ k1, p0 as u32];
-        (k0, k1) = (k0.wrapping_add(0x9e37_79b9), k1.wrapping_add(0xbb67_ae85));
+    let (mut c, mut key) = (counter, key);
+    for _ in 0..ROUNDS {
+        c = round(c, key);
+        key = next_key(key);
     }
     c
+}
+
+/// One round over a counter. This and the functions below are public for backends that make many blocks at once.
+#[inline(always)]
+pub fn round(c: [u32; 4], key: [u32; 2]) -> [u32; 4] {
+    let (p0, p1) = (u64::from(c[0]) * 0xd251_1f53, u64::from(c[2]) * 0xcd9e_8d57);
+    [(p1 >> 32) as u32 ^ c[1] ^ key[0], p1 as u32, (p0 >> 32) as u32 ^ c[3] ^ key[1], p0 as u32]
+}
+
+/// The key of the next round.
+#[inline(always)]
+pub fn next_key(key: [u32; 2]) -> [u32; 2] {
+    [key[0].wrapping_add(0x9e37_79b9), key[1].wrapping_add(0xbb67_ae85)]
 }
 
 /// Element `index` of the raw words.
@@ -33,26 +49,42 @@ pub fn uniform(key: [u32; 2], stream: u32, index: u64) -> f32 {
 
 /// Element `index` of the standard normal numbers, |z| < 5.8 (Box and Muller).
 ///
-/// Of the words (a, b) at an even place, r = sqrt(-2 ln u) with u = (a / 256 + 1) 2^-24 in (0, 1] and an angle of
-/// b / 256 2^-24 turns give r cos at the even element and r sin at the odd one.
+/// The words at an even place and after it give the even element and the odd one, see [`normals`].
 pub fn normal(key: [u32; 2], stream: u32, index: u64) -> f32 {
-    let u = unit(bits(key, stream, index & !1)) + UNIT;
-    let r = (-2.0 * ln(u)).sqrt();
-    let (cos, sin) = cos_sin_turns(unit(bits(key, stream, index | 1)));
-    r * if index.is_multiple_of(2) { cos } else { sin }
+    let (even, odd) = normals(bits(key, stream, index & !1), bits(key, stream, index | 1));
+    if index.is_multiple_of(2) { even } else { odd }
 }
 
 /// Element `index` of the standard Gumbel numbers: -ln(-ln u), u an odd multiple of 2^-24 in (0, 1).
 pub fn gumbel(key: [u32; 2], stream: u32, index: u64) -> f32 {
-    let u = ((bits(key, stream, index) >> 8) | 1) as f32 * UNIT;
+    gumbel_of(bits(key, stream, index))
+}
+
+/// The uniform number of a word.
+#[inline(always)]
+pub fn unit(word: u32) -> f32 {
+    // Through i32, for which every vector unit has a conversion.
+    (word >> 8) as i32 as f32 * UNIT
+}
+
+/// The two normal numbers of a pair of words: r = sqrt(-2 ln u) with u = (a / 256 + 1) 2^-24 in (0, 1] and an angle of
+/// b / 256 2^-24 turns give r cos and r sin.
+#[inline(always)]
+pub fn normals(a: u32, b: u32) -> (f32, f32) {
+    let r = (-2.0 * ln(unit(a) + UNIT)).sqrt();
+    let (cos, sin) = cos_sin_turns(unit(b));
+    (r * cos, r * sin)
+}
+
+/// The Gumbel number of a word.
+#[inline(always)]
+pub fn gumbel_of(word: u32) -> f32 {
+    let u = ((word >> 8) | 1) as i32 as f32 * UNIT;
     -ln(-ln(u))
 }
 
-fn unit(word: u32) -> f32 {
-    (word >> 8) as f32 * UNIT
-}
-
 /// The natural logarithm of a positive normal number (the coefficients of Cephes' `logf`).
+#[inline(always)]
 fn ln(x: f32) -> f32 {
     let bits = x.to_bits() as i32;
     let e = bits.wrapping_sub(0x3f35_04f3) >> 23;
@@ -73,6 +105,7 @@ fn ln(x: f32) -> f32 {
 }
 
 /// (cos, sin) of `u` turns, 0 <= u < 1 (the coefficients of Cephes' `cosf` and `sinf`).
+#[inline(always)]
 fn cos_sin_turns(u: f32) -> (f32, f32) {
     // The nearest quarter; the rest is at most an eighth of a turn, and exact.
     let quarter = (u * 4.0 + 0.5) as i32;
@@ -128,10 +161,13 @@ mod tests {
 
     #[test]
     fn extreme_words_are_finite() {
-        for w in [0, 255, 256, u32::MAX] {
+        for w in [0, 255, 256, u32::MAX, u32::MAX - 255, 1 << 31] {
             assert!((0.0..1.0).contains(&unit(w)));
-            assert!((-2.0 * ln(unit(w) + UNIT)).sqrt() < 5.8);
-            assert!((-ln(-ln(((w >> 8) | 1) as f32 * UNIT))).is_finite());
+            let (r, _) = normals(w, 0);
+            assert!((0.0..5.8).contains(&r), "{r}");
+            let (c, s) = cos_sin_turns(unit(w));
+            assert!((c * c + s * s - 1.0).abs() < 1e-6);
+            assert!(gumbel_of(w).is_finite());
         }
     }
 }

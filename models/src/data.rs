@@ -1,15 +1,13 @@
 //! Text for training: a [`Corpus`] of token ids from one or several files, and the batches drawn from it.
 //!
-//! Without a tokenizer a file is its bytes and is mapped into memory. With one, the text is tokenised once into a cache
-//! file that is mapped from then on (see [`default_cache_dir`]). [`Batches`] draws training batches as a pure function of
+//! Without a tokenizer a file is its bytes. With one, the text is tokenised once into a cache file of ids that is used from
+//! then on (see [`default_cache_dir`]). Both are read batch by batch, so text may be larger than memory. [`Batches`] draws training batches as a pure function of
 //! seed and step; [`Windows`] walks validation text so that no token is counted twice.
 
 mod atomic;
 mod batches;
 mod cache;
 mod corpus;
-mod map;
-mod philox;
 mod sources;
 mod store;
 
@@ -35,7 +33,7 @@ pub enum DataError {
         /// The file asked for.
         path: PathBuf,
     },
-    /// There is something under that name that cannot be mapped: a folder, a pipe, a device.
+    /// There is something under that name that cannot be read at any place: a folder, a pipe, a device.
     #[error("{}: wanted a regular file, found something else (a folder, pipe or device)", path.display())]
     NotAFile {
         /// The path asked for.

@@ -5,6 +5,7 @@ use moebius::{Program, Session};
 use crate::config::ModelConfig;
 use crate::data::{Windows, bits_per_byte};
 use crate::gpt;
+use crate::training::TrainingError;
 
 /// What an evaluation found.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -39,12 +40,12 @@ impl Evaluator {
     /// The mean loss over all windows.
     ///
     /// # Errors
-    /// As [`Session::run`].
-    pub fn run(&mut self, session: &mut Session, windows: &Windows) -> moebius::Result<Evaluation> {
+    /// As [`Session::run`]; [`TrainingError::Data`] if the text can no longer be read.
+    pub fn run(&mut self, session: &mut Session, windows: &Windows) -> Result<Evaluation, TrainingError> {
         let mut sum = 0.0f64;
         for index in 0..windows.batches() {
             // Targets past the last window are negative and give a loss of 0.
-            windows.fill(index, &mut self.tokens, &mut self.targets);
+            windows.fill(index, &mut self.tokens, &mut self.targets)?;
             self.program.feed("tokens", &self.tokens)?;
             self.program.feed("targets", &self.targets)?;
             session.run(&mut self.program)?;

@@ -72,14 +72,12 @@ pub enum TrainingError {
         path: PathBuf,
     },
     /// The checkpoint belongs to another model or run than the configuration in the folder.
-    #[error("{}: the checkpoint is of configuration {found}, the folder's {CONFIG_FILE} is {wanted}", path.display())]
+    #[error("{}: the checkpoint is of another model than the run's configuration: {difference}", path.display())]
     OtherConfig {
         /// The checkpoint.
         path: PathBuf,
-        /// Hash of the folder's configuration.
-        wanted: String,
-        /// Hash the checkpoint was written with.
-        found: String,
+        /// The settings that differ, with both values.
+        difference: String,
     },
     /// The checkpoint was made with another tokenizer.
     #[error("{}: the checkpoint was made with tokenizer {found}, this run has {wanted}", path.display())]
@@ -177,18 +175,9 @@ impl Run {
         // 0 means all of the validation text.
         let most = (train.eval_windows > 0).then(|| train.eval_windows.div_ceil(train.batch));
         let windows = Windows::new(&corpus.validation, train.batch, sequence, most)?;
-        if !resume {
-            if out.join(CONFIG_FILE).exists() {
-                return Err(TrainingError::RunExists { path: out.into() });
-            }
-            write_folder(out, &config, tokenizer)?;
+        if !resume && out.join(CONFIG_FILE).exists() {
+            return Err(TrainingError::RunExists { path: out.into() });
         }
-        let checkpoints = Checkpoints::create(out, train.keep_checkpoints)?;
-
-        let mut newest = if resume { newest_intact(&checkpoints, out, observer)? } else { None };
-        // Lines of steps that will be done again are dropped.
-        let done = newest.as_ref().map_or(0, |checkpoint| checkpoint.state.step);
-        let metrics = MetricsWriter::resume(&out.join(METRICS_FILE), done)?;
 
         let mut session = engine.session();
         let graph = gpt::training(&config.model, train.batch)?;
@@ -201,6 +190,16 @@ impl Run {
         };
         let trainer = Trainer::new(&mut session, graph.graph, graph.loss, &optimizer)?;
         let evaluator = Evaluator::new(&mut session, &config.model, train.batch)?;
+
+        // Only now, so that a model that does not fit the device leaves nothing behind.
+        if !resume {
+            write_folder(out, &config, tokenizer)?;
+        }
+        let checkpoints = Checkpoints::create(out, train.keep_checkpoints)?;
+        let mut newest = if resume { newest_intact(&checkpoints, out, observer)? } else { None };
+        // Lines of steps that will be done again are dropped.
+        let done = newest.as_ref().map_or(0, |checkpoint| checkpoint.state.step);
+        let metrics = MetricsWriter::resume(&out.join(METRICS_FILE), done)?;
         let experts = config.model.experts_per_layer();
         let moe_layers = experts.iter().enumerate().filter(|(_, e)| **e > 0).map(|(layer, _)| layer).collect();
         let ids = train.batch * sequence;
@@ -238,9 +237,10 @@ impl Run {
     fn load(&mut self, checkpoint: &mut Checkpoint) -> Result<(), TrainingError> {
         let state = checkpoint.state.clone();
         let path = checkpoint.path().to_owned();
-        let wanted = self.config.model_hash();
-        if state.config_hash != wanted {
-            return Err(TrainingError::OtherConfig { path, wanted, found: state.config_hash });
+        if state.config_hash != self.config.model_hash() {
+            let written = Config::from_toml(&state.config, "the checkpoint's configuration")?;
+            let difference = self.config.model_difference(&written)?;
+            return Err(TrainingError::OtherConfig { path, difference });
         }
         if state.tokenizer_hash != self.tokenizer_hash {
             let (wanted, found) = (self.tokenizer_name.clone(), state.tokenizer);
@@ -335,7 +335,7 @@ impl Run {
     fn step(&mut self, observer: &mut Observer<'_>) -> Result<(), TrainingError> {
         let begun = Instant::now();
         let step = self.trainer.steps_done() + 1;
-        self.batches.fill(step - 1, &mut self.tokens, &mut self.targets);
+        self.batches.fill(step - 1, &mut self.tokens, &mut self.targets)?;
         let learning_rate = self.config.learning_rate_of_step(step);
         let program = self.trainer.program();
         program.feed("tokens", &self.tokens)?;

@@ -1,8 +1,6 @@
 //! A run allocates nothing. Alone in its program, as the allocator counts for all threads.
-#![allow(unsafe_code)]
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::alloc::System;
 
 use moebius::{Optimizer, training_step};
 use moebius_backends::Backend;
@@ -10,27 +8,14 @@ use moebius_backends::cpu::Cpu;
 use moebius_ir::{DType, Role, passes};
 use moebius_tests::Sketch;
 use moebius_tests::layers::{self, Moe};
-
-struct Counting;
-
-static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: every call goes to the system's allocator as it came.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller's promises are those that the system's allocator wants.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        // SAFETY: as above.
-        unsafe { System.dealloc(at, layout) }
-    }
-}
+use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
 
 #[global_allocator]
-static COUNTING: Counting = Counting;
+static COUNTING: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
+
+fn allocations() -> usize {
+    COUNTING.stats().allocations
+}
 
 #[test]
 fn a_run_allocates_nothing() {
@@ -64,16 +49,16 @@ fn a_run_allocates_nothing() {
             for _ in 0..3 {
                 instance.run(store.as_mut()).unwrap();
             }
-            let before = ALLOCATIONS.load(Ordering::Relaxed);
+            let before = allocations();
             for _ in 0..20 {
                 instance.run(store.as_mut()).unwrap();
             }
-            ALLOCATIONS.load(Ordering::Relaxed) - before
+            allocations() - before
         });
         assert_eq!(made, 0, "{made} allocations in 20 runs of {} steps", executable.plan().steps().len());
         // The counter does count.
-        let before = ALLOCATIONS.load(Ordering::Relaxed);
+        let before = allocations();
         drop(std::hint::black_box(vec![1u8; 100]));
-        assert!(ALLOCATIONS.load(Ordering::Relaxed) > before);
+        assert!(allocations() > before);
     }
 }

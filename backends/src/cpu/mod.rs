@@ -4,6 +4,7 @@
 //! `gemm` is the matrix product under every dense and expert op, `kernels` holds one file per op over plain slices.
 
 pub mod element;
+mod free;
 pub mod gemm;
 mod instance;
 pub mod kernels;
@@ -95,6 +96,10 @@ impl Backend for Cpu {
     fn compile(&self, plan: Plan) -> Result<Arc<dyn Executable>> {
         let launches = self.launches(plan.graph())?;
         Ok(Arc::new(instance::CpuExecutable::new(plan, launches, Arc::clone(&self.pool), self.checks)))
+    }
+
+    fn free_memory(&self) -> Option<u64> {
+        free::free_memory()
     }
 
     fn new_store(&self) -> Box<dyn Store> {

@@ -116,12 +116,29 @@ fn parse(text: &str) -> Value {
 }
 
 impl Config {
+    /// The settings of the model in which `found` differs, as people read them: `model.width: wanted 64, found 32`.
+    ///
+    /// # Errors
+    /// `Write`, if a value cannot be written as TOML.
+    pub fn model_difference(&self, found: &Config) -> Result<String, ConfigError> {
+        let table = |config: &Config| {
+            Table::try_from(&config.model).map_err(|source| ConfigError::Write { source: Box::new(source) })
+        };
+        let (wanted, found) = (table(self)?, table(found)?);
+        let shown = |value: Option<&Value>| value.map_or("none".into(), ToString::to_string);
+        let keys = KEYS.iter().filter_map(|(key, _)| key.strip_prefix("model."));
+        let changed = keys.filter(|key| wanted.get(*key) != found.get(*key));
+        let lines = changed
+            .map(|key| format!("model.{key}: wanted {}, found {}", shown(wanted.get(key)), shown(found.get(key))));
+        Ok(lines.collect::<Vec<_>>().join("; "))
+    }
+
     /// Changes one value: `train.steps=100`, `model.experts=[4,8]`, `model.router=top2`. `none` makes a value absent that
     /// may be (`model.capacity_factor=none` is dropless). Giving a length in one form (steps or tokens) takes away the
     /// other. Call `validate` after the last change.
     ///
     /// # Errors
-    /// `OverrideForm`; `UnknownKeys` with the nearest keys; `OverrideValue`. The configuration is then as it was.
+    /// `OverrideForm`; `UnknownKeys` with the nearest keys; `OverrideValue`; `OverrideTooLarge`. The configuration is then as it was.
     pub fn set(&mut self, assignment: &str) -> Result<(), ConfigError> {
         let Some((key, text)) = assignment.split_once('=') else {
             return Err(ConfigError::OverrideForm { found: assignment.to_string() });
@@ -166,7 +183,10 @@ impl Config {
             Ok(changed) => *self = changed,
             Err(_) => {
                 let (key, value) = (key.to_string(), text.to_string());
-                return Err(ConfigError::OverrideValue { key, value, source: Box::new(source) });
+                if value.bytes().all(|b| b.is_ascii_digit()) && value.parse::<i64>().is_err() && !value.is_empty() {
+                    return Err(ConfigError::OverrideTooLarge { key, value });
+                }
+                return Err(ConfigError::OverrideValue { key, value, why: Box::new(source) });
             }
         }
         Ok(())

@@ -154,14 +154,22 @@ pub enum ConfigError {
         found: String,
     },
     /// A change to a value its key does not take.
-    #[error("cannot set {key} to `{value}`: {}", source.message())]
+    #[error("cannot set {key} to `{value}`: {}", why.message())]
     OverrideValue {
         /// The key.
         key: String,
         /// The value.
         value: String,
-        /// What was wanted.
-        source: Box<toml::de::Error>,
+        /// What was wanted. Not a source: the message has it without the line of a file that nobody wrote.
+        why: Box<toml::de::Error>,
+    },
+    /// A number that no key takes.
+    #[error("cannot set {key} to `{value}`: wanted a number of at most {}", i64::MAX)]
+    OverrideTooLarge {
+        /// The key.
+        key: String,
+        /// The number.
+        value: String,
     },
     /// Values that do not go together. All of them at once.
     #[error("invalid configuration: {}", list(violations))]

@@ -5,8 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::cache::tokenised;
-use super::map::map_file;
-use super::store::{Bytes, TokenStore, Width};
+use super::store::{Bytes, OpenFile, TokenStore, Width};
 use super::{DataError, Source, tiny_shakespeare};
 use crate::tokenizer::Tokenizer;
 
@@ -61,7 +60,7 @@ struct Part {
 }
 
 impl Corpus {
-    /// Opens, maps and if need be tokenises the texts. `progress` hears (name, bytes done, bytes in all) while a text is
+    /// Opens and if need be tokenises the texts. `progress` hears (name, bytes done, bytes in all) while a text is
     /// tokenised, and nothing when its ids are in the cache.
     ///
     /// # Errors
@@ -115,22 +114,23 @@ fn open_one(
 ) -> Result<TokenStore, DataError> {
     let text = match source {
         Source::TinyShakespeare => Bytes::Static(tiny_shakespeare()),
-        Source::File(path) => Bytes::Map(map_file(path)?),
+        Source::File(path) => Bytes::File(OpenFile::open(path)?),
     };
     let name = source.name();
     let store = match spec.tokenizer {
         Tokenizer::Bytes => {
-            let bytes = text.as_slice();
+            let ids = 0..text.len();
             // Only a vocabulary below 256 makes it worth reading the whole file.
             let small = spec.vocab.is_some_and(|vocab| vocab < 256);
-            let max_id = if small { bytes.iter().copied().max().unwrap_or(0) } else { u8::MAX };
-            let ids = 0..bytes.len();
+            let mut max_id = if small { 0 } else { u8::MAX };
+            if small {
+                text.visit(ids.clone(), |bytes| max_id = bytes.iter().copied().fold(max_id, u8::max))?;
+            }
             TokenStore { data: text, width: Width::U8, ids, lens: None, max_id: max_id.into() }
         }
         Tokenizer::File(_) => {
-            let bytes = text.as_slice();
-            let total = bytes.len() as u64;
-            tokenised(source, bytes, spec.tokenizer, spec.cache_dir, &mut |done| progress(&name, done, total))?
+            let total = text.len() as u64;
+            tokenised(source, &text, spec.tokenizer, spec.cache_dir, &mut |done| progress(&name, done, total))?
         }
     };
     // Ids are handed out as i32.
@@ -172,31 +172,45 @@ impl Stream {
 
     /// Fills `out` with the ids from position `start` on, across the joins between texts.
     ///
+    /// # Errors
+    /// [`DataError::Io`] if a file can no longer be read.
+    ///
     /// # Panics
     /// If `start + out.len()` is beyond [`Stream::len`]: a bug of the caller.
-    pub fn read(&self, start: usize, out: &mut [i32]) {
+    pub fn read(&self, start: usize, out: &mut [i32]) -> Result<(), DataError> {
         assert!(start + out.len() <= self.len, "{start} + {} tokens of {}", out.len(), self.len);
         let mut done = 0;
         self.pieces(start..start + out.len(), |store, range| {
             let count = range.len();
-            store.read(range.start, &mut out[done..done + count]);
+            store.read(range.start, &mut out[done..done + count])?;
             done += count;
-        });
+            Ok(())
+        })
     }
 
     /// Bytes of text behind the tokens of a range; without a tokenizer the length of the range.
     ///
+    /// # Errors
+    /// [`DataError::Io`] if a file can no longer be read.
+    ///
     /// # Panics
     /// If the range ends beyond [`Stream::len`]: a bug of the caller.
-    pub fn text_bytes(&self, range: Range<usize>) -> u64 {
+    pub fn text_bytes(&self, range: Range<usize>) -> Result<u64, DataError> {
         assert!(range.end <= self.len, "tokens {range:?} of {}", self.len);
         let mut bytes = 0;
-        self.pieces(range, |store, range| bytes += store.text_bytes(range));
-        bytes
+        self.pieces(range, |store, range| {
+            bytes += store.text_bytes(range)?;
+            Ok(())
+        })?;
+        Ok(bytes)
     }
 
     /// Cuts a range at the joins between texts.
-    fn pieces(&self, range: Range<usize>, mut visit: impl FnMut(&TokenStore, Range<usize>)) {
+    fn pieces(
+        &self,
+        range: Range<usize>,
+        mut visit: impl FnMut(&TokenStore, Range<usize>) -> Result<(), DataError>,
+    ) -> Result<(), DataError> {
         let first = self.parts.partition_point(|part| part.start + part.range.len() <= range.start);
         for part in &self.parts[first..] {
             let from = range.start.max(part.start);
@@ -205,7 +219,8 @@ impl Stream {
                 break;
             }
             let shift = part.range.start;
-            visit(&part.store, from - part.start + shift..to - part.start + shift);
+            visit(&part.store, from - part.start + shift..to - part.start + shift)?;
         }
+        Ok(())
     }
 }

@@ -20,7 +20,7 @@ fn write(dir: &Path, name: &str, content: impl AsRef<[u8]>) -> Source {
 
 fn all(stream: &Stream) -> Vec<i32> {
     let mut ids = vec![0; stream.len()];
-    stream.read(0, &mut ids);
+    stream.read(0, &mut ids).unwrap();
     ids
 }
 
@@ -58,10 +58,10 @@ fn several_files_join_and_each_gives_validation_text() {
     assert_eq!((all(&corpus.train), all(&corpus.validation)), (train.clone(), validation));
     for start in 0..train.len() - 20 {
         let mut ids = [0; 20];
-        corpus.train.read(start, &mut ids);
+        corpus.train.read(start, &mut ids).unwrap();
         assert_eq!(ids, train[start..start + 20]);
     }
-    assert_eq!(corpus.train.text_bytes(85..105), 20);
+    assert_eq!(corpus.train.text_bytes(85..105).unwrap(), 20);
 
     let own = [files[1].clone()];
     let whole = CorpusSpec { validation: Validation::Sources(&own), ..spec(&files, &Tokenizer::Bytes, dir.path()) };
@@ -78,7 +78,7 @@ fn batches_depend_on_seed_and_step_only() {
     let stream = open(&spec).unwrap().train;
     let get = |seed, step| {
         let (mut x, mut y) = (vec![-1; 3 * 8], vec![-1; 3 * 8]);
-        Batches::new(&stream, seed, 3, 8).unwrap().fill(step, &mut x, &mut y);
+        Batches::new(&stream, seed, 3, 8).unwrap().fill(step, &mut x, &mut y).unwrap();
         (x, y)
     };
     assert_eq!(get(1, 5), get(1, 5));
@@ -107,7 +107,7 @@ fn validation_counts_every_token_once() {
         let mut seen = Vec::new();
         for index in 0..windows.batches() {
             let (mut x, mut y) = (vec![0; size], vec![0; size]);
-            windows.fill(index, &mut x, &mut y);
+            windows.fill(index, &mut x, &mut y).unwrap();
             assert!(x.iter().zip(&y).all(|(x, y)| x + 1 == *y));
             seen.extend(y);
         }
@@ -146,14 +146,14 @@ fn tokenised_text_is_what_the_tokenizer_says_and_its_bytes_add_up() {
     // The oracle: the text in one piece.
     let whole: Vec<i32> = tokenizer.encode(&text).unwrap().into_iter().map(|id| id as i32).collect();
     assert!(ids == whole, "cutting the text into pieces must not change its ids");
-    let bytes = |stream: &Stream| stream.text_bytes(0..stream.len());
+    let bytes = |stream: &Stream| stream.text_bytes(0..stream.len()).unwrap();
     assert_eq!(bytes(&corpus.train) + bytes(&corpus.validation), text.len() as u64);
     // Byte-level: the bytes of a range are the length of its text.
     let some: Vec<u32> = ids[1000..1100].iter().map(|&id| id as u32).collect();
-    assert_eq!(corpus.train.text_bytes(1000..1100), tokenizer.decode(&some).unwrap().len() as u64);
+    assert_eq!(corpus.train.text_bytes(1000..1100).unwrap(), tokenizer.decode(&some).unwrap().len() as u64);
     let windows = Windows::new(&corpus.validation, 2, 16, None).unwrap();
     let tail = windows.tokens() as usize + 1;
-    assert_eq!(windows.bytes(), corpus.validation.text_bytes(1..tail));
+    assert_eq!(windows.bytes(), corpus.validation.text_bytes(1..tail).unwrap());
 }
 
 #[test]
@@ -252,6 +252,21 @@ fn a_cache_that_cannot_be_written_is_an_error_that_names_it() {
     match open(&spec(&file, &byte_bpe(), &dir.path().join("t/under-a-file"))) {
         Err(DataError::Io { action: "write the token cache", path, .. }) => {
             assert!(path.starts_with(dir.path().join("t/under-a-file")));
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_file_that_is_shortened_while_it_is_trained_on_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = [write(dir.path(), "t", [b'x'; 1000])];
+    let corpus = open(&spec(&file, &Tokenizer::Bytes, dir.path())).unwrap();
+    write(dir.path(), "t", [b'x'; 10]);
+    match corpus.train.read(100, &mut [0; 20]) {
+        Err(error @ DataError::Io { action: "read", .. }) => {
+            let cause = std::error::Error::source(&error).unwrap().to_string();
+            assert!(cause.contains("became shorter"), "{cause}");
         }
         other => panic!("{other:?}"),
     }

@@ -1,47 +1,27 @@
 //! `fuzz [--target NAME] [--seed S] [--from I] [--count N] [--seconds S]`: gives random and changed inputs to every parser;
 //! see `moebius_tests::fuzz`. The numbers of a failure, which are printed, repeat it; so does the last progress line after
 //! a crash that no panic handler sees.
-#![allow(unsafe_code, clippy::print_stdout, clippy::print_stderr)]
+#![allow(clippy::print_stdout, clippy::print_stderr)]
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use moebius_tests::fuzz::{self, Meter};
-
-/// Counts the bytes that are allocated.
-struct Counting;
-
-static LIVE: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
-static BASE: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: every call goes to the system's allocator as it came; the default `realloc` is made of these two.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        let live = LIVE.fetch_add(layout.size(), Relaxed) + layout.size();
-        PEAK.fetch_max(live, Relaxed);
-        // SAFETY: the caller's promises are those that the system's allocator wants.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        LIVE.fetch_sub(layout.size(), Relaxed);
-        // SAFETY: as above.
-        unsafe { System.dealloc(at, layout) }
-    }
-}
+use peak_alloc::PeakAlloc;
 
 #[global_allocator]
-static COUNTING: Counting = Counting;
+static MEMORY: PeakAlloc = PeakAlloc;
+
+/// What is allocated when an input's turn begins.
+static BASE: AtomicUsize = AtomicUsize::new(0);
 
 const METER: Meter = Meter {
     reset: || {
-        BASE.store(LIVE.load(Relaxed), Relaxed);
-        PEAK.store(LIVE.load(Relaxed), Relaxed);
+        BASE.store(MEMORY.current_usage(), Relaxed);
+        MEMORY.reset_peak_usage();
     },
-    peak: || PEAK.load(Relaxed).saturating_sub(BASE.load(Relaxed)),
+    peak: || MEMORY.peak_usage().saturating_sub(BASE.load(Relaxed)),
 };
 
 /// The input at work, for the watchdog.

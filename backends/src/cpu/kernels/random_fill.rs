@@ -22,7 +22,7 @@ pub enum Distribution {
 }
 
 /// Fills `out` with the elements 0..len of the sequence of (`key`, `stream`), each rounded once to `T`.
-pub fn random<T: Element>(distribution: Distribution, key: [u32; 2], stream: u64, out: &mut [T]) {
+pub fn random<T: Element>(distribution: Distribution, key: [u32; 2], stream: u32, out: &mut [T]) {
     let len = out.len();
     let out = Shared::new(out);
     tasks(len.div_ceil(TILE), len.saturating_mul(WORK), |task| {
@@ -48,7 +48,7 @@ pub fn random<T: Element>(distribution: Distribution, key: [u32; 2], stream: u64
 }
 
 /// Fills `out` with the raw words 0..len of the sequence of (`key`, `stream`).
-pub fn random_bits(key: [u32; 2], stream: u64, out: &mut [u32]) {
+pub fn random_bits(key: [u32; 2], stream: u32, out: &mut [u32]) {
     let len = out.len();
     let out = Shared::new(out);
     tasks(len.div_ceil(TILE), len.saturating_mul(WORK), |task| {

@@ -112,7 +112,7 @@ pub(super) fn lower_concat(graph: &Graph, node: &Node, op: &Concat) -> Lowered {
 
 pub(super) fn lower_random(graph: &Graph, node: &Node, op: &Random) -> Lowered {
     let elements = graph.ty(node.results[0]).elements();
-    let stream = u64::from(op.stream);
+    let stream = op.stream;
     let key = |a: &Args<'_>| {
         let key = a.operand::<u32>(0, 2);
         [key[0], key[1]]

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::cli::{BenchArgs, BenchKind};
 use crate::failure::Failure;
-use crate::text;
+use crate::text::{self, note};
 
 /// Steps that warm caches and branch predictors up and are not counted.
 const WARM_UP: usize = 3;
@@ -141,7 +141,7 @@ fn decode(args: &BenchArgs, config: &Config, engine: &Engine) -> Result<Value, F
 fn print_profile(times: &[StepTime]) {
     for t in times {
         let pass = if t.backward { "backward" } else { "forward" };
-        eprintln!("{:>9.3} ms  {:>4} x {} ({pass})", t.seconds * 1e3, t.count, t.op);
+        note!("{:>9.3} ms  {:>4} x {} ({pass})", t.seconds * 1e3, t.count, t.op);
     }
 }
 

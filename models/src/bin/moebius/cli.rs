@@ -9,7 +9,6 @@ use clap::{ArgGroup, Args, Parser, Subcommand};
 #[command(
     name = "moebius",
     version,
-    about,
     max_term_width = 110,
     after_help = "\
 Examples:
@@ -18,7 +17,7 @@ Examples:
   moebius generate --model runs/book --prompt \"Once\" --tokens 200
   moebius inspect --preset 350m-pr-moe-32-64        parameters, FLOPs and memory of a model of the paper
 
-Exit codes: 0 done, 1 failed, 2 wrong use."
+Exit codes: 0 done, 1 failed, 2 wrong use, 130 stopped by Ctrl-C with a checkpoint."
 )]
 pub(crate) struct Cli {
     #[command(subcommand)]
@@ -59,10 +58,10 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) tokenizer: Option<PathBuf>,
     /// Training steps [default: the preset's]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub(crate) steps: Option<u64>,
     /// Seed of start values and batches [default: the preset's]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub(crate) seed: Option<u64>,
     /// Device to compute on: auto or cpu
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
@@ -93,7 +92,7 @@ pub(crate) struct EvalArgs {
     #[arg(long, value_name = "FILE", required = true)]
     pub(crate) data: Vec<PathBuf>,
     /// Sequences per forward pass
-    #[arg(long, value_name = "N", default_value_t = 8)]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, default_value_t = 8)]
     pub(crate) batch: usize,
     /// Device to compute on: auto or cpu
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
@@ -112,19 +111,19 @@ pub(crate) struct GenerateArgs {
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub(crate) prompt: String,
     /// How many tokens to add
-    #[arg(long, value_name = "N", default_value_t = 200)]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, default_value_t = 200)]
     pub(crate) tokens: usize,
     /// Randomness: 0 takes the most likely token each time
-    #[arg(long, value_name = "T", default_value_t = 0.8)]
+    #[arg(long, value_name = "T", allow_negative_numbers = true, default_value_t = 0.8)]
     pub(crate) temperature: f32,
     /// Choose among the K most likely tokens only; 0 means all
-    #[arg(long, value_name = "K", default_value_t = 0)]
+    #[arg(long, value_name = "K", allow_negative_numbers = true, default_value_t = 0)]
     pub(crate) top_k: usize,
     /// Choose among the likeliest tokens that make up this probability; 1 means all
-    #[arg(long, value_name = "P", default_value_t = 0.95)]
+    #[arg(long, value_name = "P", allow_negative_numbers = true, default_value_t = 0.95)]
     pub(crate) top_p: f32,
     /// Seed of the choices: the same seed gives the same text
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, default_value_t = 0)]
     pub(crate) seed: u64,
     /// Device to compute on: auto or cpu
     #[arg(long, value_name = "DEVICE", default_value = "auto")]

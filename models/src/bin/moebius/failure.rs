@@ -9,6 +9,11 @@ use moebius_models::report::ReportError;
 use moebius_models::tokenizer::TokenizerError;
 use moebius_models::training::TrainingError;
 
+use crate::text::note;
+
+/// Exit code of a program that was ended by Ctrl-C, as shells know it.
+pub(crate) const INTERRUPTED: u8 = 130;
+
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Failure {
@@ -36,16 +41,19 @@ pub(crate) enum Failure {
     Io { operation: &'static str, path: PathBuf, source: std::io::Error },
     #[error("{}: no model here: wanted a run's folder or one of its checkpoints, found {found}", path.display())]
     NoModel { path: PathBuf, found: String },
-    /// Said already; only the exit code is left.
-    #[error("")]
-    Silent,
+    /// A run that ended before its time; `hint` says what is left of it.
+    #[error("{}\n{hint}", with_causes(error))]
+    Broken { error: TrainingError, hint: String },
+    /// Training was asked to stop and did; everything is said and saved.
+    #[error("stopped")]
+    Stopped,
 }
 
 impl Failure {
     /// Prints the failure and gives its exit code.
     pub(crate) fn report(&self) -> ExitCode {
         match self {
-            Failure::Silent => {}
+            Failure::Stopped => {}
             Failure::Config(_)
             | Failure::Usage(_)
             | Failure::Training(_)
@@ -56,9 +64,14 @@ impl Failure {
             | Failure::Tokenizer(_)
             | Failure::Report(_)
             | Failure::Io { .. }
-            | Failure::NoModel { .. } => eprintln!("moebius: {}", with_causes(self)),
+            | Failure::NoModel { .. }
+            | Failure::Broken { .. } => note!("moebius: {}", with_causes(self)),
         }
-        ExitCode::from(if self.is_wrong_use() { 2 } else { 1 })
+        ExitCode::from(match self {
+            Failure::Stopped => INTERRUPTED,
+            wrong if wrong.is_wrong_use() => 2,
+            _failed => 1,
+        })
     }
 
     fn is_wrong_use(&self) -> bool {
@@ -73,7 +86,8 @@ impl Failure {
             | Failure::Report(_)
             | Failure::Io { .. }
             | Failure::NoModel { .. }
-            | Failure::Silent => false,
+            | Failure::Broken { .. }
+            | Failure::Stopped => false,
         }
     }
 }
@@ -99,5 +113,9 @@ pub(crate) fn report_panic(info: &std::panic::PanicHookInfo<'_>) {
         std::process::exit(0);
     }
     let place = info.location().map(|l| format!(" at {}:{}", l.file(), l.line())).unwrap_or_default();
-    eprintln!("moebius: a bug in moebius{place}: {text}\nPlease report it with the command you ran.");
+    if let Some(why) = text.strip_prefix("failed printing to stdout: ") {
+        note!("moebius: cannot write to standard output: {why}");
+        std::process::exit(1);
+    }
+    note!("moebius: a bug in moebius{place}: {text}\nPlease report it with the command you ran.");
 }

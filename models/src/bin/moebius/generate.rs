@@ -40,16 +40,22 @@ pub(crate) fn stream(
         return Err(Failure::Usage("--prompt: wanted at least one token of text, found none".into()));
     }
     let known = tokenizer.vocab_size();
-    write!(stdout, "{prompt}").map_err(io)?;
-    stdout.flush().map_err(io)?;
+    // False when the reader has seen enough and closed the pipe.
+    let mut put = |text: &str| match write!(stdout, "{text}").and_then(|()| stdout.flush()) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(io(error)),
+    };
+    if !put(prompt)? {
+        return Ok(());
+    }
     let mut decoder = tokenizer.stream();
     let mut logits = generator.take(session, &ids)?;
     for index in 0..tokens {
         // A vocabulary padded beyond the tokenizer's has ids that stand for no text.
         let id = sampling.choose(&logits[..known.min(logits.len())], index as u64);
         let text = decoder.push(id as u32)?;
-        // A reader that has seen enough may close the pipe.
-        if write!(stdout, "{text}").and_then(|()| stdout.flush()).is_err() {
+        if !put(&text)? {
             return Ok(());
         }
         if index + 1 < tokens {
@@ -57,5 +63,5 @@ pub(crate) fn stream(
         }
     }
     let rest = decoder.finish()?;
-    writeln!(stdout, "{rest}").map_err(io)
+    put(&format!("{rest}\n")).map(drop)
 }

@@ -9,6 +9,7 @@ use moebius_models::tokenizer::Tokenizer;
 use moebius_models::training::{self, TOKENIZER_FILE};
 
 use crate::failure::Failure;
+use crate::text::note;
 
 /// A trained model on a device.
 pub(crate) struct Model {
@@ -40,7 +41,7 @@ pub(crate) fn find(path: &Path) -> Result<Found, Failure> {
     }
     let mut intact = Checkpoints::open(path)?.latest_intact()?;
     for (step, why) in &intact.damaged {
-        eprintln!("moebius: warning: checkpoint step-{step} cannot be used: {why}");
+        note!("moebius: warning: checkpoint step-{step} cannot be used: {why}");
     }
     match intact.checkpoint {
         Some(checkpoint) => Ok(Found { checkpoint, folder: path.into() }),

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 use moebius_models::metrics::{EvalRecord, TrainRecord};
 
-use crate::text;
+use crate::text::{self, note};
 
 /// Seconds between plain lines.
 const QUIET: Duration = Duration::from_secs(10);
@@ -23,12 +23,27 @@ pub(crate) struct Progress {
     validation: Option<f64>,
 }
 
+/// Columns of a line with all figures and no bar.
+const FIGURES: usize = 72;
+
+/// The line for a terminal of so many columns: a bar where there is room beside the figures.
+fn template(columns: usize) -> String {
+    match columns.saturating_sub(FIGURES).min(28) {
+        0..6 => "{pos}/{len}  {wide_msg}".into(),
+        width => format!("{{bar:{width}.cyan/dim}} {{pos}}/{{len}}  {{wide_msg}}"),
+    }
+}
+
+fn console_width() -> usize {
+    usize::from(console::Term::stderr().size().1)
+}
+
 impl Progress {
     /// Of a run of `total` steps of which `done` are done.
     pub(crate) fn new(total: u64, done: u64) -> Progress {
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::new(total).with_position(done);
-            let style = ProgressStyle::with_template("{bar:28.cyan/dim} step {pos}/{len}  {msg}");
+            let style = ProgressStyle::with_template(&template(console_width()));
             bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("━━╌"));
             bar
         });
@@ -52,11 +67,11 @@ impl Progress {
         let left = self.begun.elapsed().mul_f64((self.total - record.step) as f64 / done as f64);
         let loss = self.loss.unwrap_or(record.lm_loss);
         let speed = text::count(self.speed.unwrap_or(record.tokens_per_s));
-        let mut line = format!("loss {loss:.3}");
+        // The most wanted first: a narrow terminal cuts the end off.
+        let mut line = format!("loss {loss:.3}  {} left  {speed} tokens/s", text::duration(left));
         if let Some(validation) = self.validation {
             line += &format!("  val {validation:.3}");
         }
-        line += &format!("  {speed} tokens/s  {} left", text::duration(left));
         match &self.bar {
             Some(bar) => {
                 bar.set_message(line);
@@ -66,7 +81,7 @@ impl Progress {
                 let last = record.step == self.total;
                 if last || self.printed.is_none_or(|at| at.elapsed() >= QUIET) {
                     self.printed = Some(Instant::now());
-                    eprintln!("step {}/{}  {line}", record.step, self.total);
+                    note!("step {}/{}  {line}", record.step, self.total);
                 }
             }
         }
@@ -84,8 +99,8 @@ impl Progress {
     /// A line of its own, above the bar.
     pub(crate) fn say(&self, line: &str) {
         match &self.bar {
-            Some(bar) => bar.suspend(|| eprintln!("{line}")),
-            None => eprintln!("{line}"),
+            Some(bar) => bar.suspend(|| note!("{line}")),
+            None => note!("{line}"),
         }
     }
 
@@ -93,5 +108,18 @@ impl Progress {
         if let Some(bar) = &self.bar {
             bar.finish();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bar_is_drawn_where_there_is_room() {
+        assert_eq!(template(40), "{pos}/{len}  {wide_msg}");
+        assert_eq!(template(77), "{pos}/{len}  {wide_msg}");
+        assert!(template(80).starts_with("{bar:8."));
+        assert!(template(200).starts_with("{bar:28."));
     }
 }

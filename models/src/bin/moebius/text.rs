@@ -2,6 +2,16 @@
 
 use std::time::Duration;
 
+/// Prints a line for people on standard error. Unlike `eprintln`, it goes on when nobody listens any more: a terminal that
+/// was closed must not end a run.
+macro_rules! note {
+    ($($part:tt)*) => {{
+        use std::io::Write as _;
+        let _closed = writeln!(std::io::stderr(), $($part)*);
+    }};
+}
+pub(crate) use note;
+
 /// `4.12 B`, `356 M`, `12.5 k`.
 pub(crate) fn count(n: f64) -> String {
     for (limit, unit) in [(1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")] {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use moebius::Engine;
+use moebius::checkpoint::Checkpoints;
 use moebius_models::config::Config;
 use moebius_models::data::{Corpus, CorpusSpec, Source, Validation, default_cache_dir};
 use moebius_models::generate::{Generator, Sampling};
@@ -15,9 +16,9 @@ use moebius_models::training::{
 };
 
 use crate::cli::TrainArgs;
-use crate::failure::Failure;
+use crate::failure::{Failure, INTERRUPTED};
 use crate::progress::Progress;
-use crate::text;
+use crate::text::{self, note};
 
 /// Trained when neither a preset nor a file is named.
 const QUICK_START: &str = "tiny-pr-moe";
@@ -36,19 +37,20 @@ pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
 
     let stop = Arc::new(AtomicBool::new(false));
     let asked = Arc::clone(&stop);
-    // The first Ctrl-C ends the run after the step; a second one ends the program at once.
+    // The first Ctrl-C (or SIGTERM, or a terminal that is closed) ends the run after the step; a second one ends the
+    // program at once.
     let handler = ctrlc::set_handler(move || {
         if asked.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
+            std::process::exit(INTERRUPTED.into());
         }
-        eprintln!("\nstopping after this step (press Ctrl-C again to stop at once) ...");
+        note!("\nstopping after this step (press Ctrl-C again to stop at once) ...");
     });
     if let Err(error) = handler {
-        eprintln!("moebius: warning: Ctrl-C will not save a checkpoint: {error}");
+        note!("moebius: warning: Ctrl-C will not save a checkpoint: {error}");
     }
 
     let parameters = config.parameters();
-    eprintln!(
+    note!(
         "{}: {} parameters, {} active per token, on {} ({})",
         config.model.name,
         text::count(parameters.total as f64),
@@ -62,9 +64,9 @@ pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
         Event::Resumed(step) => early.push(format!("resuming after step {step}")),
         Event::Step { .. } | Event::Evaluated(_) | Event::Saved(_) => {}
     })?;
-    early.iter().for_each(|line| eprintln!("{line}"));
+    early.iter().for_each(|line| note!("{line}"));
     let (arena, state) = run.memory();
-    eprintln!(
+    note!(
         "memory: {} of parameters and optimizer, {} of activations; writing to {}",
         text::bytes(state as f64),
         text::bytes(arena as f64),
@@ -84,30 +86,36 @@ pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
     let reported = write_report(&run, &engine, &out, args);
     let ending = match ending {
         Ok(ending) => ending,
-        Err(error) => {
-            if let TrainingError::Engine(moebius::Error::NonFinite { .. }) = error {
-                eprintln!("moebius: {error}");
-                eprintln!(
-                    "The parameters were not changed by this step; the last good checkpoint is in {}.",
-                    out.display()
-                );
-                return Err(Failure::Silent);
-            }
-            return Err(error.into());
-        }
+        Err(error) => return Err(broken(error, &run, &out)),
     };
     reported?;
     match ending {
         Ending::Stopped => {
-            eprintln!(
+            note!(
                 "stopped after step {}; go on with:\n  moebius train --resume --out {}",
                 run.steps_done(),
                 shown(&out)
             );
-            Err(Failure::Silent)
+            Err(Failure::Stopped)
         }
         Ending::Done => finish(&mut run, &tokenizer, &out),
     }
+}
+
+/// An error in the middle of a run, with what is left of the run.
+fn broken(error: TrainingError, run: &Run, out: &Path) -> Failure {
+    let mut hint = String::new();
+    if matches!(error, TrainingError::Engine(moebius::Error::NonFinite { .. })) {
+        hint += &format!("The parameters were not changed by step {}. ", run.steps_done() + 1);
+    }
+    hint += &match Checkpoints::open(out).and_then(|checkpoints| checkpoints.latest()) {
+        Ok(Some(step)) => format!(
+            "The last good checkpoint is of step {step}; to go on from it:\n  moebius train --resume --out {}",
+            shown(out)
+        ),
+        Ok(None) | Err(_) => "No checkpoint was written before (see --checkpoint-every).".into(),
+    };
+    Failure::Broken { error, hint }
 }
 
 /// The folder of the run: the one named, or `runs/NAME` with the first number that is free.
@@ -207,7 +215,7 @@ fn corpus(args: &TrainArgs, config: &Config, tokenizer: &Tokenizer) -> Result<Co
         let tenth = done * 10 / all.max(1);
         if told != Some(tenth) {
             told = Some(tenth);
-            eprintln!("tokenising {name}: {} %", tenth * 10);
+            note!("tokenising {name}: {} %", tenth * 10);
         }
     })?)
 }

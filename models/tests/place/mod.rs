@@ -1,0 +1,125 @@
+//! What the tests of the program share: a place to run it in, and ways to look at what it left there.
+// Each suite uses a part.
+#![allow(dead_code, missing_docs, unreachable_pub)]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use tempfile::TempDir;
+
+/// A model that trains in a second.
+pub const SMALL: &str = r#"
+[model]
+name = "small"
+vocab = 256
+layers = 2
+width = 32
+heads = 2
+ffn = 64
+sequence = 32
+experts = [4]
+expert_interval = 2
+mlp = "residual"
+top_k = 1
+aux_coef = 0.01
+init_std = 0.02
+identical_experts = false
+
+[train]
+batch = 2
+steps = 24
+learning_rate = 1.0e-3
+min_learning_rate = 1.0e-4
+warmup_steps = 4
+seed = 7
+eval_every = 12
+eval_windows = 4
+checkpoint_every = 6
+keep_checkpoints = 3
+log_every = 1
+"#;
+
+/// A folder with a configuration, a text and what the program writes there.
+pub struct Place {
+    pub folder: TempDir,
+}
+
+impl Place {
+    pub fn new() -> Place {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("small.toml"), SMALL).unwrap();
+        let text: String =
+            (0..400).map(|i| format!("line {i}: the quick brown fox jumps over the lazy dog\n")).collect();
+        fs::write(folder.path().join("text.txt"), text).unwrap();
+        Place { folder }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_moebius"));
+        command.args(args).current_dir(self.folder.path()).stdin(Stdio::null());
+        command.env("XDG_CACHE_HOME", self.path("cache"));
+        command
+    }
+
+    pub fn run(&self, args: &[&str]) -> Output {
+        self.command(args).output().unwrap()
+    }
+
+    /// Runs `train` on the small model into `out` with further arguments.
+    pub fn train(&self, out: &str, more: &[&str]) -> Output {
+        let mut args = vec!["train", "--config", "small.toml", "--data", "text.txt", "--out", out];
+        args.extend(more);
+        self.run(&args)
+    }
+
+    /// Runs a command that must end with this exit code, and returns what it said on standard error.
+    pub fn fails(&self, code: i32, args: &[&str]) -> String {
+        let output = self.run(args);
+        let error = stderr(&output);
+        assert_eq!(output.status.code(), Some(code), "{args:?}: {error}");
+        assert!(!error.contains("panicked") && !error.contains("a bug in moebius"), "{args:?}: {error}");
+        error
+    }
+}
+
+pub fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+pub fn stdout(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+pub fn succeeds(output: Output) -> Output {
+    assert!(output.status.success(), "{}\n{}", stdout(&output), stderr(&output));
+    output
+}
+
+/// The bytes of weights and optimizer after a step.
+pub fn checkpoint(out: &Path, step: u64) -> (Vec<u8>, Vec<u8>) {
+    let folder = out.join(format!("checkpoints/step-{step}"));
+    let read = |name: &str| fs::read(folder.join(name)).unwrap_or_else(|e| panic!("{}/{name}: {e}", folder.display()));
+    (read("model.safetensors"), read("optimizer.safetensors"))
+}
+
+pub fn json(output: &Output) -> serde_json::Value {
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {}", stdout(output)))
+}
+
+/// The metrics without what depends on the clock.
+pub fn metrics(out: &Path) -> Vec<serde_json::Value> {
+    let text = fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+    let line = |l: &str| {
+        let mut value: serde_json::Value = serde_json::from_str(l).unwrap();
+        if let Some(map) = value.as_object_mut() {
+            map.remove("tokens_per_s");
+        }
+        value
+    };
+    text.lines().map(line).collect()
+}
