@@ -15,6 +15,7 @@
 //! - Same inputs, same bits: a run's results do not depend on timing or on the number of threads.
 
 mod error;
+mod mapped;
 
 pub mod cpu;
 
@@ -25,6 +26,7 @@ use std::sync::Arc;
 use moebius_ir::{Graph, NodeId, Plan, Site, TensorType};
 
 pub use error::{Error, Refusal, Result};
+pub use mapped::MappedFile;
 
 /// A kind of device that can run plans.
 pub trait Backend: Send + Sync {

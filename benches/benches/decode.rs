@@ -1,5 +1,5 @@
 //! Generation, one token at a time with a key/value cache: `cargo bench -p moebius-benches --bench decode`. Throughput is
-//! in bytes of active weights, to be held against the read bandwidth that `gemm` prints.
+//! in bytes of active weights, to be held against the read bandwidth that `kernels` prints.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use moebius::Engine;

@@ -1,7 +1,7 @@
 //! The MoE layer, forward and backward: cost grows with tokens, not with experts.
 //!
 //! `cargo bench -p moebius-benches --bench layer`. Throughput is in floating-point operations of the matrix products
-//! (top-1: 6 * 2 * tokens * width * ffn for forward and backward), to be held against the FMA peak that `gemm` prints.
+//! (top-1: 6 * 2 * tokens * width * ffn for forward and backward), to be held against the FMA peak that `kernels` prints.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use moebius_benches::ready_layer;

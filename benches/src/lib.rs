@@ -1,7 +1,10 @@
 //! What the benches share: graphs and ready sessions.
 
+pub mod peaks;
+
+use half::bf16;
 use moebius::ir::ops::{Balance, Order};
-use moebius::ir::{Graph, Result, TensorType, Value, gradients, philox};
+use moebius::ir::{DType, Graph, Result, TensorType, Value, gradients, philox};
 use moebius::{Engine, Optimizer, Program, Session, Trainer};
 use moebius_models::config::Config;
 use moebius_models::gpt;
@@ -14,6 +17,37 @@ pub fn ids(n: usize, limit: usize, seed: u32) -> Vec<i32> {
 /// Normal numbers times `scale`.
 pub fn normals(n: usize, seed: u32, scale: f32) -> Vec<f32> {
     (0..n as u64).map(|i| philox::normal([seed, 1], 0, i) * scale).collect()
+}
+
+/// Values of integer feeds, by name.
+pub type Ids = Vec<(&'static str, Vec<i32>)>;
+
+/// A session on the CPU with a graph of few nodes compiled and its feeds filled: integer ones with the values that `build`
+/// returns beside the results, all others with normal numbers.
+///
+/// # Errors
+/// Those of the ops and of the engine.
+pub fn ready_op(build: impl FnOnce(&mut Graph) -> Result<(Vec<Value>, Ids)>) -> moebius::Result<(Session, Program)> {
+    let mut graph = Graph::new();
+    let (results, ids) = build(&mut graph)?;
+    for (i, &result) in results.iter().enumerate() {
+        graph.output(format!("result {i}"), result)?;
+    }
+    let mut session = Engine::cpu(None)?.session();
+    let mut program = session.compile(&graph)?;
+    for (i, (name, value)) in graph.inputs().iter().enumerate() {
+        let ty = graph.ty(*value);
+        let numbers = || normals(ty.elements(), i as u32, 0.5);
+        match ty.dtype {
+            DType::F32 => program.feed(name, &numbers())?,
+            DType::Bf16 => program.feed(name, &numbers().into_iter().map(bf16::from_f32).collect::<Vec<_>>())?,
+            DType::F16 | DType::I32 | DType::U32 | DType::Bool => {}
+        }
+    }
+    for (name, values) in &ids {
+        program.feed(name, values)?;
+    }
+    Ok((session, program))
 }
 
 /// One top-1, dropless MoE layer with GELU and biases: forward, and the gradients of everything.
@@ -41,7 +75,7 @@ pub fn moe_layer(tokens: usize, width: usize, ffn: usize, experts: usize) -> Res
     let down_bias = parameter(g, "down.bias", &[experts, width])?;
 
     let logits = g.matmul_with(x, router, None, false, true)?;
-    let [gate, expert_index, balance, _, _] = g.route(logits, 1, Balance::AllChoices)?;
+    let [gate, expert_index, balance, ..] = g.route(logits, 1, Balance::AllChoices)?;
     let [slot_choice, choice_slot, offsets, _] = g.assign(expert_index, None, experts, None, Order::TokenMajor)?;
     let rows = g.dispatch(x, slot_choice, choice_slot, None)?;
     let h = g.expert_matmul(rows, up, offsets, Some(up_bias), false)?;

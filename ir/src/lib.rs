@@ -15,6 +15,7 @@ pub mod passes;
 pub mod philox;
 mod plan;
 pub mod reference;
+mod router;
 mod tensor;
 mod text;
 mod types;

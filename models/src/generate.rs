@@ -6,6 +6,17 @@ use moebius::{Program, Session};
 use crate::config::ModelConfig;
 use crate::gpt;
 
+/// Why a model does not generate.
+#[derive(Debug, thiserror::Error)]
+pub enum GenerateError {
+    /// There is no decoding graph.
+    #[error(transparent)]
+    Decoding(#[from] gpt::DecodingError),
+    /// The device.
+    #[error(transparent)]
+    Engine(#[from] moebius::Error),
+}
+
 /// Tokens of a prompt that are taken in one run; the rest is taken one by one.
 const CHUNK: usize = 32;
 
@@ -80,8 +91,8 @@ impl Generator {
     /// Compiles the decoding step; the session must hold the model's parameters.
     ///
     /// # Errors
-    /// As [`Session::compile`].
-    pub fn new(session: &mut Session, config: &ModelConfig) -> moebius::Result<Generator> {
+    /// [`gpt::DecodingError::FutureTokens`] for a router in which experts choose tokens; else as [`Session::compile`].
+    pub fn new(session: &mut Session, config: &ModelConfig) -> Result<Generator, GenerateError> {
         let decode = session.compile(&gpt::decoding(config, 1)?)?;
         Ok(Generator {
             sequence: config.sequence,
@@ -109,7 +120,7 @@ impl Generator {
     ///
     /// # Errors
     /// As [`Session::run`]; a token beyond the vocabulary is rejected.
-    pub fn take(&mut self, session: &mut Session, tokens: &[i32]) -> moebius::Result<&[f32]> {
+    pub fn take(&mut self, session: &mut Session, tokens: &[i32]) -> Result<&[f32], GenerateError> {
         let mut rest = tokens;
         while !rest.is_empty() {
             if self.text.len() == self.sequence {
@@ -126,7 +137,7 @@ impl Generator {
     }
 
     /// Runs tokens that fit the sequence: whole chunks, then one by one.
-    fn run_all(&mut self, session: &mut Session, tokens: &[i32]) -> moebius::Result<()> {
+    fn run_all(&mut self, session: &mut Session, tokens: &[i32]) -> Result<(), GenerateError> {
         if tokens.len() >= self.chunk && self.prefill.is_none() {
             self.prefill = Some(session.compile(&gpt::decoding(&self.config, self.chunk)?)?);
         }

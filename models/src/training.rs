@@ -142,6 +142,7 @@ pub struct Run {
     checkpoints: Checkpoints,
     metrics: MetricsWriter,
     moe_layers: Vec<usize>,
+    is_noisy: bool,
     tokens: Vec<i32>,
     targets: Vec<i32>,
     best: Option<f64>,
@@ -149,10 +150,19 @@ pub struct Run {
     training_time: Duration,
 }
 
-/// The description of every parameter, as checkpoints hold it.
+/// The description of every tensor of the model, as checkpoints hold it: parameters and what is not trained by a gradient.
 pub fn parameter_infos(config: &Config) -> Vec<TensorInfo> {
     let info = |p: gpt::Parameter| TensorInfo::new(p.name, Dtype::F32, p.shape.to_vec());
-    gpt::Parameter::list(&config.model).into_iter().map(info).collect()
+    let untrained = gpt::Parameter::untrained(&config.model);
+    gpt::Parameter::list(&config.model).into_iter().chain(untrained).map(info).collect()
+}
+
+/// The key of a step's noise: of the seed and the step alone, so that a resumed run draws the same numbers, and another one
+/// than that of start values and batches.
+fn noise_key(seed: u64, step: u64) -> [u32; 2] {
+    let key = [seed as u32, (seed >> 32) as u32];
+    let word = |index: u64| moebius::ir::philox::bits(key, u32::MAX, index);
+    [word(2 * step), word(2 * step + 1)]
 }
 
 impl Run {
@@ -214,6 +224,7 @@ impl Run {
             checkpoints,
             metrics,
             moe_layers,
+            is_noisy: gpt::is_noisy(&config.model),
             tokens: vec![0; ids],
             targets: vec![0; ids],
             best: None,
@@ -246,7 +257,7 @@ impl Run {
             let (wanted, found) = (self.tokenizer_name.clone(), state.tokenizer);
             return Err(TrainingError::OtherTokenizer { path, wanted, found });
         }
-        let model = self.infos(self.trainer.parameters());
+        let model = parameter_infos(&self.config);
         let optimizer = self.infos(&self.trainer.moments());
         checkpoint.model.expect(&model)?;
         checkpoint.optimizer.expect(&optimizer)?;
@@ -340,6 +351,9 @@ impl Run {
         let program = self.trainer.program();
         program.feed("tokens", &self.tokens)?;
         program.feed("targets", &self.targets)?;
+        if self.is_noisy {
+            program.feed(gpt::NOISE_KEY, &noise_key(self.config.train.seed, step))?;
+        }
         let report = self.trainer.step(&mut self.session, learning_rate as f32)?;
         let program = self.trainer.program();
         let mut record = TrainRecord {
@@ -417,7 +431,7 @@ impl Run {
                 best_validation_loss: self.best,
                 extra: [("training_seconds".to_owned(), self.training_time.as_secs_f64().into())].into(),
             },
-            model: tensors(self.infos(self.trainer.parameters())),
+            model: tensors(parameter_infos(&self.config)),
             optimizer: tensors(self.infos(&self.trainer.moments())),
         };
         let path = self.checkpoints.save(snapshot)?;

@@ -104,7 +104,7 @@ pub fn moe(s: &mut Sketch, prefix: &str, x: Value, layer: Moe) -> Result<MoeResu
     let g = &mut s.graph;
     let wide = g.cast(x, DType::F32)?;
     let logits = g.matmul(wide, router)?;
-    let [gate, index, load_balancing_loss, z_loss, _] = g.route(logits, k, Balance::AllChoices)?;
+    let [gate, index, load_balancing_loss, z_loss, ..] = g.route(logits, k, Balance::AllChoices)?;
     let gate = if layer.renormalise {
         let n = g.shape(gate)[0];
         let sum = g.reduce(ReduceFn::Sum, gate, &[1])?;

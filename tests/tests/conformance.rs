@@ -112,7 +112,7 @@ macro_rules! groups {
     };
 }
 
-groups! { elementwise, movement, norms, dense, sparse, optimizer }
+groups! { elementwise, movement, norms, dense, router, sparse, optimizer }
 
 #[test]
 fn every_group_and_every_op_is_tested() {

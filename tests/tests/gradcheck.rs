@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use moebius_ir::ops::{AttentionGrad, Balance, BinaryFn, Order};
+use moebius_ir::ops::{AttentionGrad, Balance, BinaryFn, Order, Router};
 use moebius_ir::reference::{Precision, run};
 use moebius_ir::{DType, Error, Graph, Op, Site, TensorType, Value, gradients};
 use moebius_tests::layers::{self, Moe};
@@ -70,7 +70,7 @@ macro_rules! groups {
     ($($group:ident),*) => { $(#[test] fn $group() { group(stringify!($group)); })* };
 }
 
-groups! { elementwise, movement, norms, dense, sparse, optimizer }
+groups! { elementwise, movement, norms, dense, router, sparse, optimizer }
 
 /// A check that accepted any gradient would accept this one.
 #[test]
@@ -233,7 +233,7 @@ fn refusing() -> Vec<(&'static str, Refusing)> {
         ("route_grad", |s| {
             let (x, d, zero) = (s.float([2, 3], |x| x)?, s.float([2, 1], |x| x)?, s.float([], |x| x)?);
             let index = s.ints([2, 1], &[0, 2])?;
-            Ok((s.graph.route_grad(x, index, d, zero, zero, 1, Balance::FirstChoice)?, x))
+            Ok((s.graph.route_grad(x, index, d, zero, zero, &Router::softmax(1, Balance::FirstChoice))?, x))
         }),
         ("segment_sum", |s| {
             let offsets = slots(s)?;

@@ -261,6 +261,9 @@ impl CpuInstance {
 /// Threads beyond this number sleep between the launches of a run.
 const MOST_AWAKE: usize = 64;
 
+/// Looks for work between two offers of the core to other programs; about 0.2 ms.
+const SPINS: u32 = 8192;
+
 /// Which threads stay awake already.
 type Awake = [AtomicBool; MOST_AWAKE];
 
@@ -281,8 +284,9 @@ fn stay_awake<R: Send>(others: usize, done: &AtomicBool, awake: &Awake, work: im
                 idle = 0;
             } else {
                 idle += 1;
-                // Other programs may want this core too.
-                if idle.is_multiple_of(256) { std::thread::yield_now() } else { std::hint::spin_loop() }
+                // Other programs may want this core too; but one that is given it keeps it for milliseconds, so it is given
+                // only when this thread has waited longer than the steps take that run on one thread.
+                if idle.is_multiple_of(SPINS) { std::thread::yield_now() } else { std::hint::spin_loop() }
             }
         }
     };

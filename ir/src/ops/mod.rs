@@ -138,8 +138,10 @@ pub use elementwise::{ElementFn, Instr};
 pub use input::Role;
 pub use random::Distribution;
 pub use reduce::ReduceFn;
-pub use route::Balance;
+pub use route::RouteOperands;
 pub use unary::UnaryFn;
+
+pub use crate::router::{Balance, GroupScore, Groups, NoiseUse, RouteInputs, Router, Score};
 
 impl Op {
     /// The input this op is, if it is one.

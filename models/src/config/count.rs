@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::{ComputeDtype, Config, Mlp, Norm};
+use super::{ComputeDtype, Config, Norm, Side};
 
 /// Parameters of one layer. H width, K width of all key heads, F inner width, E experts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -15,13 +15,13 @@ pub struct LayerCount {
     pub norms: u64,
     /// Query and output 2 (H^2 + H), key and value 2 (H K + K).
     pub attention: u64,
-    /// Router: E H, no bias.
+    /// Router: E H, and E if it has a bias. A selection bias is no parameter.
     pub router: u64,
     /// One expert: 2 H F + F + H. 0 in a dense layer.
     pub expert: u64,
-    /// The dense network, 2 H F + F + H, of a dense layer or of a residual one; 0 in a standard MoE layer.
+    /// The dense network, 2 H F + F + H, of a dense layer or beside the experts (with the F of `shared_ffn`); else 0.
     pub dense: u64,
-    /// The two coefficients of a residual layer: 2 H + 2.
+    /// The coefficients of the network beside the experts: 2 H + 2 for a softmax, H for a sigmoid, else 0.
     pub coefficient: u64,
     /// All parameters of the layer.
     pub total: u64,
@@ -79,7 +79,10 @@ struct Sizes {
     k: u128,
     f: u128,
     norm: u128,
-    residual: bool,
+    router_bias: bool,
+    side: Side,
+    /// Inner width of the network beside the experts.
+    s: u128,
 }
 
 impl Config {
@@ -91,7 +94,9 @@ impl Config {
             Norm::Rms => h,
         };
         let k = h / (m.heads as u128).max(1) * m.kv_heads() as u128;
-        Sizes { h, k, f: m.ffn() as u128, norm, residual: m.mlp == Mlp::Residual }
+        let routing = m.routing();
+        let (side, router_bias) = (routing.side, routing.bias);
+        Sizes { h, k, f: m.ffn() as u128, norm, router_bias, side, s: m.shared_ffn() as u128 }
     }
 
     fn embeddings(&self) -> [u128; 4] {
@@ -111,7 +116,7 @@ impl Config {
     pub fn parameters(&self) -> ParameterCount {
         let s = self.sizes();
         let experts = self.model.experts_per_layer();
-        let layer = |(i, &e): (usize, &usize)| s.layer(i + 1, e, self.model.top_k).finish();
+        let layer = |(i, &e): (usize, &usize)| s.layer(i + 1, e, self.model.experts_per_token(e)).finish();
         let per_layer: Vec<LayerCount> = experts.iter().enumerate().map(layer).collect();
         let [token_embedding, position_embedding, final_norm, output] = self.embeddings().map(narrow);
         let shared = token_embedding + position_embedding + final_norm + output;
@@ -133,11 +138,16 @@ impl Config {
         for experts in m.experts_per_layer() {
             elements += 2 * s.h * (s.h + s.k);
             let network = 2 * s.h * s.f;
-            elements += match (experts, s.residual) {
-                (0, _) => network,
-                (e, residual) => {
-                    let routed = e as u128 * s.h + m.top_k as u128 * network;
-                    routed + if residual { network + 2 * s.h } else { 0 }
+            elements += match experts {
+                0 => network,
+                e => {
+                    let beside = match s.side {
+                        Side::None => 0,
+                        Side::Constant => 2 * s.h * s.s,
+                        Side::Sigmoid => 2 * s.h * s.s + s.h,
+                        Side::Softmax => 2 * s.h * s.s + 2 * s.h,
+                    };
+                    e as u128 * s.h + m.experts_per_token(e) as u128 * network + beside
                 }
             };
         }
@@ -172,7 +182,7 @@ struct WideLayer {
 
 impl Sizes {
     fn layer(&self, layer: usize, experts: usize, top_k: usize) -> WideLayer {
-        let network = 2 * self.h * self.f + self.f + self.h;
+        let network = |f: u128| 2 * self.h * f + f + self.h;
         let moe = experts != 0;
         WideLayer {
             layer,
@@ -180,10 +190,18 @@ impl Sizes {
             top_k,
             norms: 2 * self.norm,
             attention: 2 * (self.h * self.h + self.h) + 2 * (self.h * self.k + self.k),
-            router: experts as u128 * self.h,
-            expert: if moe { network } else { 0 },
-            dense: if !moe || self.residual { network } else { 0 },
-            coefficient: if moe && self.residual { 2 * self.h + 2 } else { 0 },
+            router: experts as u128 * (self.h + u128::from(self.router_bias)),
+            expert: if moe { network(self.f) } else { 0 },
+            dense: match (moe, self.side) {
+                (false, _) => network(self.f),
+                (true, Side::None) => 0,
+                (true, Side::Constant | Side::Sigmoid | Side::Softmax) => network(self.s),
+            },
+            coefficient: match (moe, self.side) {
+                (false, _) | (true, Side::None | Side::Constant) => 0,
+                (true, Side::Sigmoid) => self.h,
+                (true, Side::Softmax) => 2 * self.h + 2,
+            },
         }
     }
 }

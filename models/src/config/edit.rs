@@ -5,7 +5,7 @@ use toml::{Table, Value};
 use super::{Config, ConfigError, UnknownKey};
 
 /// Every key, and whether it can be absent.
-pub(super) const KEYS: [(&str, bool); 46] = [
+pub(super) const KEYS: [(&str, bool); 68] = [
     ("model.name", false),
     ("model.vocab", false),
     ("model.layers", false),
@@ -17,8 +17,7 @@ pub(super) const KEYS: [(&str, bool); 46] = [
     ("model.experts", false),
     ("model.expert_interval", false),
     ("model.mlp", false),
-    ("model.top_k", false),
-    ("model.router", true),
+    ("model.top_k", true),
     ("model.capacity_factor", true),
     ("model.eval_capacity_factor", true),
     ("model.min_capacity", false),
@@ -32,6 +31,29 @@ pub(super) const KEYS: [(&str, bool); 46] = [
     ("model.identical_experts", false),
     ("model.tied_embeddings", false),
     ("model.dtype", false),
+    ("model.router", true),
+    ("model.router.preset", true),
+    ("model.router.score", true),
+    ("model.router.normalise", true),
+    ("model.router.scale", true),
+    ("model.router.apply_to", true),
+    ("model.router.bias", true),
+    ("model.router.selection_bias", true),
+    ("model.router.bias_rate", true),
+    ("model.router.groups", true),
+    ("model.router.group_keep", true),
+    ("model.router.group_score", true),
+    ("model.router.jitter", true),
+    ("model.router.noise", true),
+    ("model.router.mixer_eps", true),
+    ("model.router.order", true),
+    ("model.router.capacity", true),
+    ("model.router.balance", true),
+    ("model.router.side", true),
+    ("model.router.shared_ffn", true),
+    ("model.router.hash_layers", true),
+    ("model.router.expert_choice", true),
+    ("model.router.allow_expert_choice_decoding", true),
     ("train.batch", false),
     ("train.steps", true),
     ("train.tokens", true),
@@ -95,8 +117,12 @@ pub(super) fn check_keys(table: &Table, origin: &str) -> Result<(), ConfigError>
     for (section, value) in table {
         match value.as_table() {
             Some(inner) if section == "model" || section == "train" => {
-                let full = inner.keys().map(|key| format!("{section}.{key}"));
-                keys.extend(full.filter(|k| KEYS.iter().all(|(known, _)| known != k)).map(|k| unknown(&k)));
+                let mut full: Vec<String> = inner.keys().map(|key| format!("{section}.{key}")).collect();
+                if let Some(router) = inner.get("router").and_then(Value::as_table) {
+                    full.extend(router.keys().map(|key| format!("{section}.router.{key}")));
+                }
+                let other = full.iter().filter(|k| KEYS.iter().all(|(known, _)| known != k));
+                keys.extend(other.map(|k| unknown(k)));
             }
             Some(_) => {
                 let nearest = nearest(section, ["model", "train"].into_iter());
@@ -115,6 +141,23 @@ fn parse(text: &str) -> Value {
     table.and_then(|mut t| t.remove("value")).unwrap_or_else(|| Value::String(text.to_string()))
 }
 
+/// The value under a key of several parts.
+fn at<'t>(table: &'t Table, key: &str) -> Option<&'t Value> {
+    match key.split_once('.') {
+        Some((part, rest)) => at(table.get(part)?.as_table()?, rest),
+        None => table.get(key),
+    }
+}
+
+/// The table under `part`, made if it is absent; a router that is the name of a preset becomes a table with it.
+fn inner<'t>(table: &'t mut Table, part: &str) -> Option<&'t mut Table> {
+    let value = table.entry(part).or_insert_with(|| Value::Table(Table::new()));
+    if let Value::String(preset) = value {
+        *value = Value::Table([("preset".to_string(), Value::String(std::mem::take(preset)))].into_iter().collect());
+    }
+    value.as_table_mut()
+}
+
 impl Config {
     /// The settings of the model in which `found` differs, as people read them: `model.width: wanted 64, found 32`.
     ///
@@ -127,13 +170,15 @@ impl Config {
         let (wanted, found) = (table(self)?, table(found)?);
         let shown = |value: Option<&Value>| value.map_or("none".into(), ToString::to_string);
         let keys = KEYS.iter().filter_map(|(key, _)| key.strip_prefix("model."));
-        let changed = keys.filter(|key| wanted.get(*key) != found.get(*key));
-        let lines = changed
-            .map(|key| format!("model.{key}: wanted {}, found {}", shown(wanted.get(key)), shown(found.get(key))));
+        let lines = keys.filter_map(|key| {
+            let (wanted, found) = (at(&wanted, key), at(&found, key));
+            (wanted != found).then(|| format!("model.{key}: wanted {}, found {}", shown(wanted), shown(found)))
+        });
         Ok(lines.collect::<Vec<_>>().join("; "))
     }
 
-    /// Changes one value: `train.steps=100`, `model.experts=[4,8]`, `model.router=top2`. `none` makes a value absent that
+    /// Changes one value: `train.steps=100`, `model.experts=[4,8]`, `model.router=mixtral`, `model.router.scale=2.5`.
+    /// `none` makes a value absent that
     /// may be (`model.capacity_factor=none` is dropless). Giving a length in one form (steps or tokens) takes away the
     /// other. Call `validate` after the last change.
     ///
@@ -145,12 +190,16 @@ impl Config {
         };
         let (key, text) = (key.trim(), text.trim());
         let known = KEYS.iter().find(|(known, _)| *known == key);
-        let Some((&(_, optional), (section, name))) = known.zip(key.split_once('.')) else {
+        let Some((&(_, optional), (section, name))) = known.zip(key.rsplit_once('.')) else {
             return Err(ConfigError::UnknownKeys { origin: assignment.to_string(), keys: vec![unknown(key)] });
         };
         let mut table = Table::try_from(&*self).map_err(|source| ConfigError::Write { source: Box::new(source) })?;
         let change = |table: &mut Table, section: &str, name: &str, value: Option<Value>| {
-            if let Some(section) = table.get_mut(section).and_then(Value::as_table_mut) {
+            let mut within = Some(table);
+            for part in section.split('.') {
+                within = within.and_then(|table| inner(table, part));
+            }
+            if let Some(section) = within {
                 match value {
                     Some(value) => drop(section.insert(name.to_string(), value)),
                     None => drop(section.remove(name)),

@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf};
 
-use super::Router;
+use super::Family;
 
 /// A key no configuration has.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,12 +68,37 @@ pub enum Violation {
     #[error("model.top_k: router {router:?} wants {wanted}, found {found}")]
     RouterTopK {
         /// The router.
-        router: Router,
+        router: Family,
         /// The only number it takes.
         wanted: usize,
         /// `top_k`.
         found: usize,
     },
+    /// Gates that are 1 whatever the router says.
+    #[error(
+        "model.top_k: wanted at least 2, as gates that are normalised (model.router.normalise) are always 1 with one \
+         choice and the router would learn nothing from the loss, found 1"
+    )]
+    ConstantGate,
+    /// Groups that do not fit the experts of a layer.
+    #[error(
+        "model.router.groups: wanted {wanted} for layer {layer} with {experts} experts, found {groups} (keep {keep})"
+    )]
+    Groups {
+        /// The first such layer, counted from 1.
+        layer: usize,
+        /// Its experts.
+        experts: usize,
+        /// The groups.
+        groups: usize,
+        /// Those a token may use.
+        keep: usize,
+        /// What would fit.
+        wanted: String,
+    },
+    /// Experts that choose tokens, without a number of tokens to choose.
+    #[error("model.capacity_factor: wanted the mean number of experts of a token, as experts choose, found none")]
+    ExpertChoiceCapacity,
     /// A length given in steps and in tokens.
     #[error("{steps} and {tokens}: wanted one of the two, found both")]
     BothForms {

@@ -6,7 +6,9 @@
 mod count;
 mod edit;
 mod error;
+mod families;
 mod presets;
+mod router;
 mod schedule;
 #[cfg(test)]
 mod tests;
@@ -19,6 +21,10 @@ use serde::{Deserialize, Serialize};
 pub use self::{
     count::{Bytes, Flops, LayerCount, ParameterCount},
     error::{ConfigError, UnknownKey, Violation},
+    families::Family,
+    router::{
+        ApplyTo, BalanceOf, CapacityRule, GroupScore, Noise, Normalise, Order, RouterTable, Routing, Score, Side,
+    },
     schedule::LearningRate,
 };
 
@@ -63,12 +69,9 @@ pub struct ModelConfig {
     /// The feed-forward part of MoE layers.
     #[serde(default)]
     pub mlp: Mlp,
-    /// Experts a token goes to.
-    #[serde(default = "default::one")]
-    pub top_k: usize,
-    /// How experts are chosen. Absent: `top1` for `top_k` 1, `top2` for 2, else `topk`, as DeepSpeed does.
+    /// Experts a token goes to. Absent: as many as in the router's preset, 1 without one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub router: Option<Router>,
+    pub top_k: Option<usize>,
     /// Slots of an expert in training, as a multiple of its share of the tokens. Absent: dropless.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub capacity_factor: Option<f64>,
@@ -78,7 +81,8 @@ pub struct ModelConfig {
     /// Least slots of an expert when there is a capacity.
     #[serde(default = "default::min_capacity")]
     pub min_capacity: usize,
-    /// Whether a token's gates are made to sum to 1. Absent: after dropping for `top_k` of 2 and more, never for 1.
+    /// Whether a token's gates are made to sum to 1: two of the rules of `router.normalise`, which wins. Absent: as the
+    /// router's preset says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub renormalise: Option<Renormalise>,
     /// Coefficient of the load-balancing loss, summed over layers.
@@ -108,6 +112,15 @@ pub struct ModelConfig {
     /// Dtype of the matrix products. The parameters an optimizer keeps are f32 in any case.
     #[serde(default)]
     pub dtype: ComputeDtype,
+    /// Section `[model.router]`, or the name of a preset for it: how experts are chosen and weighted. Absent: `top1` for
+    /// `top_k` 1, `top2` for 2, else `topk`, as DeepSpeed does but without its noise.
+    #[serde(
+        default,
+        deserialize_with = "router::read",
+        serialize_with = "router::write",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub router: Option<RouterTable>,
 }
 
 /// Section `[train]`. Lengths are in steps or in tokens: exactly one of the two for each.
@@ -185,18 +198,6 @@ pub enum Mlp {
     Residual,
 }
 
-/// How experts are chosen.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Router {
-    /// The best expert.
-    Top1,
-    /// The best two; second choices queue behind all first ones.
-    Top2,
-    /// The best `top_k`, all choices alike.
-    TopK,
-}
-
 /// Whether a token's gates are made to sum to 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -257,9 +258,6 @@ mod default {
     pub(super) fn expert_interval() -> usize {
         2
     }
-    pub(super) fn one() -> usize {
-        1
-    }
     pub(super) fn min_capacity() -> usize {
         4
     }
@@ -318,21 +316,6 @@ impl ModelConfig {
     /// Width of a head. The configuration must be valid.
     pub fn head_width(&self) -> usize {
         self.width / self.heads
-    }
-
-    /// How experts are chosen.
-    pub fn router(&self) -> Router {
-        self.router.unwrap_or(match self.top_k {
-            1 => Router::Top1,
-            2 => Router::Top2,
-            _ => Router::TopK,
-        })
-    }
-
-    /// Whether gates are made to sum to 1.
-    pub fn renormalise(&self) -> Renormalise {
-        let usual = if self.top_k == 1 { Renormalise::Never } else { Renormalise::AfterDropping };
-        self.renormalise.unwrap_or(usual)
     }
 
     /// Capacity factor in training (`true`) or evaluation (`false`); `None` for dropless.

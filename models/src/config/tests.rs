@@ -75,7 +75,7 @@ fn shapes(config: &Config) -> Vec<(String, u64, bool)> {
             network(true);
         }
         for e in 0..experts {
-            network(e < m.top_k);
+            network(e < m.top_k());
         }
         if experts > 0 {
             push("router", experts as u64 * h, true);
@@ -240,11 +240,11 @@ fn presets_have_the_tables_hyper_parameters() {
         assert_eq!(config.model.mlp == Mlp::Residual, residual, "{name}");
     }
     let fair = preset("fair-52b").model;
-    assert_eq!((fair.router(), fair.renormalise()), (Router::Top2, Renormalise::AfterDropping));
+    assert_eq!((fair.family(), fair.routing().normalise), (Family::Top2, Normalise::AfterDropping));
     let tiny = preset("tiny-pr-moe").model;
     assert_eq!(
-        (tiny.router(), tiny.renormalise(), tiny.capacity_factor(true)),
-        (Router::Top1, Renormalise::Never, None)
+        (tiny.family(), tiny.routing().normalise, tiny.capacity_factor(true)),
+        (Family::Top1, Normalise::None, None)
     );
     assert_eq!(preset("bench-cpu").model.experts_per_layer(), [0, 8, 0, 8, 0, 16]);
 }
@@ -272,6 +272,33 @@ fn text_and_hash_go_round() {
     assert_eq!(other, config);
 }
 
+fn every_field() -> RouterTable {
+    RouterTable {
+        preset: Some(Family::Mixtral),
+        score: Some(Score::Sigmoid),
+        normalise: Some(Normalise::None),
+        scale: Some(1.0),
+        apply_to: Some(ApplyTo::Input),
+        bias: Some(true),
+        selection_bias: Some(true),
+        bias_rate: Some(0.1),
+        groups: Some(2),
+        group_keep: Some(1),
+        group_score: Some(GroupScore::Top2Sum),
+        jitter: Some(0.1),
+        noise: Some(Noise::Sample),
+        mixer_eps: Some(0.1),
+        order: Some(Order::Batch),
+        capacity: Some(CapacityRule::Tutel),
+        balance: Some(BalanceOf::First),
+        side: Some(Side::Sigmoid),
+        shared_ffn: Some(8),
+        hash_layers: Some(1),
+        expert_choice: Some(true),
+        allow_expert_choice_decoding: Some(true),
+    }
+}
+
 #[test]
 fn the_list_of_keys_is_that_of_the_structs() {
     let mut config = preset("bench-cpu");
@@ -279,14 +306,20 @@ fn the_list_of_keys_is_that_of_the_structs() {
     let given = |config: &Config| -> BTreeSet<String> {
         let table: toml::Table = config.to_toml().unwrap().parse().unwrap();
         let keys = |(section, value): (&String, &toml::Value)| {
-            value.as_table().unwrap().keys().map(|key| format!("{section}.{key}")).collect::<Vec<_>>()
+            let mut keys = Vec::new();
+            for (key, value) in value.as_table().unwrap() {
+                keys.push(format!("{section}.{key}"));
+                keys.extend(value.as_table().into_iter().flatten().map(|(k, _)| format!("{section}.{key}.{k}")));
+            }
+            keys
         };
         table.iter().flat_map(keys).collect()
     };
     config.model = ModelConfig {
         kv_heads: Some(2),
         ffn: Some(8),
-        router: Some(Router::Top1),
+        top_k: Some(1),
+        router: Some(every_field()),
         capacity_factor: Some(1.0),
         eval_capacity_factor: Some(1.0),
         renormalise: Some(Renormalise::Never),
@@ -332,7 +365,10 @@ fn changes_by_key() {
     }
     config.validate().unwrap();
     assert_eq!((config.train.steps, config.model.experts.as_slice()), (Some(7), [4, 8, 8].as_slice()));
-    assert_eq!((config.model.router, config.model.name.as_str()), (Some(Router::TopK), "350"));
+    assert_eq!(
+        (config.model.router.clone(), config.model.name.as_str()),
+        (Some(RouterTable { preset: Some(Family::TopK), ..RouterTable::default() }), "350")
+    );
     assert_eq!((config.train.learning_rate, config.train.betas), (1.0, [0.8, 0.9]));
     assert_eq!((config.train.warmup_steps, config.train.warmup_tokens), (None, Some(2048)));
     assert_eq!(config.model.capacity_factor(false), Some(1.25));
@@ -368,7 +404,7 @@ fn all_violations_are_told_at_once() {
     config.model.experts = vec![8, 8];
     config.model.vocab = 0;
     config.model.init_std = f64::NAN;
-    config.model.router = Some(Router::Top2);
+    config.set("model.router=top2").unwrap();
     config.train.batch = 0;
     config.train.tokens = Some(5);
     config.train.min_learning_rate = 1.0;

@@ -1,6 +1,6 @@
 //! Checks what the values of a configuration mean together. Everything wrong is told at once.
 
-use super::{Config, ConfigError, Router, Schedule, Violation, edit::FORMS};
+use super::{Config, ConfigError, GroupScore, ModelConfig, Normalise, Schedule, Score, Violation, edit::FORMS};
 
 /// Bounds that keep every count far inside 64 bits; no machine holds a model beyond them.
 const MOST_LAYERS: usize = 1 << 12;
@@ -69,7 +69,7 @@ impl Config {
         check.size("model.kv_heads", m.kv_heads(), MOST_WIDTH);
         check.size("model.ffn", m.ffn(), 4 * MOST_WIDTH);
         check.size("model.sequence", m.sequence, MOST_VOCAB);
-        check.size("model.top_k", m.top_k, MOST_EXPERTS);
+        check.size("model.top_k", m.top_k(), MOST_EXPERTS);
         check.size("model.min_capacity", m.min_capacity, MOST_VOCAB);
         check.size("model.expert_interval", m.expert_interval, usize::MAX);
         check.divides("model.width", m.width, "model.heads", m.heads);
@@ -83,20 +83,13 @@ impl Config {
             if found != 1 && found != wanted {
                 check.0.push(Violation::ExpertList { wanted, found, layers, interval });
             } else if layers <= MOST_LAYERS {
-                let narrow = m.experts_per_layer().into_iter().enumerate().find(|&(_, e)| e != 0 && e < m.top_k);
+                let narrow = m.experts_per_layer().into_iter().enumerate().find(|&(_, e)| e != 0 && e < m.top_k());
                 if let Some((i, experts)) = narrow {
-                    check.0.push(Violation::TopK { layer: i + 1, experts, top_k: m.top_k });
+                    check.0.push(Violation::TopK { layer: i + 1, experts, top_k: m.top_k() });
                 }
             }
         }
-        let wanted = match m.router() {
-            Router::Top1 => 1,
-            Router::Top2 => 2,
-            Router::TopK => m.top_k,
-        };
-        if wanted != m.top_k {
-            check.0.push(Violation::RouterTopK { router: m.router(), wanted, found: m.top_k });
-        }
+        check_router(m, check);
         for (key, value) in
             [("model.capacity_factor", m.capacity_factor), ("model.eval_capacity_factor", m.eval_capacity_factor)]
         {
@@ -163,5 +156,61 @@ impl Config {
         check.positive("train.eps", t.eps);
         check.not_negative("train.weight_decay", t.weight_decay);
         check.not_negative("train.clip", t.clip);
+    }
+}
+
+/// What the fields of the router mean together and for the experts of each layer.
+fn check_router(m: &ModelConfig, check: &mut Check) {
+    let (r, k) = (m.routing(), m.top_k());
+    if let Some(wanted) = m.family().fixed_top_k().filter(|&wanted| wanted != k) {
+        check.0.push(Violation::RouterTopK { router: m.family(), wanted, found: k });
+    }
+    check.positive("model.router.scale", r.scale);
+    check.not_negative("model.router.bias_rate", r.bias_rate);
+    check.that((0.0..1.0).contains(&r.jitter), "model.router.jitter", "a number of at least 0 and below 1", r.jitter);
+    check.not_negative("model.router.mixer_eps", r.mixer_eps);
+    check.size("model.router.groups", r.groups, MOST_EXPERTS);
+    check.that(r.hash_layers <= MOST_LAYERS, "model.router.hash_layers", format!("0 to {MOST_LAYERS}"), r.hash_layers);
+    if let Some(width) = r.shared_ffn {
+        check.size("model.router.shared_ffn", width, 4 * MOST_WIDTH);
+    }
+    check.that(
+        r.score == Score::Identity || r.normalise != Normalise::Softmax,
+        "model.router.normalise",
+        "softmax only of logits, that is with model.router.score = \"identity\"",
+        "another score",
+    );
+    check.that(
+        r.score != Score::Identity || matches!(r.normalise, Normalise::Softmax | Normalise::None),
+        "model.router.normalise",
+        "softmax or none for score = \"identity\", as logits can be negative",
+        "a division by their sum",
+    );
+    let sparse = m.layers <= MOST_LAYERS && m.experts_per_layer().iter().any(|&e| e > 0);
+    if k == 1 && r.normalise != Normalise::None && !r.expert_choice && sparse {
+        check.0.push(Violation::ConstantGate);
+    }
+    if r.expert_choice && m.capacity_factor.is_none() {
+        check.0.push(Violation::ExpertChoiceCapacity);
+    }
+    if r.groups <= 1 || m.layers > MOST_LAYERS {
+        return;
+    }
+    for (i, experts) in m.experts_per_layer().into_iter().enumerate().filter(|&(_, e)| e > 0) {
+        let size = experts / r.groups;
+        let wanted = if !experts.is_multiple_of(r.groups) {
+            "a divisor of the experts".to_string()
+        } else if !(1..=r.groups).contains(&r.group_keep) {
+            format!("group_keep of 1 to {}", r.groups)
+        } else if size * r.group_keep < k {
+            format!("at least {k} experts in the kept groups")
+        } else if r.group_score == GroupScore::Top2Sum && size < 2 {
+            "groups of at least 2 experts".to_string()
+        } else {
+            continue;
+        };
+        let (groups, keep) = (r.groups, r.group_keep);
+        check.0.push(Violation::Groups { layer: i + 1, experts, groups, keep, wanted });
+        return;
     }
 }

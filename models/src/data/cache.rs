@@ -1,4 +1,4 @@
-//! The token cache: text tokenised once, then read from a file of ids.
+//! The token cache: text tokenised once, then mapped.
 //!
 //! One file per (text, tokenizer), named by a hash of both. Layout, little endian: 64 bytes of header (magic, id width,
 //! highest id, counts, hash of the payload), then the ids, then for each id the bytes of text it stands for (one byte).
@@ -51,7 +51,7 @@ pub(super) fn tokenised(
 ) -> Result<TokenStore, DataError> {
     let path = cache_path(dir, text, tokenizer)?;
     if let Ok(file) = OpenFile::open(&path)
-        && let Ok(Some(store)) = open(Bytes::File(file), text.len())
+        && let Ok(Some(store)) = file.mapped().and_then(|bytes| open(bytes, text.len()))
     {
         return Ok(store);
     }
@@ -83,7 +83,7 @@ pub(super) fn tokenised(
         path: path.clone(),
         source: std::io::ErrorKind::InvalidData.into(),
     };
-    open(Bytes::File(OpenFile::open(&path)?), text.len())?.ok_or_else(corrupt)
+    open(OpenFile::open(&path)?.mapped()?, text.len())?.ok_or_else(corrupt)
 }
 
 /// Position of the first byte that is not part of UTF-8.

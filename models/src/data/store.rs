@@ -1,13 +1,16 @@
 //! Bytes in the program or in a file, and token ids upon them, each behind one way of reading.
 //!
-//! A file is never held in memory as a whole: text may be many times larger than memory. It is not mapped either, because a
-//! mapped file that another program shortens ends the process by a signal, while a read gives an error.
+//! A file is never held in memory as a whole: text may be many times larger than memory. Files of ids, which this program
+//! writes once and never changes, are mapped. Text is read instead, because a mapped file that another program shortens
+//! ends the process by a signal, while a read gives an error.
 
 use std::fs::File;
 use std::io::{Error, ErrorKind, Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+
+use moebius::MappedFile;
 
 use super::DataError;
 
@@ -23,6 +26,8 @@ pub(super) enum Bytes {
     Static(&'static [u8]),
     /// An open file.
     File(OpenFile),
+    /// A file of ids.
+    Mapped(MappedFile),
 }
 
 /// A regular file that is not empty.
@@ -55,6 +60,13 @@ impl OpenFile {
         Ok(OpenFile { path: path.to_owned(), file: Mutex::new(file), len })
     }
 
+    /// The same file mapped, for one that nothing changes any more.
+    pub(super) fn mapped(self) -> Result<Bytes, DataError> {
+        let file = self.file.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let fail = |source| DataError::Io { action: "map", path: self.path, source };
+        Ok(Bytes::Mapped(MappedFile::new(&file).map_err(fail)?))
+    }
+
     fn read_at(&self, at: usize, out: &mut [u8]) -> Result<(), DataError> {
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         let done = file.seek(SeekFrom::Start(at as u64)).and_then(|_| file.read_exact(out));
@@ -73,6 +85,7 @@ impl Bytes {
         match self {
             Self::Static(bytes) => bytes.len(),
             Self::File(file) => file.len,
+            Self::Mapped(bytes) => bytes.len(),
         }
     }
 
@@ -81,6 +94,7 @@ impl Bytes {
         match self {
             Self::Static(bytes) => out.copy_from_slice(&bytes[at..at + out.len()]),
             Self::File(file) => file.read_at(at, out)?,
+            Self::Mapped(bytes) => out.copy_from_slice(&bytes[at..at + out.len()]),
         }
         Ok(())
     }
@@ -96,6 +110,7 @@ impl Bytes {
     pub(super) fn visit(&self, range: Range<usize>, mut visit: impl FnMut(&[u8])) -> Result<(), DataError> {
         match self {
             Self::Static(bytes) => visit(&bytes[range]),
+            Self::Mapped(bytes) => visit(&bytes[range]),
             Self::File(file) => {
                 let mut buffer = vec![0; CHUNK.min(range.len())];
                 let mut at = range.start;

@@ -2,46 +2,64 @@
 //! step, so that the three cannot differ.
 //!
 //! After section 2.5 of the DeepSpeed-MoE specification: pre-norm blocks, learned positions, tied output embedding,
-//! tanh-GELU. `layers` holds attention and the dense feed-forward, `moe` the sparse one, `init` the start values.
+//! tanh-GELU. `layers` holds attention and the dense feed-forward, `moe` the sparse one with its `router`, `init` the start
+//! values.
 
 mod init;
 mod layers;
 mod moe;
 mod parameters;
+pub mod router;
 
 pub use init::{Start, initialise};
+pub use moe::{MoeStatistics, Pass, moe_layer};
 pub use parameters::{Parameter, Parameters};
 
 use moebius_ir::{DType, Graph, Result, TensorType, Value};
 
 use crate::config::ModelConfig;
 
-/// What is known of one MoE layer after its forward pass.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct MoeStatistics {
-    /// Load-balancing loss, f32 scalar.
-    load_balancing_loss: Value,
-    /// Router z-loss, f32 scalar.
-    z_loss: Value,
-    /// Choices per expert before dropping, i32 `[E]`.
-    counts: Value,
-    /// Choices that found no slot, i32 scalar.
-    dropped: Value,
-}
-
-/// Which capacity factor applies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Mode {
-    Train,
-    Evaluate,
+/// What a pass through the blocks knows beside the rows.
+#[derive(Clone, Copy)]
+struct Mode {
+    /// Whether capacity and noise are those of training.
+    training: bool,
+    /// Key of the router's noise.
+    noise: Option<Value>,
+    /// Token ids, i32 `[B, S]`.
+    ids: Value,
 }
 
 /// A graph with the value that training minimises.
 pub struct Training {
-    /// Feeds `tokens` and `targets`, both i32 `[batch, sequence]`; outputs as [`training`] says.
+    /// Feeds `tokens` and `targets`, both i32 `[batch, sequence]`, and [`NOISE_KEY`] if the router is noisy; outputs as
+    /// [`training`] says.
     pub graph: Graph,
     /// The total loss, f32 scalar.
     pub loss: Value,
+}
+
+/// Name of the feed with the key of a step's random numbers, u32 `[2]`, in training graphs of a model whose router is noisy
+/// ([`is_noisy`]).
+pub const NOISE_KEY: &str = "noise_key";
+
+/// Whether a training step of this model draws random numbers.
+pub fn is_noisy(config: &ModelConfig) -> bool {
+    config.routing().is_noisy() && config.experts_per_layer().iter().any(|&e| e > 0)
+}
+
+/// Why there is no decoding graph.
+#[derive(Debug, thiserror::Error)]
+pub enum DecodingError {
+    /// Experts chose among all tokens of a batch in training.
+    #[error(
+        "cannot generate: in training the experts chose their tokens, so whether a token met an expert depended on tokens \
+         after it, which are not known now (model.router.allow_expert_choice_decoding=true generates nevertheless)"
+    )]
+    FutureTokens,
+    /// An op was refused.
+    #[error(transparent)]
+    Graph(#[from] moebius_ir::Error),
 }
 
 /// Name of the output with the load of the MoE layer at this index (0-based, over all layers).
@@ -58,7 +76,9 @@ pub fn dropped_output(layer: usize) -> String {
 ///
 /// Outputs: `lm_loss` (mean cross entropy in nats), `aux_loss` (coefficients times the sum over layers of the balance and z
 /// losses), and for each MoE layer `load/N` (i32 `[E]`, choices per expert before dropping) and `dropped/N` (i32 scalar).
-/// The total loss is their sum; [`moebius::training_step`] names it `loss`.
+/// The total loss is their sum; [`moebius::training_step`] names it `loss`. A selection bias moves by the counts of the step.
+///
+/// Where experts choose their tokens, they look at whole sequences: the loss of such a model is not that of a causal one.
 ///
 /// # Errors
 /// Those of the ops, for a configuration that was not validated.
@@ -70,7 +90,9 @@ pub fn training(config: &ModelConfig, batch: usize) -> Result<Training> {
     let targets = g.feed("targets", ids)?;
     let mut p = Parameters::new(config);
     let x = embed_sequence(g, &mut p, tokens)?;
-    let (x, statistics) = blocks(g, &mut p, x, Mode::Train, &mut |g, p, layer, x| layers::attention(g, p, layer, x))?;
+    let noise = if is_noisy(config) { Some(g.feed(NOISE_KEY, TensorType::new(DType::U32, [2]))?) } else { None };
+    let mode = Mode { training: true, noise, ids: tokens };
+    let (x, statistics) = blocks(g, &mut p, x, mode, &mut |g, p, layer, x| layers::attention(g, p, layer, x))?;
     let loss = token_losses(g, &mut p, x, targets)?;
     let lm_loss = g.mean_all(loss)?;
     g.output("lm_loss", lm_loss)?;
@@ -82,6 +104,10 @@ pub fn training(config: &ModelConfig, batch: usize) -> Result<Training> {
         aux_loss = g.add(aux_loss, both)?;
         g.output(load_output(*layer), s.counts)?;
         g.output(dropped_output(*layer), s.dropped)?;
+        if let Some(bias) = s.selection_bias {
+            let moved = router::moved_bias(g, bias, s.counts, config.routing().bias_rate)?;
+            g.update(bias, moved)?;
+        }
     }
     g.output("aux_loss", aux_loss)?;
     let loss = g.add(lm_loss, aux_loss)?;
@@ -101,7 +127,8 @@ pub fn evaluation(config: &ModelConfig, batch: usize) -> Result<Graph> {
     let targets = g.feed("targets", ids)?;
     let mut p = Parameters::new(config);
     let x = embed_sequence(g, &mut p, tokens)?;
-    let (x, _) = blocks(g, &mut p, x, Mode::Evaluate, &mut |g, p, layer, x| layers::attention(g, p, layer, x))?;
+    let mode = Mode { training: false, noise: None, ids: tokens };
+    let (x, _) = blocks(g, &mut p, x, mode, &mut |g, p, layer, x| layers::attention(g, p, layer, x))?;
     let loss = token_losses(g, &mut p, x, targets)?;
     g.output("loss", loss)?;
     Ok(graph)
@@ -112,8 +139,13 @@ pub fn evaluation(config: &ModelConfig, batch: usize) -> Result<Graph> {
 /// Keys and values live in the states `cache.k/N` and `cache.v/N`, `[1, sequence, kv_heads * head]`.
 ///
 /// # Errors
-/// As [`training`].
-pub fn decoding(config: &ModelConfig, tokens: usize) -> Result<Graph> {
+/// [`DecodingError::FutureTokens`] for a router in which experts choose tokens, unless the configuration allows it;
+/// otherwise as [`training`].
+pub fn decoding(config: &ModelConfig, tokens: usize) -> Result<Graph, DecodingError> {
+    let routing = config.routing();
+    if routing.expert_choice && !routing.allow_expert_choice_decoding {
+        return Err(DecodingError::FutureTokens);
+    }
     let mut graph = Graph::new();
     let g = &mut graph;
     let ids = g.feed("tokens", TensorType::i32([1, tokens]))?;
@@ -125,8 +157,8 @@ pub fn decoding(config: &ModelConfig, tokens: usize) -> Result<Graph> {
         let (token, position) = (g.embedding(token, ids)?, g.embedding(position, positions)?);
         g.add(token, position)
     })?;
-    let (x, _) =
-        blocks(g, &mut p, x, Mode::Evaluate, &mut |g, p, layer, x| layers::attention_cached(g, p, layer, x, start))?;
+    let mode = Mode { training: false, noise: None, ids };
+    let (x, _) = blocks(g, &mut p, x, mode, &mut |g, p, layer, x| layers::attention_cached(g, p, layer, x, start))?;
     let width = config.width;
     let x = g.reshape(x, [tokens, width])?;
     let last = g.slice(x, 0, tokens - 1, 1)?;
@@ -146,6 +178,13 @@ fn embed_sequence(g: &mut Graph, p: &mut Parameters<'_>, tokens: Value) -> Resul
         let x = g.embedding(table, tokens)?;
         g.add(x, position)
     })
+}
+
+impl Mode {
+    fn pass(&self, layer: usize) -> Pass {
+        let noise = self.noise.map(|key| router::RouterNoise::drawn(key, layer)).unwrap_or_default();
+        Pass { training: self.training, noise, used: None, ids: Some(self.ids) }
+    }
 }
 
 type Attention<'f> = dyn FnMut(&mut Graph, &mut Parameters<'_>, usize, Value) -> Result<Value> + 'f;
@@ -168,7 +207,7 @@ fn blocks(
             let h = if experts == 0 {
                 g.scoped("ffn", |g| layers::feed_forward(g, p, &format!("layers.{layer}.ffn"), h))?
             } else {
-                let (h, s) = g.scoped("moe", |g| moe::moe(g, p, layer, experts, h, mode))?;
+                let (h, s) = g.scoped("moe", |g| moe_layer(g, p, layer, experts, h, &mode.pass(layer)))?;
                 statistics.push((layer, s));
                 h
             };

@@ -1,96 +1,133 @@
-//! The sparse feed-forward: standard MoE, and the residual MoE of PR-MoE (spec 2.1).
+//! The sparse feed-forward: routed experts and, beside them, the residual network of PR-MoE (spec 2.1) or a shared expert.
 
-use moebius_ir::ops::{Balance, CompareFn, Order, ReduceFn};
-use moebius_ir::{DType, Graph, Result, Value};
+use moebius_ir::{DType, Graph, Result, TensorType, Value};
 
 use super::layers;
-use super::parameters::Parameters;
-use super::{Mode, MoeStatistics};
-use crate::config::{Mlp, ModelConfig, Renormalise, Router};
+use super::parameters::{Parameters, selection_bias};
+use super::router::{self, GateInputs, RouterNoise};
+use crate::config::{ApplyTo, Side};
 
-/// Slots per expert for `tokens` tokens, or `None` if nothing is dropped:
-/// `max(ceil(f32(tokens / experts) * f32(k * factor)), min_capacity)`, the product in f32 as DeepSpeed has it (spec 1.1).
-pub(super) fn capacity(config: &ModelConfig, mode: Mode, tokens: usize, experts: usize) -> Option<usize> {
-    let factor = config.capacity_factor(mode == Mode::Train)?;
-    let share = tokens as f64 / experts as f64;
-    let slots = (share as f32) * ((config.top_k as f64 * factor) as f32);
-    Some((slots.ceil() as usize).max(config.min_capacity))
+/// What one pass through an MoE layer knows beside the tokens.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Pass {
+    /// Whether the capacity is that of training.
+    pub training: bool,
+    /// Random numbers of the router.
+    pub noise: RouterNoise,
+    /// bool `[N]`, false for tokens that route nowhere.
+    pub used: Option<Value>,
+    /// i32 `[B, S]`, the token ids, which a layer that routes by id needs.
+    pub ids: Option<Value>,
 }
 
-/// `y = sum_j gate_j * expert_j(x)`, for the residual form `c0 * that + c1 * mlp(x)` with `c = softmax(x Wc + bc)`.
+/// What is known of one MoE layer after its forward pass.
+#[derive(Clone, Copy, Debug)]
+pub struct MoeStatistics {
+    /// Load-balancing loss, f32 scalar.
+    pub load_balancing_loss: Value,
+    /// Router z-loss, f32 scalar.
+    pub z_loss: Value,
+    /// Choices per expert before dropping, i32 `[E]`.
+    pub counts: Value,
+    /// Choices that found no slot, i32 scalar.
+    pub dropped: Value,
+    /// The layer's selection bias, f32 `[E]`, if it has one.
+    pub selection_bias: Option<Value>,
+}
+
+/// `y = c0 * sum_j w_j E_j(a_j x) + c1 * S(x)` with the router's `w` and `a` and the coefficients of the side branch `S`; for
+/// PR-MoE `c = softmax(x Wc + bc)`.
 ///
-/// `x` is `[B, S, width]`; so is the result.
-pub(super) fn moe(
+/// `x` is `[B, S, width]`; so is the result. `layer` is its index over all layers, from 0.
+///
+/// # Errors
+/// Those of the ops, for a configuration that was not validated.
+pub fn moe_layer(
     g: &mut Graph,
     p: &mut Parameters<'_>,
     layer: usize,
     experts: usize,
     x: Value,
-    mode: Mode,
+    pass: &Pass,
 ) -> Result<(Value, MoeStatistics)> {
     let c = p.config();
+    let routing = c.routing();
     let at = |name: &str| format!("layers.{layer}.moe.{name}");
     let shape = g.ty(x).shape.clone();
     let tokens = shape.rows();
     let x = g.reshape(x, [tokens, c.width])?;
 
-    let (balance, order) = match c.router() {
-        Router::Top1 | Router::TopK => (Balance::AllChoices, Order::TokenMajor),
-        Router::Top2 => (Balance::FirstChoice, Order::ChoiceMajor),
-    };
-    let router = p.master(g, &at("router.weight"))?;
+    let weight = p.master(g, &at("router.weight"))?;
+    let bias = if routing.bias { Some(p.master(g, &at("router.bias"))?) } else { None };
     let x32 = g.cast(x, DType::F32)?;
-    let logits = g.matmul_with(x32, router, None, false, true)?;
-    let [probability, expert_index, load_balancing_loss, z_loss, counts] = g.route(logits, c.top_k, balance)?;
-    let capacity = capacity(c, mode, tokens, experts);
-    // With a limit, top-k evicts the least probable members of an expert (DeepSpeed's 'probs'), the others the latest.
-    let priority = (c.router() == Router::TopK && capacity.is_some()).then_some(probability);
-    let [slot_choice, choice_slot, offsets, dropped] = g.assign(expert_index, priority, experts, capacity, order)?;
-    let mut gate = if c.renormalise() == Renormalise::AfterDropping {
-        renormalised(g, probability, choice_slot)?
-    } else {
-        probability
+    let x32 = router::jittered(g, &routing, x32, pass.noise.jitter)?;
+    let logits = g.matmul_with(x32, weight, bias, false, true)?;
+    let choices = match pass.ids {
+        Some(ids) if c.routes_by_id(layer) => {
+            let table = router::experts_by_id(c.vocab, experts, c.top_k(), layer);
+            let table = g.constant(TensorType::f32([c.vocab, c.top_k()]), table)?;
+            let chosen = g.embedding(table, ids)?;
+            let chosen = g.reshape(chosen, [tokens, c.top_k()])?;
+            Some(g.cast(chosen, DType::I32)?)
+        }
+        Some(_) | None => None,
+    };
+    let has_bias = routing.selection_bias && !c.routes_by_id(layer);
+    let bias = if has_bias { Some(g.state(selection_bias(layer), TensorType::f32([experts]))?) } else { None };
+    let inputs = GateInputs { noise: pass.noise, used: pass.used, selection_bias: bias, choices };
+    let capacity = router::capacity(c, pass.training, tokens, experts);
+    let gating = router::gate(g, &routing, c.top_k(), capacity, logits, &inputs)?;
+    let (slot_choice, choice_slot, offsets) = (gating.slot_choice, gating.choice_slot, gating.offsets);
+    let (of_input, of_output) = match routing.apply_to {
+        ApplyTo::Output => (None, Some(gating.gate)),
+        ApplyTo::Input => (Some(gating.gate), None),
     };
 
-    let rows = g.dispatch(x, slot_choice, choice_slot, None)?;
+    let rows = g.dispatch(x, slot_choice, choice_slot, of_input)?;
     let (up, up_bias) = (p.get(g, &at("experts.up.weight"))?, p.get(g, &at("experts.up.bias"))?);
     let (down, down_bias) = (p.get(g, &at("experts.down.weight"))?, p.get(g, &at("experts.down.bias"))?);
     let h = g.expert_matmul(rows, up, offsets, Some(up_bias), false)?;
     let h = layers::activation(g, p, h)?;
     let rows = g.expert_matmul(h, down, offsets, Some(down_bias), false)?;
 
-    let y = match c.mlp {
-        Mlp::Standard => g.combine(rows, slot_choice, choice_slot, Some(gate))?,
-        Mlp::Residual => {
-            let weight = p.get(g, &at("coefficient.weight"))?;
-            let bias = p.get(g, &at("coefficient.bias"))?;
-            let coefficient = g.matmul_with(x, weight, Some(bias), false, true)?;
-            let coefficient = g.softmax(coefficient)?;
-            // The first coefficient scales the gates, so that the sparse branch needs no pass of its own for it.
-            let of_experts = g.slice(coefficient, 1, 0, 1)?;
-            let of_experts = g.cast(of_experts, DType::F32)?;
-            gate = g.mul(gate, of_experts)?;
-            let sparse = g.combine(rows, slot_choice, choice_slot, Some(gate))?;
-            let dense = g.scoped("mlp", |g| layers::feed_forward(g, p, &at("mlp"), x))?;
-            let of_mlp = g.slice(coefficient, 1, 1, 1)?;
-            let dense = g.mul(dense, of_mlp)?;
-            g.add(sparse, dense)?
+    let coefficient = coefficient(g, p, layer, x, routing.side)?;
+    let side = match routing.side {
+        Side::None => None,
+        Side::Constant | Side::Sigmoid | Side::Softmax => {
+            Some(g.scoped("mlp", |g| layers::feed_forward(g, p, &at("mlp"), x))?)
         }
     };
+    let y = g.combine_with(rows, slot_choice, choice_slot, of_output, side, coefficient)?;
     let y = g.reshape(y, shape)?;
-    Ok((y, MoeStatistics { load_balancing_loss, z_loss, counts, dropped }))
+    let statistics = MoeStatistics {
+        load_balancing_loss: gating.load_balancing_loss,
+        z_loss: gating.z_loss,
+        counts: gating.counts,
+        dropped: gating.dropped,
+        selection_bias: bias,
+    };
+    Ok((y, statistics))
 }
 
-/// Gates of the choices that found a slot, divided by their sum over the token, at least the f32 epsilon (spec 1.4, 1.5).
-fn renormalised(g: &mut Graph, probability: Value, choice_slot: Value) -> Result<Value> {
-    let zero = g.splat(moebius_ir::TensorType::i32([]), 0.0)?;
-    let kept = g.compare(CompareFn::Ge, choice_slot, zero)?;
-    let kept = g.cast(kept, DType::F32)?;
-    let gate = g.mul(probability, kept)?;
-    let sum = g.reduce(ReduceFn::Sum, gate, &[1])?;
-    let tokens = g.shape(sum)[0];
-    let sum = g.reshape(sum, [tokens, 1])?;
-    let least = g.scalar(f64::from(f32::EPSILON))?;
-    let sum = g.maximum(sum, least)?;
-    g.div(gate, sum)
+/// The coefficients of experts and side branch, f32 `[N,2]`; `None` where both are 1.
+fn coefficient(g: &mut Graph, p: &mut Parameters<'_>, layer: usize, x: Value, side: Side) -> Result<Option<Value>> {
+    let at = |name: &str| format!("layers.{layer}.moe.coefficient.{name}");
+    match side {
+        Side::None | Side::Constant => Ok(None),
+        Side::Sigmoid => {
+            let weight = p.get(g, &at("weight"))?;
+            let of_side = g.matmul_with(x, weight, None, false, true)?;
+            let of_side = g.cast(of_side, DType::F32)?;
+            let of_side = g.sigmoid(of_side)?;
+            let tokens = g.shape(of_side)[0];
+            let one = g.splat(TensorType::f32([tokens, 1]), 1.0)?;
+            g.concat(&[one, of_side], 1).map(Some)
+        }
+        Side::Softmax => {
+            let (weight, bias) = (p.get(g, &at("weight"))?, p.get(g, &at("bias"))?);
+            let scores = g.matmul_with(x, weight, Some(bias), false, true)?;
+            let coefficient = g.softmax(scores)?;
+            g.cast(coefficient, DType::F32).map(Some)
+        }
+    }
 }

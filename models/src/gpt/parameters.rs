@@ -5,9 +5,9 @@ use std::collections::HashMap;
 use moebius_ir::{DType, Graph, Result, Shape, TensorType, Value};
 
 use super::init::Start;
-use crate::config::{ComputeDtype, Mlp, ModelConfig, Norm};
+use crate::config::{ComputeDtype, ModelConfig, Norm, Side};
 
-/// One trained tensor, always f32 on the device.
+/// One tensor of the model, always f32 on the device.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Parameter {
     /// Its name in sessions and checkpoints.
@@ -23,6 +23,7 @@ impl Parameter {
     /// `[experts, in, out]`, except embeddings, router and coefficient: `[rows, width]`.
     pub fn list(config: &ModelConfig) -> Vec<Parameter> {
         let (d, f) = (config.width, config.ffn());
+        let routing = config.routing();
         let kv = config.kv_heads() * config.head_width();
         // Output projections start smaller by sqrt(2 * layers), as every layer adds two of them to the residual stream.
         let (std, out_std) = (config.init_std, config.init_std / (2.0 * config.layers as f64).sqrt());
@@ -45,12 +46,24 @@ impl Parameter {
             // PyTorch's default for a linear layer, which DeepSpeed leaves to router and coefficient.
             let uniform = Start::Uniform { bound: 1.0 / (d as f64).sqrt() };
             add(at("moe.router.weight"), [experts, d].into(), uniform.clone());
+            if routing.bias {
+                add(at("moe.router.bias"), [experts].into(), Start::Zero);
+            }
             let shared = config.identical_experts.then(|| at("moe.experts"));
             feed_forward(&mut add, &at("moe.experts"), Some(experts), (d, f), (std, out_std), shared.as_deref());
-            if config.mlp == Mlp::Residual {
-                feed_forward(&mut add, &at("moe.mlp"), None, (d, f), (std, out_std), shared.as_deref());
-                add(at("moe.coefficient.weight"), [2, d].into(), uniform.clone());
-                add(at("moe.coefficient.bias"), [2].into(), uniform);
+            if routing.side != Side::None {
+                // A network of another width cannot begin as a copy of the experts.
+                let shared = shared.filter(|_| config.shared_ffn() == f);
+                let sizes = (d, config.shared_ffn());
+                feed_forward(&mut add, &at("moe.mlp"), None, sizes, (std, out_std), shared.as_deref());
+            }
+            match routing.side {
+                Side::None | Side::Constant => {}
+                Side::Sigmoid => add(at("moe.coefficient.weight"), [1, d].into(), uniform),
+                Side::Softmax => {
+                    add(at("moe.coefficient.weight"), [2, d].into(), uniform.clone());
+                    add(at("moe.coefficient.bias"), [2].into(), uniform);
+                }
             }
         }
         norm(&mut add, config, "norm");
@@ -59,6 +72,25 @@ impl Parameter {
         }
         list
     }
+
+    /// What belongs to the model but is not trained by its gradient: the selection bias of each MoE layer, where the router
+    /// has one. It starts at zero, moves in the training step, and is kept in checkpoints beside the parameters.
+    pub fn untrained(config: &ModelConfig) -> Vec<Parameter> {
+        let biased = config.routing().selection_bias;
+        let layers = config.experts_per_layer().into_iter().enumerate();
+        let layers = layers.filter(|&(layer, experts)| biased && experts > 0 && !config.routes_by_id(layer));
+        let bias = |(layer, experts): (usize, usize)| Parameter {
+            name: selection_bias(layer),
+            shape: [experts].into(),
+            start: Start::Zero,
+        };
+        layers.map(bias).collect()
+    }
+}
+
+/// Name of the selection bias of the MoE layer at this index (0-based, over all layers).
+pub(super) fn selection_bias(layer: usize) -> String {
+    format!("layers.{layer}.moe.router.selection_bias")
 }
 
 fn norm(add: &mut impl FnMut(String, Shape, Start), config: &ModelConfig, name: &str) {

@@ -5,6 +5,7 @@ mod elementwise;
 mod movement;
 mod norms;
 mod optimizer;
+mod router;
 mod sparse;
 
 use moebius_ir::{DType, Result};
@@ -80,6 +81,7 @@ pub fn groups() -> Vec<(&'static str, Vec<Case>)> {
         ("movement", movement::cases()),
         ("norms", norms::cases()),
         ("dense", dense::cases()),
+        ("router", router::cases()),
         ("sparse", sparse::cases()),
         ("optimizer", optimizer::cases()),
     ]

@@ -1,6 +1,6 @@
 //! The router and the sparse-expert ops, each over the same list of ways to route.
 
-use moebius_ir::ops::{Balance, Order};
+use moebius_ir::ops::{Balance, Order, Router};
 use moebius_ir::{DType, Result, TensorType, Value};
 
 use super::{Case, FLOATS, ONE, case};
@@ -60,7 +60,7 @@ fn assigned(s: &mut Sketch, r: &Routing) -> Result<[Value; 3]> {
 }
 
 /// Logits whose probabilities differ by enough that no rounding and no small step changes a choice.
-fn clear_logits(s: &mut Sketch, n: usize, e: usize) -> Result<Value> {
+pub(super) fn clear_logits(s: &mut Sketch, n: usize, e: usize) -> Result<Value> {
     let noise = s.normals(n * e);
     let data = (0..n * e)
         .map(|i| 0.5 + 0.6 * ((i % e * 5 + i / e * 3) % e) as f64 / (e as f64).sqrt() + 0.02 * noise[i])
@@ -85,7 +85,7 @@ fn route() -> Vec<Case> {
             let e = if e == 130 { 131 } else { e };
             cases.push(case("route", name.clone(), Class::Sum, ONE, move |s| {
                 let logits = clear_logits(s, n, e)?;
-                let [gate, index, balance_loss, z_loss, counts] = s.graph.route(logits, k, balance)?;
+                let [gate, index, balance_loss, z_loss, counts, _] = s.graph.route(logits, k, balance)?;
                 [gate, balance_loss, z_loss].into_iter().try_for_each(|v| s.out(v))?;
                 s.aux(index)?;
                 s.aux(counts)
@@ -97,7 +97,7 @@ fn route() -> Vec<Case> {
                 let d_gate = s.float([n, k], |x| x)?;
                 let (d_balance, d_z) = (s.float([], |x| x)?, s.float([], |x| x)?);
                 s.wrt.clear();
-                let d = s.graph.route_grad(logits, index, d_gate, d_balance, d_z, k, balance)?;
+                let d = s.graph.route_grad(logits, index, d_gate, d_balance, d_z, &Router::softmax(k, balance))?;
                 s.aux(d)
             }));
         }
@@ -106,7 +106,7 @@ fn route() -> Vec<Case> {
         case("route", "ties go to the lowest index", Class::Sum, ONE, |s| {
             let logits = vec![0.0; 6].into_iter().chain([1.0, 2.0, 2.0, 1.0, 2.0, 1.0]).collect();
             let logits = s.input(moebius_ir::Role::Feed, TensorType::f32([2, 6]), logits, true)?;
-            let [gate, index, _, _, counts] = s.graph.route(logits, 4, Balance::AllChoices)?;
+            let [gate, index, _, _, counts, _] = s.graph.route(logits, 4, Balance::AllChoices)?;
             s.out(gate)?;
             s.aux(index)?;
             s.aux(counts)
@@ -118,7 +118,7 @@ fn route() -> Vec<Case> {
         let logits =
             vec![1e4, -1e4, 0.0, -inf, 2.0, 1.0, nan, 1.0, 2.0, 1.0, nan, 0.0, inf, 0.0, 1.0, -inf, -inf, -inf];
         let logits = s.fixed(TensorType::f32([6, 3]), logits)?;
-        let [gate, index, _, _, counts] = s.graph.route(logits, 2, Balance::FirstChoice)?;
+        let [gate, index, _, _, counts, _] = s.graph.route(logits, 2, Balance::FirstChoice)?;
         [gate, index, counts].into_iter().try_for_each(|v| s.aux(v))
     }));
     cases
@@ -183,7 +183,24 @@ fn movement(r: &Routing) -> Vec<Case> {
             s.out(d)
         })
     };
-    vec![with("dispatch", false), with("dispatch", true), with("combine", false), with("combine", true), gate_grad]
+    let beside = |gated: bool, weighted: bool| {
+        let r = r.clone();
+        let name = format!("{}, with a side, gated {gated}, coefficients {weighted}", r.name);
+        case("combine", name, Class::Sum, FLOATS, move |s| {
+            let [slot_choice, choice_slot, _] = assigned(s, &r)?;
+            let slots = s.graph.shape(slot_choice)[0];
+            let (rows, side) = (s.float([slots, width], |x| x)?, s.float([r.tokens, width], |x| x)?);
+            let gate = if gated { Some(s.float_as(DType::F32, [r.tokens, r.k], |x| x)?) } else { None };
+            let coefficient = if weighted { Some(s.float_as(DType::F32, [r.tokens, 2], |x| x)?) } else { None };
+            let y = s.graph.combine_with(rows, slot_choice, choice_slot, gate, Some(side), coefficient)?;
+            s.out(y)
+        })
+    };
+    let mut cases: Vec<Case> =
+        [false, true].into_iter().flat_map(|g| [with("dispatch", g), with("combine", g)]).collect();
+    cases.extend([(false, false), (true, false), (false, true), (true, true)].map(|(g, c)| beside(g, c)));
+    cases.push(gate_grad);
+    cases
 }
 
 fn products(r: &Routing) -> Vec<Case> {

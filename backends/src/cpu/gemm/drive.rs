@@ -2,8 +2,8 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::kernel::{COL, Isa, KC, MAX_TILE, ROW};
-use super::pack::STAGE;
+use super::kernel::{Isa, KC, MAX_TILE, ROW};
+use super::pack::{GROUP, STAGE};
 use super::problem;
 use super::task::Task;
 use super::{Batch, Gemm, GemmError, Storage};
@@ -17,14 +17,16 @@ const MAX_COLS: usize = 256;
 /// Blocks are not cut below this: packing would cost more than balance gains, and a wide kernel needs the columns.
 const MIN_ROWS: usize = 64;
 const MIN_COLS: usize = 128;
-/// Tasks per thread to aim at, so that the last ones to finish are short.
-const TASKS_PER_THREAD: usize = 8;
+/// Tasks per thread to aim at: more would make the last ones to finish shorter, but pack every operand more often.
+const TASKS_PER_THREAD: usize = 4;
 /// The same when all are strips: those read the longer runs of memory the wider they are.
 const STRIPS_PER_THREAD: usize = 1;
 /// Columns of the largest strip task (one tile of rows): whole pages of B's rows, while the sums stay in L1 or L2.
 const STRIP_COLS: usize = 4096;
 /// Most floats of A packed whole for a strip task (half of L2).
 const STRIP_A: usize = 128 * 1024;
+/// Rows of A packed together.
+const GROUP_ROWS: usize = 56;
 /// Below this estimate of time on one thread, waking others costs more than they give.
 const SHARE_NS: usize = 8_000;
 /// For the estimate: flops and bytes one core gets through per nanosecond.
@@ -54,6 +56,18 @@ pub(super) fn panel_step(isa: &Isa, k: usize) -> usize {
     k.min(KC) * isa.nr() + 32
 }
 
+/// Floats from one packed tile of A to the next.
+pub(super) fn tile_step(isa: &Isa) -> usize {
+    // The odd cache line keeps the tiles of one step of k, written together, off each other's L1 sets.
+    (isa.mr() * ROW).max(KC * isa.col + 16)
+}
+
+/// Tiles of A packed together for blocks of `rows` rows: enough that a k-wise A is read in whole cache lines, few enough
+/// to leave room in L2 for the block of B.
+pub(super) fn group_tiles(isa: &Isa, rows: usize) -> usize {
+    rows.div_ceil(isa.mr()).clamp(1, (GROUP_ROWS / isa.mr()).clamp(1, GROUP))
+}
+
 /// Floats of A that a strip task of `rows` rows packs.
 fn strip_a(rows: usize, k: usize) -> usize {
     chunks(k).0 * rows * ROW
@@ -69,7 +83,7 @@ impl Scratch {
     pub(super) fn new(isa: &Isa, m: usize, n: usize, k: usize, c: Storage) -> Self {
         let padded = n.next_multiple_of(isa.nr());
         let cols = padded.min(MAX_COLS);
-        let a = strip_a(m.min(isa.mr()), k).min(STRIP_A).max(isa.mr() * ROW).max(KC * COL);
+        let a = strip_a(m.min(isa.mr()), k).min(STRIP_A).max(group_tiles(isa, m) * tile_step(isa));
         let strip_sums = m.min(isa.mr()) * padded.min(STRIP_COLS);
         let sums = if sums_aside(c, k) { m.min(MAX_ROWS) * cols } else { 0 };
         let mut end = 0;

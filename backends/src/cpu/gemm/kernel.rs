@@ -12,8 +12,6 @@ use super::{Storage, Stored};
 pub(super) const KC: usize = 256;
 /// Floats between the rows of a row-wise panel of A. Not a multiple of 4 KiB, else all rows would share one L1 set.
 pub(super) const ROW: usize = KC + 16;
-/// Floats between the k-steps of a k-wise panel of A.
-pub(super) const COL: usize = 16;
 /// Most values in one tile, wide or not.
 pub(super) const MAX_TILE: usize = 14 * 32;
 
@@ -23,6 +21,9 @@ pub(super) trait Simd: Copy {
     type V: Copy;
     /// Floats in a vector.
     const LANES: usize;
+    /// Floats between the k-steps of a k-wise panel of A, at least the rows of the largest tile: few, as the panel
+    /// shares L1 with one of B.
+    const COL: usize;
     unsafe fn zero() -> Self::V;
     unsafe fn splat(x: f32) -> Self::V;
     unsafe fn load(p: *const f32) -> Self::V;
@@ -33,7 +34,7 @@ pub(super) trait Simd: Copy {
     unsafe fn store_bf16(p: *mut bf16, v: Self::V);
     unsafe fn load_f16(p: *const f16) -> Self::V;
     unsafe fn store_f16(p: *mut f16, v: Self::V);
-    /// Copies `n <= 16` values, converted, from `src` to `dst`, which has room for 16.
+    /// Copies `n <= COL` values, converted, from `src` to `dst`, which has room for COL.
     unsafe fn copy_few<T: Source>(src: *const T, n: usize, dst: *mut f32);
     /// Transposes the first LANES vectors as a LANES x LANES matrix.
     unsafe fn transpose(rows: &mut [Self::V; 16]);
@@ -117,7 +118,9 @@ pub(super) unsafe fn tile<
             for i in 0..MR {
                 let next = c.wrapping_add(i * ldc + NV * S::LANES).cast::<u8>();
                 S::prefetch(next);
-                S::prefetch(next.wrapping_add(64));
+                if NV * S::LANES * 4 > 64 {
+                    S::prefetch(next.wrapping_add(64));
+                }
             }
         }
         if load {
@@ -293,6 +296,8 @@ pub(super) struct Wide {
 pub(super) struct Isa {
     pub(super) name: &'static str,
     pub(super) lanes: usize,
+    /// Floats between the k-steps of a k-wise panel of A.
+    pub(super) col: usize,
     /// `[rows - 1][vectors - 1]`: tiles over row-wise A.
     pub(super) by_row: &'static [[TileFn; 2]],
     /// The same over k-wise A.
@@ -347,7 +352,7 @@ macro_rules! isa {
     ($(#[$attr:meta])? $name:literal, $simd:ty, [$($mr:literal x $wide:literal),+]) => {
         mod table {
             use super::*;
-            use crate::cpu::gemm::kernel::{self, COL, ColumnsFn, Isa, ROW, Source, Streams, TileFn, Wide};
+            use crate::cpu::gemm::kernel::{self, ColumnsFn, Isa, ROW, Source, Streams, TileFn, Wide};
             use crate::cpu::gemm::{MatMut, finish, pack};
             use half::{bf16, f16};
 
@@ -416,8 +421,12 @@ macro_rules! isa {
             pub(in crate::cpu::gemm) static ISA: Isa = Isa {
                 name: $name,
                 lanes: <$simd as kernel::Simd>::LANES,
+                col: <$simd as kernel::Simd>::COL,
                 by_row: &[$([tile::<$mr, 1, ROW, 1> as TileFn, tile::<$mr, 2, ROW, 1>]),+],
-                by_col: &[$([tile::<$mr, 1, 1, COL> as TileFn, tile::<$mr, 2, 1, COL>]),+],
+                by_col: &[$([
+                    tile::<$mr, 1, 1, { <$simd as kernel::Simd>::COL }> as TileFn,
+                    tile::<$mr, 2, 1, { <$simd as kernel::Simd>::COL }>,
+                ]),+],
                 wide: [
                     &[$(Wide { run: wide::<f32, $mr, $wide>, vectors: $wide }),+],
                     &[$(Wide { run: wide::<bf16, $mr, $wide>, vectors: $wide }),+],

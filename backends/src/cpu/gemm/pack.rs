@@ -2,29 +2,45 @@
 
 use half::{bf16, f16};
 
-use super::kernel::{COL, ROW, Simd, Source};
+use super::kernel::{ROW, Simd, Source};
 use super::{Mat, Storage};
 
-/// A panel of A to pack.
+/// A group of tiles of A to pack, each into a panel of its own.
 pub(super) struct ArgsA<'a> {
-    /// A, at the first row (if `rows` is `None`) and first `k` (if `ks` is `None`) of the panel.
+    /// A, at the first row (if `row_list` is `None`) and first `k` (if `k_list` is `None`) of the group.
     pub(super) a: Mat,
     pub(super) rows: usize,
+    /// Among how many tiles the rows are shared out by [`edge`], at most [`GROUP`].
+    pub(super) tiles: usize,
+    /// Floats from one tile's panel to the next.
+    pub(super) tile_step: usize,
     pub(super) k: usize,
-    /// The panel's rows by list.
+    /// The group's rows by list.
     pub(super) row_list: Option<&'a [i32]>,
-    /// The panel's k by list.
+    /// The group's k by list.
     pub(super) k_list: Option<&'a [i32]>,
-    /// k-wise (`dst[p * COL + i]`) instead of row-wise (`dst[i * ROW + p]`).
+    /// Panels are k-wise (`dst[p * COL + i]`) instead of row-wise (`dst[i * ROW + p]`).
     pub(super) by_col: bool,
 }
 
+/// Most tiles of a group.
+pub(super) const GROUP: usize = 9;
+
+/// The first row of tile `i` when `rows` rows are shared out among `tiles` tiles, as evenly as can be.
+pub(super) fn edge(rows: usize, tiles: usize, i: usize) -> usize {
+    rows * i / tiles
+}
+
+/// Rows of A to prefetch ahead while packing along rows.
+const ROWS_AHEAD: isize = 4;
+
 pub(super) type PackA = unsafe fn(&ArgsA<'_>, *mut f32);
 
-/// Packs a panel of A.
+/// Packs a group of tiles of A.
 ///
 /// # Safety
-/// The source covers the panel; `dst` has `rows * ROW` floats (k-wise: `k * COL`), `rows <= 16`, `k <= KC`.
+/// The source covers the group; each panel of `dst` has `rows of a tile * ROW` floats (k-wise: `k * COL`), a tile has
+/// at most COL rows, and `k <= KC`.
 #[inline(always)]
 pub(super) unsafe fn pack_a<S: Simd>(args: &ArgsA<'_>, dst: *mut f32) {
     // SAFETY: the caller's contract.
@@ -50,21 +66,41 @@ fn place(list: Option<&[i32]>, i: usize) -> Option<isize> {
 unsafe fn pack_a_of<S: Simd, T: Source>(args: &ArgsA<'_>, dst: *mut f32) {
     let Mat { data, row_stride, col_stride, .. } = args.a;
     let src = data.cast::<T>();
+    let mut edges = [0; GROUP + 1];
+    for (i, at) in edges.iter_mut().enumerate().take(args.tiles + 1) {
+        *at = edge(args.rows, args.tiles, i);
+    }
     // SAFETY: the caller's contract.
     unsafe {
         if args.by_col && row_stride == 1 && args.row_list.is_none() {
+            // All tiles of one step of k at once: the rows of the source are far apart, often by a power of two, so
+            // that a line would not stay in a cache until the next tile wants its share of it.
             for p in 0..args.k {
-                let to = dst.add(p * COL);
-                match place(args.k_list, p) {
-                    Some(at) => S::copy_few(src.offset(at * col_stride), args.rows, to),
-                    None => to.write_bytes(0, COL),
+                let to = dst.add(p * S::COL);
+                let from = place(args.k_list, p).map(|at| src.offset(at * col_stride));
+                if args.k_list.is_none() {
+                    let ahead = src.wrapping_offset((p + AHEAD) as isize * col_stride).cast::<u8>();
+                    for byte in (0..args.rows * size_of::<T>()).step_by(64) {
+                        S::prefetch(ahead.wrapping_add(byte));
+                    }
+                }
+                for t in 0..args.tiles {
+                    let to = to.add(t * args.tile_step);
+                    match from {
+                        Some(from) => S::copy_few(from.add(edges[t]), edges[t + 1] - edges[t], to),
+                        None => to.write_bytes(0, S::COL),
+                    }
                 }
             }
             return;
         }
-        let (i_step, p_step) = if args.by_col { (1, COL) } else { (ROW, 1) };
+        let (i_step, p_step) = if args.by_col { (1, S::COL) } else { (ROW, 1) };
+        let mut tile = 0;
         for i in 0..args.rows {
-            let to = dst.add(i * i_step);
+            if i == edges[tile + 1] {
+                tile += 1;
+            }
+            let to = dst.add(tile * args.tile_step + (i - edges[tile]) * i_step);
             let Some(row) = place(args.row_list, i) else {
                 for p in 0..args.k {
                     *to.add(p * p_step) = 0.0;
@@ -72,6 +108,13 @@ unsafe fn pack_a_of<S: Simd, T: Source>(args: &ArgsA<'_>, dst: *mut f32) {
                 continue;
             };
             let from = src.offset(row * row_stride);
+            if !args.by_col && col_stride == 1 && args.row_list.is_none() {
+                // A row is a short run of memory, after which the hardware would have to learn the next one.
+                let ahead = from.wrapping_offset(ROWS_AHEAD * row_stride).cast::<u8>();
+                for byte in (0..args.k * size_of::<T>()).step_by(64) {
+                    S::prefetch(ahead.wrapping_add(byte));
+                }
+            }
             if !args.by_col && col_stride == 1 && args.k_list.is_none() {
                 convert::<S, T>(from, args.k, to);
                 continue;

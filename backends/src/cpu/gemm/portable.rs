@@ -18,6 +18,7 @@ fn mul_add(a: f32, b: f32, c: f32) -> f32 {
 impl Simd for Portable {
     type V = [f32; 4];
     const LANES: usize = 4;
+    const COL: usize = 8;
     #[inline(always)]
     unsafe fn zero() -> [f32; 4] {
         [0.0; 4]

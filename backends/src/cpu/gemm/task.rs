@@ -1,9 +1,9 @@
 //! One task: a block of C of one problem, computed by one thread.
 
-use super::drive::{Scratch, chunks, panel_step, sums_aside};
+use super::drive::{Scratch, chunks, group_tiles, panel_step, sums_aside, tile_step};
 use super::finish::{self, Spot};
 use super::kernel::{Isa, MAX_TILE, ROW, Wide, WideFn};
-use super::pack::{ArgsA, ArgsB};
+use super::pack::{ArgsA, ArgsB, edge};
 use super::problem::Problem;
 use super::{Gemm, MatMut, Storage};
 
@@ -97,22 +97,23 @@ impl Task<'_, '_> {
         })
     }
 
-    /// The tiles of the block's rows: first row (within the problem) and height, as even as can be.
-    fn tiles(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
-        let (from, to) = self.rows;
-        let count = (to - from).div_ceil(self.isa.mr());
-        let edge = move |i: usize| from + (to - from) * i / count;
-        (0..count).map(move |i| (edge(i), edge(i + 1) - edge(i)))
+    /// The groups of tiles of the block's rows: first row (within the problem) and height, as even as can be.
+    fn groups(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let (from, rows) = (self.rows.0, self.rows.1 - self.rows.0);
+        let count = rows.div_ceil(group_tiles(self.isa, rows) * self.isa.mr());
+        (0..count).map(move |i| (from + edge(rows, count, i), edge(rows, count, i + 1) - edge(rows, count, i)))
     }
 
-    /// Packs rows of A for one chunk.
-    unsafe fn pack_a(&self, row: usize, rows: usize, chunk: Chunk, by_col: bool, to: *mut f32) {
+    /// Packs rows of A for one chunk, shared out among tiles.
+    unsafe fn pack_a(&self, row: usize, rows: usize, tiles: usize, chunk: Chunk, by_col: bool, to: *mut f32) {
         let Problem { a, row_list, k_list, .. } = self.problem;
         let i = if row_list.is_none() { row as isize } else { 0 };
         let p = if k_list.is_none() { chunk.k as isize } else { 0 };
         let args = ArgsA {
             a: a.from(i, p),
             rows,
+            tiles,
+            tile_step: tile_step(self.isa),
             k: chunk.len,
             row_list: row_list.map(|list| &list[row..row + rows]),
             k_list: k_list.map(|list| &list[chunk.k..chunk.k + chunk.len]),
@@ -171,7 +172,7 @@ impl Task<'_, '_> {
         // SAFETY: the caller's contract; `strip_a` floats were set aside for A.
         unsafe {
             for (q, chunk) in self.chunks().enumerate() {
-                self.pack_a(self.rows.0, rows, chunk, false, self.a().add(q * rows * ROW));
+                self.pack_a(self.rows.0, rows, 1, chunk, false, self.a().add(q * rows * ROW));
             }
             if b.col_stride == 1 && b.row_stride >= 0 {
                 self.strips_in_place();
@@ -318,29 +319,35 @@ impl Task<'_, '_> {
                     self.pack_b(chunk, first_col, last_col - first_col);
                 }
                 *packed = (chunk.first && chunk.last).then_some(this);
-                for (row, rows) in self.tiles() {
-                    self.pack_a(row, rows, chunk, by_col, self.a());
-                    for (panel, col) in (first_col..last_col).step_by(nr).enumerate() {
-                        let cols = nr.min(last_col - col);
-                        let at = At { row, rows, col, cols };
-                        let aside = if keep {
-                            (self.sums().add((row - self.rows.0) * width + panel * nr), width)
-                        } else {
-                            (self.tile(), nr)
-                        };
-                        let sums = self.place(at, aside);
-                        let load = !chunk.first || gemm.accumulate;
-                        if !sums.in_c && load && (chunk.first || !keep) {
-                            (isa.load_tile)(&self.c(at), rows, cols, sums.at, sums.stride);
-                        }
-                        let kernel = kernels[rows - 1][cols.div_ceil(isa.lanes) - 1];
-                        let b = self.b().add(panel * panel_step(isa, chunk.len));
-                        kernel(chunk.len, self.a(), b, nr, sums.at, sums.stride, load);
-                        if chunk.last {
-                            self.finish(at, &sums);
-                        } else if !sums.in_c && !keep {
-                            // C is f32 here, so that it holds the sums of the blocks so far exactly.
-                            (isa.store_tile)(&self.c(at), rows, cols, sums.at, sums.stride);
+                for (group, height) in self.groups() {
+                    let tiles = height.div_ceil(isa.mr());
+                    self.pack_a(group, height, tiles, chunk, by_col, self.a());
+                    for tile in 0..tiles {
+                        let (top, end) = (edge(height, tiles, tile), edge(height, tiles, tile + 1));
+                        let (row, rows) = (group + top, end - top);
+                        let a = self.a().add(tile * tile_step(isa));
+                        for (panel, col) in (first_col..last_col).step_by(nr).enumerate() {
+                            let cols = nr.min(last_col - col);
+                            let at = At { row, rows, col, cols };
+                            let aside = if keep {
+                                (self.sums().add((row - self.rows.0) * width + panel * nr), width)
+                            } else {
+                                (self.tile(), nr)
+                            };
+                            let sums = self.place(at, aside);
+                            let load = !chunk.first || gemm.accumulate;
+                            if !sums.in_c && load && (chunk.first || !keep) {
+                                (isa.load_tile)(&self.c(at), rows, cols, sums.at, sums.stride);
+                            }
+                            let kernel = kernels[rows - 1][cols.div_ceil(isa.lanes) - 1];
+                            let b = self.b().add(panel * panel_step(isa, chunk.len));
+                            kernel(chunk.len, a, b, nr, sums.at, sums.stride, load);
+                            if chunk.last {
+                                self.finish(at, &sums);
+                            } else if !sums.in_c && !keep {
+                                // C is f32 here, so that it holds the sums of the blocks so far exactly.
+                                (isa.store_tile)(&self.c(at), rows, cols, sums.at, sums.stride);
+                            }
                         }
                     }
                 }

@@ -30,6 +30,7 @@ mod avx512 {
     impl Simd for Avx512 {
         type V = __m512;
         const LANES: usize = 16;
+        const COL: usize = 16;
         #[inline(always)]
         unsafe fn zero() -> __m512 {
             unsafe { _mm512_setzero_ps() }
@@ -146,6 +147,7 @@ mod avx2 {
 
     use half::{bf16, f16};
 
+    use crate::cpu::gemm::Storage;
     use crate::cpu::gemm::kernel::{Simd, Source, isa};
 
     /// 256-bit vectors with FMA.
@@ -157,6 +159,7 @@ mod avx2 {
     impl Simd for Avx2 {
         type V = __m256;
         const LANES: usize = 8;
+        const COL: usize = 8;
         #[inline(always)]
         unsafe fn zero() -> __m256 {
             unsafe { _mm256_setzero_ps() }
@@ -209,6 +212,14 @@ mod avx2 {
         }
         #[inline(always)]
         unsafe fn copy_few<T: Source>(src: *const T, n: usize, dst: *mut f32) {
+            if T::STORAGE == Storage::F32 {
+                const MASK: [i32; 16] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
+                unsafe {
+                    let mask = _mm256_loadu_si256(MASK.as_ptr().add(8 - n).cast());
+                    _mm256_storeu_ps(dst, _mm256_maskload_ps(src.cast(), mask));
+                }
+                return;
+            }
             for i in 0..n {
                 unsafe { *dst.add(i) = (*src.add(i)).to_f32() };
             }

@@ -7,16 +7,35 @@ use super::par::{Shared, row_tasks};
 /// Columns summed at a time, in registers and f32 whatever the storage type.
 const COLUMNS: usize = 64;
 
-/// `y[t] = sum_j gate[t, j] rows[choice_slot[t, j]]`, in the order of j, in f32; a choice without a slot adds nothing.
+/// The branch of all tokens: `rows` [n, d], and the coefficients of the gate sum and of it [n, 2] (None: 1 and 1).
+#[derive(Clone, Copy)]
+pub struct Side<'a, T> {
+    /// Its rows.
+    pub rows: &'a [T],
+    /// The pair of each token.
+    pub coefficient: Option<&'a [f32]>,
+}
+
+/// `y[t] = sum_j gate[t, j] rows[choice_slot[t, j]]`, in the order of j, in f32; a choice without a slot adds nothing. With a
+/// [`Side`], its first coefficient times that plus its second times the side's row.
 ///
 /// - `rows` [S, d], `choice_slot` [n, k] of slots or -1, `gate` [n, k] (None: 1)
 /// - `y` [n, d] is written
 ///
 /// Panics when the sizes disagree, k is 0 or a slot is outside S.
-pub fn combine<T: Element>(rows: &[T], choice_slot: &[i32], k: usize, d: usize, gate: Option<&[f32]>, y: &mut [T]) {
+pub fn combine<T: Element>(
+    rows: &[T],
+    choice_slot: &[i32],
+    k: usize,
+    d: usize,
+    gate: Option<&[f32]>,
+    side: Option<Side<'_, T>>,
+    y: &mut [T],
+) {
     assert!(k > 0 && gate.is_none_or(|g| g.len() == choice_slot.len()));
     let n = choice_slot.len() / k;
     assert!(choice_slot.len() == n * k && y.len() == n * d);
+    assert!(side.is_none_or(|s| s.rows.len() == n * d && s.coefficient.is_none_or(|c| c.len() == 2 * n)));
     let out = Shared::new(y);
     row_tasks(n, k * d, |from, to| {
         // SAFETY: tasks have disjoint tokens.
@@ -33,6 +52,13 @@ pub fn combine<T: Element>(rows: &[T], choice_slot: &[i32], k: usize, d: usize, 
                             let Ok(slot) = usize::try_from(choice_slot[c]) else { continue };
                             let at = slot * d + block * COLUMNS;
                             add(&mut sum, &rows[at..at + width], gate.map_or(1.0, |g| g[c]));
+                        }
+                        if let Some(Side { rows, coefficient }) = side {
+                            let (a, b) = coefficient.map_or((1.0, 1.0), |c| (c[2 * t], c[2 * t + 1]));
+                            let at = t * d + block * COLUMNS;
+                            for (s, v) in sum.iter_mut().zip(&rows[at..at + width]) {
+                                *s = a * *s + b * v.to_f32();
+                            }
                         }
                         for (y, &s) in y.iter_mut().zip(&sum) {
                             *y = T::from_f32(s);
@@ -80,11 +106,11 @@ mod tests {
                 }
                 let gate = gated.then_some(&gate[..]);
                 let mut y = vec![f32::NAN; n * d];
-                combine(&rows, &slot_of, k, d, gate, &mut y);
+                combine(&rows, &slot_of, k, d, gate, None, &mut y);
                 assert_close(&y, &want, 1e-6);
                 let low: Vec<f16> = rows.iter().map(|&v| f16::from_f32(v)).collect();
                 let mut y = vec![f16::NAN; n * d];
-                combine(&low, &slot_of, k, d, gate, &mut y);
+                combine(&low, &slot_of, k, d, gate, None, &mut y);
                 let y: Vec<f32> = y.iter().map(|v| v.to_f32()).collect();
                 assert_close(&y, &want, 1.0 / 256.0);
             }
@@ -99,7 +125,7 @@ mod tests {
         let (rows, gate) = (rng.values(s * d, 2.0), rng.values(n * k, 1.0));
         same_on_any_thread_count(|| {
             let mut y = vec![f32::NAN; n * d];
-            combine(&rows, &slot_of, k, d, Some(&gate), &mut y);
+            combine(&rows, &slot_of, k, d, Some(&gate), None, &mut y);
             bits(&y)
         });
     }

@@ -20,6 +20,7 @@ pub mod random_fill;
 pub mod reduce;
 pub mod rms_norm;
 pub mod route;
+pub mod route_any;
 mod rows;
 pub mod segment_sum;
 pub mod softmax;

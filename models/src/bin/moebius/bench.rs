@@ -87,6 +87,9 @@ fn step(args: &BenchArgs, config: &Config, engine: &Engine) -> Result<Value, Fai
         let begun = Instant::now();
         trainer.program().feed("tokens", &text[..tokens])?;
         trainer.program().feed("targets", &text[1..])?;
+        if gpt::is_noisy(&config.model) {
+            trainer.program().feed(gpt::NOISE_KEY, &[0u32, 0])?;
+        }
         trainer.step(&mut session, 3e-4)?;
         if i >= WARM_UP {
             times.push(begun.elapsed().as_secs_f64());

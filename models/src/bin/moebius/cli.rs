@@ -15,7 +15,7 @@ Examples:
   moebius train                                     train the quick-start model on Tiny Shakespeare
   moebius train --data book.txt --out runs/book     train it on your own text, byte by byte
   moebius generate --model runs/book --prompt \"Once\" --tokens 200
-  moebius inspect --preset 350m-pr-moe-32-64        parameters, FLOPs and memory of a model of the paper
+  moebius inspect --preset 350m-pr-moe-32-64        size, FLOPs and memory of a paper's model
 
 Exit codes: 0 done, 1 failed, 2 wrong use, 130 stopped by Ctrl-C with a checkpoint."
 )]

@@ -5,6 +5,8 @@ use std::process::ExitCode;
 
 use moebius_models::config::ConfigError;
 use moebius_models::data::DataError;
+use moebius_models::generate::GenerateError;
+use moebius_models::gpt::DecodingError;
 use moebius_models::report::ReportError;
 use moebius_models::tokenizer::TokenizerError;
 use moebius_models::training::TrainingError;
@@ -27,6 +29,8 @@ pub(crate) enum Failure {
     Training(#[from] TrainingError),
     #[error(transparent)]
     Engine(#[from] moebius::Error),
+    #[error(transparent)]
+    Generate(#[from] GenerateError),
     #[error(transparent)]
     Graph(#[from] moebius::ir::Error),
     #[error(transparent)]
@@ -58,6 +62,7 @@ impl Failure {
             | Failure::Usage(_)
             | Failure::Training(_)
             | Failure::Engine(_)
+            | Failure::Generate(_)
             | Failure::Graph(_)
             | Failure::Checkpoint(_)
             | Failure::Data(_)
@@ -79,6 +84,7 @@ impl Failure {
             Failure::Config(_) | Failure::Usage(_) => true,
             Failure::Training(e) => matches!(e, TrainingError::Config(_)),
             Failure::Engine(e) => matches!(e, moebius::Error::NoSuchDevice { .. }),
+            Failure::Generate(e) => matches!(e, GenerateError::Decoding(DecodingError::FutureTokens)),
             Failure::Graph(_)
             | Failure::Checkpoint(_)
             | Failure::Data(_)

@@ -56,6 +56,8 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
             "batch": batch,
             "sequence": config.model.sequence,
             "activation_bytes": activations,
+            "router": config.model.routing().to_string(),
+            "top_k": config.model.top_k(),
             "token_embedding": parameters.token_embedding,
             "position_embedding": parameters.position_embedding,
             "layers": layers,
@@ -72,6 +74,9 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
     println!("parameters       {:>10}", text::count(parameters.total as f64));
     println!("active per token {:>10}", text::count(parameters.active as f64));
     println!("training FLOPs   {:>10} per token", text::count(flops.total as f64));
+    if m.experts_per_layer().iter().any(|&e| e > 0) {
+        println!("router           top {}: {}", m.top_k(), m.routing());
+    }
     println!();
     println!("layer  experts   attention      router     experts       dense       total      active");
     for l in &parameters.per_layer {
