@@ -4,6 +4,8 @@
 //! floating-point operations a second (criterion's `elem/s`), ops that stream through memory in bytes a second. An op is
 //! run as in a model: compiled from a graph, on all threads. `-- NAME` runs the cases with NAME in theirs.
 
+#![allow(clippy::print_stdout)]
+
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use moebius::ir::{DType, Graph, Result, TensorType, Value};
 use moebius_benches::{Ids, peaks, ready_op};
@@ -29,6 +31,7 @@ fn case(
     group.finish();
 }
 
+#[expect(clippy::print_stdout, reason = "the rates that the figures after it are read against")]
 fn print_peaks(_: &mut Criterion) {
     println!("FMA peak {:.1} GFLOP/s, read bandwidth {:.1} GB/s", peaks::fma() / 1e9, peaks::read_bandwidth() / 1e9);
 }

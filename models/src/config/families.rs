@@ -221,7 +221,27 @@ impl Family {
         match self {
             Family::Top1 | Family::DeepspeedTop1 => Some(1),
             Family::Top2 | Family::DeepspeedTop2 | Family::Fair | Family::Gshard => Some(2),
-            _other => None,
+            Family::TopK
+            | Family::Switch
+            | Family::DeepspeedTopK
+            | Family::Tutel
+            | Family::Mixtral
+            | Family::Qwen2Moe
+            | Family::Qwen3Moe
+            | Family::Qwen3Next
+            | Family::Olmoe
+            | Family::DeepseekV2
+            | Family::DeepseekV3
+            | Family::DeepseekV4
+            | Family::MinimaxM2
+            | Family::Ernie45
+            | Family::GptOss
+            | Family::Granite
+            | Family::Phi35
+            | Family::Llama4
+            | Family::Arctic
+            | Family::Nemotron3
+            | Family::ExpertChoice => None,
         }
     }
 }

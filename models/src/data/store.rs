@@ -71,9 +71,10 @@ impl OpenFile {
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
         let done = file.seek(SeekFrom::Start(at as u64)).and_then(|_| file.read_exact(out));
         done.map_err(|source| {
-            let source = match source.kind() {
-                ErrorKind::UnexpectedEof => Error::new(source.kind(), "it became shorter while it was in use"),
-                _other => source,
+            let source = if source.kind() == ErrorKind::UnexpectedEof {
+                Error::new(source.kind(), "it became shorter while it was in use")
+            } else {
+                source
             };
             DataError::Io { action: "read", path: self.path.clone(), source }
         })

@@ -98,7 +98,7 @@ mod tests {
         for gate in [None, Some(&gate[..])] {
             let (mut rows, mut back) = (vec![f32::NAN; slots.len() * d], vec![f32::NAN; n * d]);
             dispatch(&x, &slots, k, d, gate, &mut rows);
-            combine(&y, &slot_of, k, d, gate, &mut back);
+            combine(&y, &slot_of, k, d, gate, None, &mut back);
             let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>();
             let (left, right) = (dot(&rows, &y), dot(&x, &back));
             assert!((left - right).abs() < 1e-4, "{left} and {right}");

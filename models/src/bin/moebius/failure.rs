@@ -72,11 +72,10 @@ impl Failure {
             | Failure::NoModel { .. }
             | Failure::Broken { .. } => note!("moebius: {}", with_causes(self)),
         }
-        ExitCode::from(match self {
-            Failure::Stopped => INTERRUPTED,
-            wrong if wrong.is_wrong_use() => 2,
-            _failed => 1,
-        })
+        if matches!(self, Failure::Stopped) {
+            return ExitCode::from(INTERRUPTED);
+        }
+        ExitCode::from(if self.is_wrong_use() { 2 } else { 1 })
     }
 
     fn is_wrong_use(&self) -> bool {
