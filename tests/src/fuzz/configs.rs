@@ -4,6 +4,10 @@ use moebius_models::config::Config;
 
 use super::{Target, Then};
 
+/// The crate `toml` lists all tokens and then all events of a text, of some 24 bytes each, before it builds anything, and a
+/// token can be one byte.
+const TIMES: usize = 96;
+
 pub(super) fn target() -> Target {
     let assignments = [
         "train.steps=10",
@@ -20,7 +24,12 @@ pub(super) fn target() -> Target {
     ];
     let presets: Vec<Vec<u8>> = Config::presets()
         .filter_map(|name| Config::preset(name).ok()?.to_toml().ok())
-        .map(|toml| format!("{toml}---\n{}\n", assignments.join("\n")).into_bytes())
+        // All assignments together make no valid configuration; the preset alone, and with some of them, does.
+        .flat_map(|toml| {
+            let one = assignments.iter().map(|a| format!("{toml}---\n{a}\n")).collect::<Vec<_>>();
+            let all = format!("{toml}---\n{}\n", assignments.join("\n"));
+            [toml, all].into_iter().chain(one).map(String::into_bytes)
+        })
         .collect();
     let words = [
         "[model]\n",
@@ -63,6 +72,7 @@ pub(super) fn target() -> Target {
         seeds: presets,
         words: words.iter().map(ToString::to_string).chain(keys).collect(),
         repair: Box::new(|input, _| input),
+        times: TIMES,
         parse: Box::new(|input| {
             let text = String::from_utf8_lossy(input);
             let (toml, assignments) = text.split_once("---\n").unwrap_or((&text, ""));

@@ -32,7 +32,7 @@ impl Words {
 
     /// A number below `n`, 0 for `n` of 0.
     pub fn below(&mut self, n: usize) -> usize {
-        (u64::from(self.word()) * n as u64 >> 32) as usize
+        ((u64::from(self.word()) * n as u64) >> 32) as usize
     }
 
     /// True once in `n` times.
@@ -134,7 +134,7 @@ fn change(target: &Target, words: &mut Words, input: &mut Vec<u8>) {
             let at = words.below(len + 1);
             drop(input.splice(at..at, word.into_bytes()));
         }
-        5 | 6 | 7 => {
+        5..=7 => {
             let number = (*words.pick(NUMBERS)).as_bytes().to_vec();
             replace_run(words, input, |b| b.is_ascii_digit(), &number);
         }
