@@ -159,6 +159,14 @@ pub enum Error {
         /// Where the node was made.
         site: Site,
     },
+    /// The buffers of a plan need more bytes than can be addressed.
+    #[error("plan: wanted buffers that can be addressed, found {buffers} of {bytes} bytes together")]
+    TooLarge {
+        /// Number of buffers.
+        buffers: usize,
+        /// Their sizes together.
+        bytes: u128,
+    },
     /// The reference interpreter was not given what it needs.
     #[error("reference: input {name:?}: wanted {wanted}, found {found}")]
     Feed {

@@ -181,8 +181,7 @@ impl Graph {
             site: site.clone(),
         };
         let types = op.infer(&found).map_err(|m| refuse(m.operand, m.wanted, &found))?;
-        if let Some(ty) = types.iter().find(|t| t.shape.checked_elements().is_none_or(|n| n > isize::MAX as usize / 8))
-        {
+        if let Some(ty) = types.iter().find(|t| !t.shape.addressable()) {
             return Err(refuse(None, format!("results that can be addressed, not {ty}"), &found));
         }
         if let Some(input) = op.as_input()

@@ -88,7 +88,7 @@ impl Plan {
     ///
     /// # Errors
     /// [`Error::Overwrite`] if an op works in place on something that must be read later; [`Error::Update`] if the old value
-    /// of an updated state is also an output or the new value of another state.
+    /// of an updated state is also an output or the new value of another state; [`Error::TooLarge`] if no memory has the size.
     pub fn new(graph: Graph, scratch: &dyn Fn(&Graph, NodeId) -> usize, fences: Fences) -> Result<Plan> {
         let order = order(&graph)?;
         let mut step_of = vec![0usize; graph.nodes().len()];
@@ -116,7 +116,7 @@ impl Plan {
             }
         }
         let mut plan = Plan { graph, steps, storage: Vec::new(), lifetimes: Vec::new(), arena_bytes: 0, fences };
-        plan.place(&roots, &step_of);
+        plan.place(&roots, &step_of)?;
         Ok(plan)
     }
 
@@ -201,7 +201,7 @@ impl Plan {
     }
 
     /// Gives every root its lifetime and offset; fills `storage`.
-    fn place(&mut self, roots: &[Value], step_of: &[usize]) {
+    fn place(&mut self, roots: &[Value], step_of: &[usize]) -> Result<()> {
         let graph = &self.graph;
         let end = self.steps.len();
         let mut span: Vec<Option<(usize, usize)>> = vec![None; graph.value_count()];
@@ -254,6 +254,11 @@ impl Plan {
                 buffers.push(Lifetime { value: None, offset: 0, bytes: padded(scratch_bytes), first: i, last: i });
             }
         }
+        // Offsets are at most the sum of all buffers, so this keeps every sum of them countable.
+        let all: u128 = buffers.iter().map(|b| b.bytes as u128).sum();
+        if all > isize::MAX as u128 {
+            return Err(Error::TooLarge { buffers: buffers.len(), bytes: all });
+        }
         self.arena_bytes = place_by_size(&mut buffers);
         for (step, buffer) in scratch_of {
             if let Step::Run { scratch, .. } = &mut self.steps[step] {
@@ -270,6 +275,7 @@ impl Plan {
             })
             .collect();
         self.lifetimes = buffers;
+        Ok(())
     }
 }
 

@@ -19,9 +19,17 @@ impl Shape {
         Shape(dims.into_iter().collect())
     }
 
-    /// Number of elements, 1 for a scalar; `None` if it does not fit a `usize`.
+    /// Number of elements, 1 for a scalar; `None` if it does not fit a `usize`, or if the extents that are not 0 multiply
+    /// to more: rows, strides and parts of a shape without elements must be countable too.
     pub fn checked_elements(&self) -> Option<usize> {
-        self.0.iter().try_fold(1usize, |n, &d| n.checked_mul(d))
+        let most = self.0.iter().try_fold(1usize, |n, &d| n.checked_mul(d.max(1)))?;
+        Some(if self.0.contains(&0) { 0 } else { most })
+    }
+
+    /// Whether every count made of its extents, in bytes too, can be addressed.
+    pub fn addressable(&self) -> bool {
+        let most = self.0.iter().try_fold(1usize, |n, &d| n.checked_mul(d.max(1)));
+        most.is_some_and(|n| n <= isize::MAX as usize / 8)
     }
 
     /// Number of elements, 1 for a scalar. Types in a graph were checked not to overflow.
@@ -143,5 +151,20 @@ impl TensorType {
 impl fmt::Display for TensorType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}{}", self.dtype, self.shape)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_zero_extent_does_not_hide_extents_that_cannot_be_counted() {
+        let huge = 1usize << 40;
+        assert_eq!(Shape::from([0, huge, huge]).checked_elements(), None);
+        assert_eq!(Shape::from([huge, huge, 0]).checked_elements(), None);
+        assert_eq!(Shape::from([0, huge]).checked_elements(), Some(0));
+        assert_eq!(Shape::default().checked_elements(), Some(1));
+        assert!(!Shape::from([usize::MAX, 0]).addressable() && Shape::from([huge, 0]).addressable());
     }
 }

@@ -83,8 +83,14 @@ pub(super) const FORMS: [(&str, &str); 3] = [
     ("train.decay_steps", "train.decay_tokens"),
 ];
 
+/// A longer name is no slip of the pen, and comparing it costs memory and time for each of its letters times each key's.
+const LONGEST_NAME: usize = 64;
+
 /// How alike two names are, from 0 to 1. A name that is a part of the other is taken as meant.
 fn likeness(a: &str, b: &str) -> f64 {
+    if a.len() > LONGEST_NAME || b.len() > LONGEST_NAME {
+        return 0.0;
+    }
     let part = a.len() >= 3 && b.len() >= 3 && (a.contains(b) || b.contains(a));
     strsim::normalized_damerau_levenshtein(a, b).max(if part { 0.75 } else { 0.0 })
 }

@@ -484,3 +484,11 @@ fn files_are_read_strictly() {
     assert!(typo.contains("(nearest: tiny-pr-moe"), "{typo}");
     assert!(Config::preset("zzz").unwrap_err().to_string().contains("there are tiny-pr-moe"));
 }
+
+#[test]
+fn a_very_long_key_is_refused_without_being_compared() {
+    let key = "x".repeat(1 << 20);
+    let refused = Config::from_toml(&format!("{key} = 1"), "long").unwrap_err();
+    let ConfigError::UnknownKeys { keys, .. } = refused else { panic!("{refused}") };
+    assert!(keys[0].nearest.is_empty());
+}

@@ -270,7 +270,7 @@ fn priority(
     }
 }
 
-/// `values[n, expert_index[n,j]]`, f32 `[N,k]`; NaN where a choice goes nowhere, which orders nothing.
+/// `values[n, expert_index[n,j]]`, f32 `[N,k]`; of no meaning where a choice goes nowhere, as that takes no slot.
 fn at_experts(g: &mut Graph, values: Value, expert_index: Value) -> Result<Value> {
     let [tokens, experts] = [g.shape(values)[0], g.shape(values)[1]];
     let k = g.shape(expert_index)[1];
@@ -278,6 +278,10 @@ fn at_experts(g: &mut Graph, values: Value, expert_index: Value) -> Result<Value
     let start = (0..tokens).map(|n| (n * experts) as f64).collect();
     let start = g.constant(TensorType::i32([tokens, 1]), start)?;
     let ids = g.add(expert_index, start)?;
+    // The index -1 of the first token would lie before the table.
+    let first = g.splat(TensorType::i32([]), 0.0)?;
+    let inside = g.compare(CompareFn::Ge, ids, first)?;
+    let ids = g.select(inside, ids, first)?;
     let picked = g.embedding(table, ids)?;
     g.reshape(picked, [tokens, k])
 }
