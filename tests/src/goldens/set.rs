@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use moebius_ir::{DType, Tensor, TensorType};
-use safetensors::{Dtype, SafeTensors};
+use safetensors::SafeTensors;
 use serde_json::Value as Json;
 
 /// Why a case could not be compared.
@@ -254,23 +254,22 @@ pub(super) fn bytes(path: &Path) -> Result<Vec<u8>, Problem> {
 }
 
 fn tensors(path: &Path) -> Result<HashMap<String, Tensor>, Problem> {
+    use safetensors::Dtype::{BF16, F16, F32, I32, I64};
     let content = bytes(path)?;
     let wrong = |found: String| Problem::Format { path: path.into(), wanted: "tensors in safetensors", found };
     let file = SafeTensors::deserialize(&content).map_err(|e| wrong(e.to_string()))?;
     let mut tensors = HashMap::new();
     for (name, view) in file.iter() {
         let shape = view.shape().to_vec();
-        let tensor = match view.dtype() {
-            Dtype::F32 => Tensor::from_bytes(TensorType::f32(shape), view.data()),
-            Dtype::I32 => Tensor::from_bytes(TensorType::i32(shape), view.data()),
-            Dtype::BF16 => Tensor::from_bytes(TensorType::new(DType::Bf16, shape), view.data()),
-            Dtype::F16 => Tensor::from_bytes(TensorType::new(DType::F16, shape), view.data()),
-            Dtype::I64 => {
-                let data = view.data().chunks_exact(8);
-                let long = |c: &[u8]| i64::from_le_bytes([c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]]) as f64;
-                Tensor::new(TensorType::i32(shape), data.map(long).collect())
-            }
-            other => return Err(wrong(format!("{name} of dtype {other:?}"))),
+        let same = [(F32, DType::F32), (I32, DType::I32), (BF16, DType::Bf16), (F16, DType::F16)];
+        let tensor = if let Some(&(_, dtype)) = same.iter().find(|(stored, _)| *stored == view.dtype()) {
+            Tensor::from_bytes(TensorType::new(dtype, shape), view.data())
+        } else if view.dtype() == I64 {
+            let data = view.data().chunks_exact(8);
+            let long = |c: &[u8]| i64::from_le_bytes([c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]]) as f64;
+            Tensor::new(TensorType::i32(shape), data.map(long).collect())
+        } else {
+            return Err(wrong(format!("{name} of dtype {:?}", view.dtype())));
         };
         tensors.insert(name.to_owned(), tensor);
     }
