@@ -57,6 +57,16 @@ fn training_writes_what_it_promises_and_the_other_commands_use_it() {
 }
 
 #[test]
+fn a_model_whose_experts_choose_is_trained_but_not_sampled() {
+    let place = Place::new();
+    let experts_choose = ["--set", "model.router=expert-choice", "--set", "model.capacity_factor=2"];
+    let output = succeeds(place.train("run", &experts_choose));
+    assert!(stdout(&output).contains("No sample: cannot generate"), "{}", stdout(&output));
+    let refused = place.run(&["generate", "--model", "run", "--prompt", "line"]);
+    assert!(!refused.status.success() && stderr(&refused).contains("allow_expert_choice_decoding"), "{refused:?}");
+}
+
+#[test]
 fn the_sizes_of_the_paper_need_no_memory() {
     let place = Place::new();
     for (preset, total, active) in [("1.3b-pr-moe-64-128", 31.39e9, 1.72e9), ("350m-pr-moe-32-64", 4.12e9, 0.457e9)] {

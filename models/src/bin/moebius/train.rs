@@ -8,7 +8,8 @@ use moebius::Engine;
 use moebius::checkpoint::Checkpoints;
 use moebius_models::config::Config;
 use moebius_models::data::{Corpus, CorpusSpec, Source, Validation, default_cache_dir};
-use moebius_models::generate::{Generator, Sampling};
+use moebius_models::generate::{GenerateError, Generator, Sampling};
+use moebius_models::gpt::DecodingError;
 use moebius_models::report::{self, RunFacts};
 use moebius_models::tokenizer::Tokenizer;
 use moebius_models::training::{
@@ -251,16 +252,16 @@ fn finish(run: &mut Run, tokenizer: &Tokenizer, out: &Path) -> Result<(), Failur
         );
     }
     let config = run.config().model.clone();
-    let mut generator = Generator::new(run.session(), &config)?;
-    println!("\nA sample:\n");
-    crate::generate::stream(
-        run.session(),
-        &mut generator,
-        tokenizer,
-        SAMPLE_PROMPT,
-        SAMPLE_TOKENS,
-        &Sampling::default(),
-    )?;
+    match Generator::new(run.session(), &config) {
+        Ok(mut generator) => {
+            println!("\nA sample:\n");
+            let sampling = Sampling::default();
+            crate::generate::stream(run.session(), &mut generator, tokenizer, SAMPLE_PROMPT, SAMPLE_TOKENS, &sampling)?;
+        }
+        // The training is done and saved all the same.
+        Err(why @ GenerateError::Decoding(DecodingError::FutureTokens)) => println!("\nNo sample: {why}"),
+        Err(error) => return Err(error.into()),
+    }
     let out = shown(out);
     println!("\nNext:");
     println!("  moebius generate --model {out} --prompt \"JULIET:\" --tokens 300");
