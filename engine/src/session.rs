@@ -15,6 +15,8 @@ use crate::program::Program;
 pub struct StepTime {
     /// The op.
     pub op: &'static str,
+    /// Type of its first result.
+    pub result: TensorType,
     /// Whether these uses belong to the backward pass.
     pub backward: bool,
     /// Seconds of one run, all uses together.
@@ -89,7 +91,7 @@ impl Session {
         Ok(program.instance().first_non_finite(self.store.as_mut())?)
     }
 
-    /// Runs a program `runs` times and adds up the time of each kind of step; see [`StepTime`].
+    /// Runs a program `runs` times and adds up the time of each kind of step: an op and its result's type; see [`StepTime`].
     ///
     /// # Errors
     /// As [`Session::run`].
@@ -99,14 +101,15 @@ impl Session {
             let times = program.instance().profile(self.store.as_mut())?;
             let graph = program.plan().graph();
             for (id, seconds) in times {
-                let op = graph.node(id).op.name();
-                let backward = graph.node(id).scope.starts_with("backward");
-                match total.iter_mut().find(|t| t.op == op && t.backward == backward) {
+                let node = graph.node(id);
+                let (op, result) = (node.op.name(), graph.ty(node.results[0]));
+                let backward = node.scope.starts_with("backward");
+                match total.iter_mut().find(|t| t.op == op && t.backward == backward && t.result == *result) {
                     Some(time) => {
                         time.seconds += seconds;
                         time.count += 1;
                     }
-                    None => total.push(StepTime { op, backward, seconds, count: 1 }),
+                    None => total.push(StepTime { op, result: result.clone(), backward, seconds, count: 1 }),
                 }
             }
         }

@@ -19,6 +19,8 @@ const MIN_ROWS: usize = 64;
 const MIN_COLS: usize = 128;
 /// Tasks per thread to aim at: more would make the last ones to finish shorter, but pack every operand more often.
 const TASKS_PER_THREAD: usize = 4;
+/// The same when each thread gets as many as the others: what is left is a thread that was held up.
+const EVEN_TASKS_PER_THREAD: usize = 2;
 /// The same when all are strips: those read the longer runs of memory the wider they are.
 const STRIPS_PER_THREAD: usize = 1;
 /// Columns of the largest strip task (one tile of rows): whole pages of B's rows, while the sums stay in L1 or L2.
@@ -207,8 +209,16 @@ pub(super) unsafe fn run(
     let strip = isa.mr().min(STRIP_A / strip_a(1, gemm.k));
     let mut cut = Cut { strip, rows: MAX_ROWS, cols: MAX_COLS, strip_cols: STRIP_COLS };
     let mut tasks = cut.all(gemm);
-    let wanted = threads * if gemm.m <= strip { STRIPS_PER_THREAD } else { TASKS_PER_THREAD };
-    while threads > 1 && tasks < wanted {
+    let enough = |tasks: usize| {
+        let even = tasks.is_multiple_of(threads);
+        let each = match gemm.m <= strip {
+            true => STRIPS_PER_THREAD,
+            false if even => EVEN_TASKS_PER_THREAD,
+            false => TASKS_PER_THREAD,
+        };
+        tasks >= each * threads
+    };
+    while threads > 1 && !enough(tasks) {
         let Some(finer) = cut.finer(gemm.m) else { break };
         cut = finer;
         tasks = cut.all(gemm);

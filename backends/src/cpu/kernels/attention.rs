@@ -115,9 +115,10 @@ pub(super) struct Attend<'a, T> {
     pub(super) v: (&'a [T], usize),
 }
 
-/// f32 that [`attend`] works in: rows of keys or values, queries and result in lanes, scores, three per-query numbers.
+/// f32 that [`attend`] works in: rows of keys, of values and of the result, queries in lanes, scores, three per-query
+/// numbers.
 pub(super) const fn attend_scratch(head_dim: usize) -> usize {
-    3 * TILE * head_dim + TILE * TILE + 3 * TILE
+    2 * TILE * (head_dim + lanes(head_dim)) + TILE * TILE + 3 * TILE
 }
 
 /// Computes one task. Row r of the result goes to `out` at `start + r * ld`, `head_dim` elements that are the task's own.
@@ -128,9 +129,11 @@ pub(super) fn attend<T: Element>(
     mut scratch: &mut [f32],
 ) {
     let &Attend { rows, position, keys, head_dim, causal, scale, q, k, v } = job;
+    let wide = lanes(head_dim);
     let loaded = cut(&mut scratch, TILE * head_dim);
+    let values = cut(&mut scratch, TILE * wide);
     let queries = cut(&mut scratch, TILE * head_dim);
-    let result = cut(&mut scratch, TILE * head_dim);
+    let result = cut(&mut scratch, TILE * wide);
     let scores = cut(&mut scratch, TILE * TILE);
     let max = cut(&mut scratch, TILE);
     let sum = cut(&mut scratch, TILE);
@@ -143,6 +146,8 @@ pub(super) fn attend<T: Element>(
             transpose(rows, head_dim, (loaded, head_dim), queries);
         },
     );
+    // The columns that only fill a register up stay 0.
+    values.fill(0.0);
     max.fill(f32::NEG_INFINITY);
     sum.fill(0.0);
     let end = if causal { keys.min(position + rows) } else { keys };
@@ -161,12 +166,12 @@ pub(super) fn attend<T: Element>(
                     mask(scores, count, n, first, position);
                 }
                 online_softmax(scores, count, n, max, sum, rescale);
-                load_rows(count, head_dim, (&v.0[first * v.1..], v.1), 1.0, (loaded, head_dim));
+                load_rows(count, head_dim, (&v.0[first * v.1..], v.1), 1.0, (values, wide));
             },
         );
-        let left = Left { data: loaded, row: 1, step: head_dim };
+        let left = Left { data: scores, row: 1, step: TILE };
         let before = if first == 0 { Start::Zero } else { Start::Scaled(rescale) };
-        product([head_dim, n, count], left, (scores, TILE), before, (result, TILE));
+        product([rows, wide, count], left, (values, wide), before, (result, wide));
     }
     simd(
         #[inline(always)]
@@ -175,8 +180,8 @@ pub(super) fn attend<T: Element>(
                 let inverse = 1.0 / sum[r];
                 // SAFETY: the rows of one head are the task's own.
                 let to = unsafe { out.piece(start + r * ld_out, head_dim) };
-                for (d, to) in to.iter_mut().enumerate() {
-                    *to = T::from_f32(result[d * TILE + r] * inverse);
+                for (to, from) in to.iter_mut().zip(&result[r * wide..]) {
+                    *to = T::from_f32(from * inverse);
                 }
             }
             if let Some(lse) = lse {
@@ -213,14 +218,14 @@ fn online_softmax(scores: &mut [f32], count: usize, n: usize, max: &mut [f32], s
         }
         let mut total = [0.0f32; W];
         for x in 0..W {
-            let factor = vmath::exp(max[j + x] - new[x]);
+            let factor = vmath::exp_or_zero(max[j + x] - new[x]);
             rescale[j + x] = factor;
             total[x] = sum[j + x] * factor;
         }
         for key in 0..count {
             let row = &mut scores[key * TILE + j..][..W];
             for x in 0..W {
-                row[x] = vmath::exp(row[x] - new[x]);
+                row[x] = vmath::exp_or_zero(row[x] - new[x]);
                 total[x] += row[x];
             }
         }
@@ -237,7 +242,7 @@ pub const fn attention_grad_workspace(shape: &AttentionShape, threads: usize) ->
 
 const fn grad_scratch(shape: &AttentionShape) -> usize {
     let (tokens, head_dim) = (shape.tokens.next_multiple_of(TILE), shape.head_dim);
-    tokens * (3 * head_dim + 4 * lanes(head_dim) + 2) + 2 * TILE * head_dim + 2 * TILE * TILE
+    tokens * (2 * head_dim + 5 * lanes(head_dim) + 2) + TILE * (head_dim + lanes(head_dim)) + 2 * TILE * TILE
 }
 
 /// The vjp of [`attention`]: the cotangent of `qkv`, of its shape, from the cotangent `dout` of `out`.
@@ -295,12 +300,12 @@ fn grad_of_kv_head<T: Element>(
     let d_rows = cut(&mut scratch, padded * wide);
     let q_lanes = cut(&mut scratch, padded * head_dim);
     let d_lanes = cut(&mut scratch, padded * head_dim);
-    let dq_lanes = cut(&mut scratch, padded * head_dim);
+    let dq = cut(&mut scratch, padded * wide);
     let dk = cut(&mut scratch, padded * wide);
     let dv = cut(&mut scratch, padded * wide);
     let denominators = cut(&mut scratch, padded);
     let deltas = cut(&mut scratch, padded);
-    let k_tile = cut(&mut scratch, TILE * head_dim);
+    let k_tile = cut(&mut scratch, TILE * wide);
     let v_tile = cut(&mut scratch, TILE * head_dim);
     let p_tile = cut(&mut scratch, TILE * TILE);
     let ds_tile = cut(&mut scratch, TILE * TILE);
@@ -309,6 +314,7 @@ fn grad_of_kv_head<T: Element>(
     d_rows.fill(0.0);
     dk.fill(0.0);
     dv.fill(0.0);
+    k_tile.fill(0.0);
     for h in kv * group..(kv + 1) * group {
         let (o, d) = ((b * tokens * ld_out) + h * head_dim, (b * heads + h) * tokens);
         simd(
@@ -336,7 +342,7 @@ fn grad_of_kv_head<T: Element>(
             simd(
                 #[inline(always)]
                 || {
-                    load_rows(count, head_dim, (&sequence[key * ld + k_column..], ld), 1.0, (k_tile, head_dim));
+                    load_rows(count, head_dim, (&sequence[key * ld + k_column..], ld), 1.0, (k_tile, wide));
                     load_rows(count, head_dim, (&sequence[key * ld + v_column..], ld), 1.0, (v_tile, head_dim));
                 },
             );
@@ -344,7 +350,7 @@ fn grad_of_kv_head<T: Element>(
                 let rows = TILE.min(tokens - first);
                 let n = lanes(rows);
                 let at = first * head_dim;
-                let k_rows = Left { data: k_tile, row: head_dim, step: 1 };
+                let k_rows = Left { data: k_tile, row: wide, step: 1 };
                 let v_rows = Left { data: v_tile, row: head_dim, step: 1 };
                 product([count, n, head_dim], k_rows, (&q_lanes[at..], TILE), Start::Zero, (p_tile, TILE));
                 product([count, n, head_dim], v_rows, (&d_lanes[at..], TILE), Start::Zero, (ds_tile, TILE));
@@ -358,7 +364,7 @@ fn grad_of_kv_head<T: Element>(
                         for row in 0..count {
                             let (p, ds) = (&mut p_tile[row * TILE..][..n], &mut ds_tile[row * TILE..][..n]);
                             for x in 0..n {
-                                p[x] = vmath::exp(p[x] - denominators[x]);
+                                p[x] = vmath::exp_or_zero(p[x] - denominators[x]);
                                 ds[x] = p[x] * (ds[x] - deltas[x]);
                             }
                         }
@@ -371,8 +377,8 @@ fn grad_of_kv_head<T: Element>(
                 product([count, wide, rows], ds, (q, wide), Start::Keep, (&mut dk[key * wide..], wide));
                 // Every query sees the first tile of keys.
                 let before = if key == 0 { Start::Zero } else { Start::Keep };
-                let k_columns = Left { data: k_tile, row: 1, step: head_dim };
-                product([head_dim, n, count], k_columns, (ds_tile, TILE), before, (&mut dq_lanes[at..], TILE));
+                let ds = Left { data: ds_tile, row: 1, step: TILE };
+                product([rows, wide, count], ds, (k_tile, wide), before, (&mut dq[first * wide..], wide));
             }
         }
         simd(
@@ -381,9 +387,8 @@ fn grad_of_kv_head<T: Element>(
                 for t in 0..tokens {
                     // SAFETY: query head h of sequence b is this task's.
                     let to = unsafe { dqkv.piece((b * tokens + t) * ld + h * head_dim, head_dim) };
-                    let from = &dq_lanes[t / TILE * TILE * head_dim + t % TILE..];
-                    for (d, to) in to.iter_mut().enumerate() {
-                        *to = T::from_f32(from[d * TILE] * scale);
+                    for (to, from) in to.iter_mut().zip(&dq[t * wide..]) {
+                        *to = T::from_f32(from * scale);
                     }
                 }
             },

@@ -51,7 +51,7 @@ const fn scratch_of(shape: &CachedAttentionShape) -> usize {
 }
 
 const fn row_scratch(head_dim: usize) -> usize {
-    2 * TILE * lanes(head_dim) + 3 * lanes(head_dim) + TILE
+    2 * TILE * lanes(head_dim) + 2 * lanes(head_dim) + TILE
 }
 
 /// Writes the new keys and values into the caches at rows start..start + tokens, then gives each new token causal
@@ -143,7 +143,6 @@ fn attend_row<T: Element>(
     let v_tile = cut(&mut scratch, TILE * wide);
     let query = cut(&mut scratch, wide);
     let result = cut(&mut scratch, wide);
-    let rescale = cut(&mut scratch, wide);
     let scores = cut(&mut scratch, TILE);
     // Values whose rows fill whole registers are read in place.
     let in_place = (as_f32(k.0), as_f32(v.0).filter(|_| wide == head_dim));
@@ -154,7 +153,7 @@ fn attend_row<T: Element>(
         #[inline(always)]
         || load_rows(1, head_dim, (&q.0[row * q.1..], q.1), scale, (query, wide)),
     );
-    let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0);
+    let (mut max, mut sum, mut rescale) = (f32::NEG_INFINITY, 0.0, 0.0);
     let end = position + row + 1;
     for first in (0..end).step_by(TILE) {
         let count = TILE.min(end - first);
@@ -172,7 +171,7 @@ fn attend_row<T: Element>(
         simd(
             #[inline(always)]
             || {
-                (max, sum) = online_softmax(&mut scores[..count], max, sum, rescale);
+                (max, sum, rescale) = online_softmax(&mut scores[..count], max, sum);
                 if in_place.1.is_none() {
                     load_rows(count, head_dim, (&v.0[first * v.1..], v.1), 1.0, (v_tile, wide));
                 }
@@ -182,7 +181,7 @@ fn attend_row<T: Element>(
             Some(values) => (&values[first * v.1..], v.1),
             None => (&*v_tile, wide),
         };
-        let before = if first == 0 { Start::Zero } else { Start::Scaled(rescale) };
+        let before = if first == 0 { Start::Zero } else { Start::Scaled(std::slice::from_ref(&rescale)) };
         product([1, wide, count], Left { data: scores, row: 0, step: 1 }, values, before, (result, wide));
     }
     let inverse = 1.0 / sum;
@@ -193,10 +192,10 @@ fn attend_row<T: Element>(
     }
 }
 
-/// The running maximum and sum of one query after its next scores, which become exp(score - maximum); `rescale` is
-/// filled with the factor by which what was summed before must shrink.
+/// The running maximum and sum of one query after its next scores, which become exp(score - maximum), and the factor by
+/// which what was summed before must shrink.
 #[inline(always)]
-fn online_softmax(scores: &mut [f32], max: f32, sum: f32, rescale: &mut [f32]) -> (f32, f32) {
+fn online_softmax(scores: &mut [f32], max: f32, sum: f32) -> (f32, f32, f32) {
     let mut maxima = [max; LANES];
     for part in scores.chunks(LANES) {
         for (max, &score) in maxima.iter_mut().zip(part) {
@@ -204,16 +203,15 @@ fn online_softmax(scores: &mut [f32], max: f32, sum: f32, rescale: &mut [f32]) -
         }
     }
     let new = maxima.iter().fold(max, |max, &x| if x > max { x } else { max });
-    let factor = vmath::exp(max - new);
-    rescale.fill(factor);
+    let factor = vmath::exp_or_zero(max - new);
     for score in scores.iter_mut() {
-        *score = vmath::exp(*score - new);
+        *score = vmath::exp_or_zero(*score - new);
     }
     let mut total = sum * factor;
     for p in scores.iter() {
         total += p;
     }
-    (new, total)
+    (new, total, factor)
 }
 
 #[cfg(test)]

@@ -174,12 +174,12 @@ fn online_sum(logits: &[f32], count: usize, n: usize, max: &mut [f32], sum: &mut
         }
         let mut total = [0.0f32; LANES];
         for x in 0..LANES {
-            total[x] = sum[j + x] * vmath::exp(max[j + x] - new[x]);
+            total[x] = sum[j + x] * vmath::exp_or_zero(max[j + x] - new[x]);
         }
         for token in 0..count {
             let row = &logits[token * TILE + j..][..LANES];
             for x in 0..LANES {
-                total[x] += vmath::exp(row[x] - new[x]);
+                total[x] += vmath::exp_or_zero(row[x] - new[x]);
             }
         }
         max[j..j + LANES].copy_from_slice(&new);
@@ -333,7 +333,7 @@ fn logit_grads<T: Element>(
                 for row in dl.chunks_exact_mut(TILE).take(count_here) {
                     let row = &mut row[..n];
                     for x in 0..n {
-                        row[x] = vmath::exp(row[x] - denominators[x]) * factors[x];
+                        row[x] = vmath::exp_or_zero(row[x] - denominators[x]) * factors[x];
                     }
                 }
             },

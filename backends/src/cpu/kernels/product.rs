@@ -17,7 +17,7 @@ pub(super) enum Start<'a> {
     Zero,
     /// The values in C.
     Keep,
-    /// The values in C, each column multiplied by its factor first.
+    /// The values in C, each row multiplied by its factor first.
     Scaled(&'a [f32]),
 }
 
@@ -44,7 +44,7 @@ pub(super) fn product(
         assert!(left.data.len() > (m - 1) * left.row + (k - 1) * left.step);
     }
     if let Start::Scaled(factor) = start {
-        assert!(factor.len() >= n);
+        assert!(factor.len() >= m);
     }
     let args = Args { m, n, k, left, b: b.as_ptr(), ldb, start, c: c.as_mut_ptr(), ldc };
     #[cfg(target_arch = "x86_64")]
@@ -398,9 +398,9 @@ unsafe fn micro<R: Register, const MR: usize, const NV: usize>(args: Args<'_>, i
                 }
             }
             Start::Scaled(factor) => {
-                for x in 0..NV {
-                    let factor = R::load(factor.as_ptr().add(j + x * R::WIDTH));
-                    for r in 0..MR {
+                for r in 0..MR {
+                    let factor = R::splat(*factor.as_ptr().add(i + r));
+                    for x in 0..NV {
                         acc[r][x] = R::load(c.add(r * ldc + x * R::WIDTH)).mul(factor);
                     }
                 }

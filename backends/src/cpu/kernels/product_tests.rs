@@ -14,7 +14,7 @@ fn a_product_is_the_sum_over_k_wherever_it_lies() {
         let (a, b) = (values(m * k + m, 7), values(k * ldb + n, 9));
         for transposed in [false, true] {
             let (row, step) = if transposed { (1, m) } else { (k, 1) };
-            let factor = values(n, 11);
+            let factor = values(m, 11);
             for mode in 0..3 {
                 let before = values(m * ldc, 3);
                 let mut c = if mode == 0 { vec![f32::NAN; m * ldc] } else { before.clone() };
@@ -23,7 +23,7 @@ fn a_product_is_the_sum_over_k_wherever_it_lies() {
                 for i in 0..m {
                     for j in 0..n {
                         let mut want =
-                            [0.0, before[i * ldc + j] as f64, (before[i * ldc + j] * factor[j]) as f64][mode];
+                            [0.0, before[i * ldc + j] as f64, (before[i * ldc + j] * factor[i]) as f64][mode];
                         for p in 0..k {
                             want += a[i * row + p * step] as f64 * b[p * ldb + j] as f64;
                         }
@@ -64,7 +64,7 @@ fn dots_have_the_bits_of_a_product_of_one_column() {
 #[test]
 fn every_instruction_set_gives_the_same_sums() {
     for [m, n, k] in [[1, 64, 9], [1, 208, 9], [19, 48, 7], [13, 1, 5], [6, 16, 20], [8, 80, 3]] {
-        let (a, b, factor) = (values(m * k, 7), values(k * n, 9), values(n, 5));
+        let (a, b, factor) = (values(m * k, 7), values(k * n, 9), values(m, 5));
         let left = Left { data: &a, row: k, step: 1 };
         for start in [Start::Zero, Start::Keep, Start::Scaled(&factor)] {
             let before = values(m * n, 3);

@@ -25,10 +25,10 @@ pub fn softmax<T: Element>(x: &[T], width: usize, y: &mut [T]) {
             || {
                 for (x, y) in x[first * width..][..count * width].chunks_exact(width).zip(y.chunks_exact_mut(width)) {
                     let max = max_over(x);
-                    let inverse = 1.0 / sum_over(x, x, x, |x, _, _| vmath::exp(x - max));
+                    let inverse = 1.0 / sum_over(x, x, x, |x, _, _| vmath::exp_or_zero(x - max));
                     // The exponentials again rather than stored and read: a narrow T would round them twice.
                     for (y, x) in y.iter_mut().zip(x) {
-                        *y = T::from_f32(vmath::exp(x.to_f32() - max) * inverse);
+                        *y = T::from_f32(vmath::exp_or_zero(x.to_f32() - max) * inverse);
                     }
                 }
             },

@@ -144,7 +144,7 @@ fn decode(args: &BenchArgs, config: &Config, engine: &Engine) -> Result<Value, F
 fn print_profile(times: &[StepTime]) {
     for t in times {
         let pass = if t.backward { "backward" } else { "forward" };
-        note!("{:>9.3} ms  {:>4} x {} ({pass})", t.seconds * 1e3, t.count, t.op);
+        note!("{:>9.3} ms  {:>4} x {} {} ({pass})", t.seconds * 1e3, t.count, t.op, t.result);
     }
 }
 
