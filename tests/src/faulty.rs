@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use moebius_backends::{Backend, Executable, Instance, NonFinite, Result, Store};
-use moebius_ir::{DType, Graph, NodeId, Plan, Tensor};
+use moebius_ir::{DType, Graph, NodeId, Plan, Tensor, Value};
 
 /// Where results become wrong, and how.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -89,6 +89,17 @@ struct FaultyInstance {
     fault: Option<Fault>,
 }
 
+impl FaultyInstance {
+    /// The op that computed a value; a reshape computes nothing, unless it is to be the one at fault.
+    fn made_by(&self, value: Value) -> &'static str {
+        let node = self.graph.node(self.graph.producer(value));
+        match node.op.name() {
+            "reshape" if self.fault.is_some_and(|f| f.op != "reshape") => self.made_by(node.operands[0]),
+            name => name,
+        }
+    }
+}
+
 impl Instance for FaultyInstance {
     fn write(&mut self, feed: &str, bytes: &[u8]) -> Result<()> {
         self.inner.write(feed, bytes)
@@ -102,8 +113,7 @@ impl Instance for FaultyInstance {
         self.inner.read(output, out)?;
         let (Some(fault), Some(value)) = (self.fault, self.graph.output_named(output)) else { return Ok(()) };
         let ty = self.graph.ty(value).clone();
-        let made_by = self.graph.node(self.graph.producer(value)).op.name();
-        if made_by != fault.op || fault.dtype.is_some_and(|d| d != ty.dtype) {
+        if self.made_by(value) != fault.op || fault.dtype.is_some_and(|d| d != ty.dtype) {
             return Ok(());
         }
         let mut tensor = Tensor::from_bytes(ty, out);

@@ -16,6 +16,9 @@ const DRAWS: u32 = 256;
 /// Other draws that a result which seems to be wrong is measured by.
 const OTHERS: u32 = 4;
 
+/// An error of so many times what is allowed is wrong by any measure.
+const MOST_EXCUSED: f64 = 1000.0;
+
 /// What is compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Pass {
@@ -233,7 +236,7 @@ impl Subject<'_> {
                 Pass::Backward | Pass::Slope => self.case.gradient_tolerance(dtype),
             };
             let mut found = distance(got, wanted, tolerance, dtype);
-            if found.of_allowed > 1.0 && found.of_allowed.is_finite() {
+            if (1.0..MOST_EXCUSED).contains(&found.of_allowed) {
                 match self.usual_size(name) {
                     Ok(usual) => tolerance = tolerance.of_terms(usual.max(tolerance.least)),
                     Err(why) => return self.failed(pass, why),
