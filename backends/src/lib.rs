@@ -53,6 +53,10 @@ pub trait Backend: Send + Sync {
 
     /// An empty store on this device.
     fn new_store(&self) -> Box<dyn Store>;
+
+    /// The same device with memory checks: every buffer is filled with NaN before it is written, and has a fence that is looked
+    /// at after each step ([`Error::Fence`]). Results have the same bits. `None` if the backend has no such mode.
+    fn checked(&self) -> Option<Arc<dyn Backend>>;
 }
 
 /// A compiled plan.

@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use moebius_backends::Backend;
 use moebius_backends::cpu::Cpu;
+use moebius_backends::{Backend, Refusal};
+use moebius_ir::{Graph, passes};
 
 use crate::error::{Error, Result};
 use crate::session::Session;
@@ -65,6 +66,30 @@ impl Engine {
     /// What the device is, in words.
     pub fn describe(&self) -> String {
         self.backend.describe()
+    }
+
+    /// The same device with memory checks: buffers are filled with NaN before they are written, and a kernel that writes past
+    /// the end of one is an error of [`Session::run`]. Slower; results have the same bits.
+    ///
+    /// # Errors
+    /// [`Error::NoChecks`] if the backend has no such mode.
+    pub fn checked(&self) -> Result<Engine> {
+        let backend = self.backend.checked().ok_or(Error::NoChecks { device: self.name() })?;
+        Ok(Engine { backend })
+    }
+
+    /// Every node of `graph`, as the passes leave it, that the device cannot run; none if [`Session::compile`] would take it.
+    /// Allocates nothing on the device.
+    ///
+    /// # Errors
+    /// [`Error::Graph`] or [`Error::Backend`] if something other than the support of its nodes is wrong with the graph.
+    pub fn refusals(&self, graph: &Graph) -> Result<Vec<Refusal>> {
+        let planned = self.backend.plan(passes::optimise(graph)?).map_err(Error::from);
+        match planned {
+            Ok(_) => Ok(Vec::new()),
+            Err(error) if error.refusals().is_empty() => Err(error),
+            Err(error) => Ok(error.refusals().to_vec()),
+        }
     }
 
     /// The backend behind it.

@@ -1,6 +1,6 @@
 //! What can go wrong in the engine.
 
-use moebius_backends::NonFinite;
+use moebius_backends::{NonFinite, Refusal};
 use moebius_ir::{DType, TensorType};
 
 /// Result of an engine function.
@@ -41,6 +41,12 @@ pub enum Error {
         /// The names that exist.
         there: Vec<String>,
     },
+    /// A device without memory checks.
+    #[error("device {device:?} cannot check memory: wanted a backend with a checked mode, found none")]
+    NoChecks {
+        /// Name of its backend.
+        device: &'static str,
+    },
     /// An element type that is not the tensor's.
     #[error("{name:?} is {ty}: wanted elements of {}, found {found}", ty.dtype)]
     ElementType {
@@ -73,4 +79,11 @@ pub enum Error {
         /// The first tensor that is not finite.
         found: Option<NonFinite>,
     },
+}
+
+impl Error {
+    /// The nodes that the device cannot run, if that is what went wrong; otherwise none.
+    pub fn refusals(&self) -> &[Refusal] {
+        if let Error::Backend(moebius_backends::Error::Unsupported { refusals, .. }) = self { refusals } else { &[] }
+    }
 }

@@ -14,7 +14,7 @@ mod program;
 mod session;
 mod trainer;
 
-pub use moebius_backends::MappedFile;
+pub use moebius_backends::{MappedFile, Refusal};
 pub use moebius_ir as ir;
 
 pub use element::Element;

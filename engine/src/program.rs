@@ -57,6 +57,26 @@ impl Program {
         Ok(self.instance.write(name, bytemuck::cast_slice(elements))?)
     }
 
+    /// Gives a feed of any dtype its value for the following runs, as little-endian, row-major bytes; a bool is one byte, 0
+    /// or 1.
+    ///
+    /// # Errors
+    /// [`Error::NoSuch`], or [`Error::Backend`] for a wrong length.
+    pub fn feed_bytes(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        self.ty("feed", name)?;
+        Ok(self.instance.write(name, bytes)?)
+    }
+
+    /// The bytes of an output of any dtype after the last run, as [`Program::feed_bytes`] takes them.
+    ///
+    /// # Errors
+    /// [`Error::NoSuch`].
+    pub fn output_bytes(&self, name: &str) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; self.ty("output", name)?.bytes()];
+        self.instance.read(name, &mut bytes)?;
+        Ok(bytes)
+    }
+
     /// Copies an output of the last run.
     ///
     /// # Errors

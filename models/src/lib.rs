@@ -3,6 +3,7 @@
 //!
 //! - [`gpt`] writes the models as graphs, from a [`config::ModelConfig`]; it knows the IR only, no device.
 //! - [`training`], [`evaluation`] and [`generate`] run those graphs on a [`moebius::Session`].
+//! - [`verify`] compares a device with the reference, op by op and layer by layer.
 
 pub mod config;
 pub mod data;
@@ -13,3 +14,4 @@ pub mod metrics;
 pub mod report;
 pub mod tokenizer;
 pub mod training;
+pub mod verify;

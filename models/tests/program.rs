@@ -121,6 +121,39 @@ fn a_run_killed_at_random_moments_ends_with_the_same_bits() {
 }
 
 #[test]
+fn a_machine_is_verified_op_by_op_and_a_wrong_name_is_wrong_use() {
+    let place = Place::new();
+    let report =
+        json(&succeeds(place.run(&["verify", "--json", "--op", "softmax", "--op", "moe_layer", "--seed", "5"])));
+    assert_eq!(
+        (&report["passed"], &report["device"], &report["seed"]),
+        (&true.into(), &"cpu".into(), &5.into()),
+        "{report}"
+    );
+    assert_eq!((&report["ops"], &report["layers"]), (&1.into(), &1.into()), "{report}");
+    let rows = report["rows"].as_array().unwrap();
+    let passes: Vec<_> = rows.iter().map(|r| (r["op"].as_str().unwrap(), r["pass"].as_str().unwrap())).collect();
+    let layer = ["forward", "backward", "gradient check"].map(|pass| ("moe_layer", pass));
+    assert_eq!(passes, [&[("softmax", "forward"), ("softmax", "backward")][..], &layer].concat());
+    for row in rows {
+        assert!(row["verdict"] == "passed" && row["worst"]["f32"]["relative"].as_f64() > Some(0.0), "{row}");
+        assert!(row["by_dtype"]["bf16"]["passed"].as_u64() > Some(0), "{row}");
+    }
+    let sum: u64 = ["passed", "refused", "failed"].map(|k| report[format!("cases_{k}")].as_u64().unwrap()).iter().sum();
+    assert_eq!(Some(sum), report["cases"].as_u64(), "{report}");
+
+    let table = stdout(&succeeds(place.run(&["verify", "--op", "linear_cross_entropy_grad", "--op", "decoder"])));
+    assert!(table.lines().all(|line| line.chars().count() <= 80), "{table}");
+    let last = table.lines().last().unwrap();
+    assert!(last.starts_with("1 op, 1 kind of layers, 12 cases: all passed on cpu ("), "{table}");
+
+    let error = place.fails(2, &["verify", "--op", "expert_matmull"]);
+    assert!(error.contains("nearest: expert_matmul"), "{error}");
+    let error = place.fails(2, &["verify", "--device", "abacus"]);
+    assert!(error.contains("abacus"), "{error}");
+}
+
+#[test]
 fn help_is_there_for_every_command() {
     let place = Place::new();
     for args in [&["--help"][..], &["train", "--help"], &["generate", "--help"], &["bench", "--help"], &["--version"]] {

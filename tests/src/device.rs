@@ -6,8 +6,9 @@ use std::sync::Arc;
 use moebius_backends::cpu::Cpu;
 use moebius_backends::{Backend, Instance, Result, Store};
 use moebius_ir::{Graph, Role, Tensor, TensorType, passes};
+use moebius_models::verify::{Inputs, device};
 
-use crate::sketch::Inputs;
+pub use moebius_models::verify::device::same_bits;
 
 /// A backend under a name that tells the variants of one kind apart.
 pub struct Device {
@@ -107,21 +108,5 @@ pub fn reference(
     inputs: &Inputs,
     precision: moebius_ir::reference::Precision,
 ) -> HashMap<String, Tensor> {
-    let run = moebius_ir::reference::run(graph, inputs, precision).unwrap_or_else(|e| panic!("{e}"));
-    let mut results: HashMap<String, Tensor> =
-        graph.outputs().iter().map(|(n, v)| (n.clone(), run.value(*v).clone())).collect();
-    for (name, value) in graph.inputs() {
-        if graph.input_of(*value).is_some_and(|i| i.role != Role::Feed) {
-            let new = graph.updates().iter().find(|u| u.state == *value).map_or(*value, |u| u.new);
-            results.insert(format!("state.{name}"), run.value(new).clone());
-        }
-    }
-    results
-}
-
-/// Whether two sets of results have the same bits; the sign and payload of a NaN mean nothing.
-pub fn same_bits(a: &HashMap<String, Tensor>, b: &HashMap<String, Tensor>) -> bool {
-    let same = |x: &f64, y: &f64| x.to_bits() == y.to_bits() || (x.is_nan() && y.is_nan());
-    let equal = |t: &Tensor, u: &Tensor| t.ty == u.ty && t.data.iter().zip(&u.data).all(|(x, y)| same(x, y));
-    a.len() == b.len() && a.iter().all(|(name, t)| b.get(name).is_some_and(|u| equal(t, u)))
+    device::expected(graph, inputs, precision).unwrap_or_else(|e| panic!("{e}"))
 }

@@ -1,14 +1,11 @@
-//! What the test programs of this crate share: op cases written once ([`cases`]), running a graph on any backend
-//! ([`device`]), tolerances ([`tolerance`]), whole layers built by hand ([`layers`]), comparison with tensors of the real
-//! DeepSpeed ([`goldens`]), fuzzing of the parsers ([`fuzz`]) and reading the source tree ([`source`]).
+//! What the test programs of this crate share: running a graph on any backend ([`device`]), comparison with tensors of the real
+//! DeepSpeed ([`goldens`]), fuzzing of the parsers ([`fuzz`]), a backend with a fault ([`faulty`]) and reading the source tree
+//! ([`source`]). The cases of ops and layers and how close a result must be are those of `moebius verify`.
 
-pub mod cases;
 pub mod device;
+pub mod faulty;
 pub mod fuzz;
 pub mod goldens;
-pub mod layers;
-pub mod sketch;
 pub mod source;
-pub mod tolerance;
 
-pub use sketch::{Inputs, Sketch};
+pub use moebius_models::verify::{Inputs, Sketch, cases, layers, slope, tolerance};

@@ -26,6 +26,16 @@ fn small() -> Graph {
     g
 }
 
+/// A node with more axes than the CPU's kernels take, none of which can be merged with its neighbour.
+fn refused_graph() -> Graph {
+    let mut g = Graph::new();
+    let x = g.feed("x", TensorType::f32([2; 12])).unwrap();
+    let reversed: Vec<usize> = (0..12).rev().collect();
+    let y = g.transpose(x, &reversed).unwrap();
+    g.output("y", y).unwrap();
+    g
+}
+
 #[test]
 fn names_types_and_lengths_are_checked() {
     let mut session = engine(1).session();
@@ -67,6 +77,51 @@ fn names_types_and_lengths_are_checked() {
     assert!(session.remove("w"));
     assert!(!session.remove("w"));
     assert!(matches!(session.run(&mut program), Err(Error::Backend(Backend::NoSuch { .. }))));
+}
+
+#[test]
+fn values_of_any_dtype_go_in_and_out_as_bytes() {
+    let mut session = engine(1).session();
+    for dtype in DType::ALL {
+        let mut g = Graph::new();
+        let x = g.feed("x", TensorType::new(dtype, [2, 3])).unwrap();
+        let y = g.transpose(x, &[1, 0]).unwrap();
+        g.output("y", y).unwrap();
+        let mut program = session.compile(&g).unwrap();
+        let width = dtype.bytes();
+        let bytes: Vec<u8> = (0..6 * width).map(|i| u8::from(i % (2 * width) == 0)).collect();
+        program.feed_bytes("x", &bytes).unwrap();
+        session.run(&mut program).unwrap();
+        let element = |row: usize, column: usize| &bytes[(row * 3 + column) * width..][..width];
+        let wanted: Vec<u8> = (0..6).flat_map(|i| element(i % 2, i / 2).to_vec()).collect();
+        assert_eq!(program.output_bytes("y").unwrap(), wanted, "{dtype}");
+        let refused = program.feed_bytes("x", &bytes[1..]).unwrap_err();
+        assert!(matches!(refused, Error::Backend(Backend::Bytes { .. })), "{refused}");
+        assert!(matches!(program.feed_bytes("z", &bytes), Err(Error::NoSuch { what: "feed", .. })));
+        assert!(matches!(program.output_bytes("x"), Err(Error::NoSuch { what: "output", .. })));
+    }
+}
+
+#[test]
+fn a_checked_engine_gives_the_same_bits_and_refusals_are_listed() {
+    let plain = Engine::with_backend(Arc::new(device::cpu(2).with_checks(false)));
+    let checked = plain.checked().unwrap();
+    let results = [plain.clone(), checked].map(|engine| {
+        let mut session = engine.session();
+        let mut program = session.compile(&small()).unwrap();
+        session.write("w", &[0.3f32; 12]).unwrap();
+        program.feed("x", &[1f32, 2.0, 3.0, 4.0, 5.0, 6.0]).unwrap();
+        session.run(&mut program).unwrap();
+        (program.plan().arena_bytes(), program.output_bytes("y").unwrap())
+    });
+    assert_eq!(results[0].1, results[1].1);
+    assert!(results[0].0 < results[1].0, "no fences: {} bytes with, {} without", results[1].0, results[0].0);
+
+    assert_eq!(plain.refusals(&small()).unwrap(), []);
+    let error = plain.session().compile(&refused_graph()).err().unwrap();
+    assert_eq!(plain.refusals(&refused_graph()).unwrap(), error.refusals());
+    assert!(!error.refusals().is_empty() && error.refusals().iter().all(|r| !r.wanted.is_empty()), "{error}");
+    assert!(Error::NoChecks { device: "abacus" }.refusals().is_empty());
 }
 
 #[test]

@@ -105,4 +105,8 @@ impl Backend for Cpu {
     fn new_store(&self) -> Box<dyn Store> {
         Box::new(memory::CpuStore::new())
     }
+
+    fn checked(&self) -> Option<Arc<dyn Backend>> {
+        Some(Arc::new(Cpu { pool: Arc::clone(&self.pool), checks: true }))
+    }
 }

@@ -28,6 +28,8 @@ pub use self::{
     schedule::LearningRate,
 };
 
+pub(crate) use self::edit::nearest;
+
 /// A model and its training run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -36,6 +36,8 @@ pub(crate) enum Command {
     Inspect(InspectArgs),
     /// The devices this program can compute on, and why not on others
     Devices(DevicesArgs),
+    /// Compare every op and whole layers with the reference, on this machine
+    Verify(VerifyArgs),
     /// Measure training steps or decoding on this machine
     Bench(BenchArgs),
 }
@@ -159,6 +161,22 @@ pub(crate) struct InspectArgs {
 
 #[derive(Args)]
 pub(crate) struct DevicesArgs {
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct VerifyArgs {
+    /// Device to verify: auto or cpu
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    pub(crate) device: String,
+    /// Only this op, or one of moe_layer, residual_moe_layer, decoder, published_routers; may be given several times
+    #[arg(long, value_name = "NAME")]
+    pub(crate) op: Vec<String>,
+    /// Seed of the inputs that are drawn
+    #[arg(long, value_name = "N", allow_negative_numbers = true, default_value_t = 0)]
+    pub(crate) seed: u32,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,

@@ -10,6 +10,7 @@ use moebius_models::gpt::DecodingError;
 use moebius_models::report::ReportError;
 use moebius_models::tokenizer::TokenizerError;
 use moebius_models::training::TrainingError;
+use moebius_models::verify::VerifyError;
 
 use crate::text::note;
 
@@ -41,6 +42,8 @@ pub(crate) enum Failure {
     Tokenizer(#[from] TokenizerError),
     #[error(transparent)]
     Report(#[from] ReportError),
+    #[error(transparent)]
+    Verify(#[from] VerifyError),
     #[error("{}: cannot {operation}: {source}", path.display())]
     Io { operation: &'static str, path: PathBuf, source: std::io::Error },
     #[error("{}: no model here: wanted a run's folder or one of its checkpoints, found {found}", path.display())]
@@ -51,13 +54,16 @@ pub(crate) enum Failure {
     /// Training was asked to stop and did; everything is said and saved.
     #[error("stopped")]
     Stopped,
+    /// The device is not what it should be; the table says where.
+    #[error("not verified")]
+    Unverified,
 }
 
 impl Failure {
     /// Prints the failure and gives its exit code.
     pub(crate) fn report(&self) -> ExitCode {
         match self {
-            Failure::Stopped => {}
+            Failure::Stopped | Failure::Unverified => {}
             Failure::Config(_)
             | Failure::Usage(_)
             | Failure::Training(_)
@@ -68,14 +74,20 @@ impl Failure {
             | Failure::Data(_)
             | Failure::Tokenizer(_)
             | Failure::Report(_)
+            | Failure::Verify(_)
             | Failure::Io { .. }
             | Failure::NoModel { .. }
             | Failure::Broken { .. } => note!("moebius: {}", with_causes(self)),
         }
+        ExitCode::from(self.code())
+    }
+
+    /// The exit code of the program.
+    pub(crate) fn code(&self) -> u8 {
         if matches!(self, Failure::Stopped) {
-            return ExitCode::from(INTERRUPTED);
+            return INTERRUPTED;
         }
-        ExitCode::from(if self.is_wrong_use() { 2 } else { 1 })
+        if self.is_wrong_use() { 2 } else { 1 }
     }
 
     fn is_wrong_use(&self) -> bool {
@@ -84,6 +96,7 @@ impl Failure {
             Failure::Training(e) => matches!(e, TrainingError::Config(_)),
             Failure::Engine(e) => matches!(e, moebius::Error::NoSuchDevice { .. }),
             Failure::Generate(e) => matches!(e, GenerateError::Decoding(DecodingError::FutureTokens)),
+            Failure::Verify(e) => matches!(e, VerifyError::Unknown { .. }),
             Failure::Graph(_)
             | Failure::Checkpoint(_)
             | Failure::Data(_)
@@ -92,6 +105,7 @@ impl Failure {
             | Failure::Io { .. }
             | Failure::NoModel { .. }
             | Failure::Broken { .. }
+            | Failure::Unverified
             | Failure::Stopped => false,
         }
     }

@@ -1,4 +1,4 @@
-//! The `moebius` program: train, evaluate, sample and measure sparse-expert models.
+//! The `moebius` program: train, evaluate and sample sparse-expert models, verify and measure the machine.
 //!
 //! `cli` is the command line; each other file is one command. Exit codes: 0 done, 1 failed, 2 wrong use.
 
@@ -15,6 +15,7 @@ mod model;
 mod progress;
 mod text;
 mod train;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Devices(args) => devices::run(&args),
+        Command::Verify(args) => verify::run(&args),
         Command::Bench(args) => bench::run(&args),
     };
     match result {

@@ -3,10 +3,10 @@
 use moebius_ir::ops::{Balance, GroupScore, Groups, NoiseUse, RouteInputs, Router, Score};
 use moebius_ir::{DType, Result, Role, TensorType, Value};
 
-use super::sparse::clear_logits;
+use super::sparse::{GATE_TERMS, clear_logits};
 use super::{Case, ONE, case};
-use crate::sketch::Sketch;
-use crate::tolerance::Class;
+use crate::verify::sketch::Sketch;
+use crate::verify::tolerance::Class;
 
 const SCORES: [Score; 6] = [
     Score::Softmax,
@@ -95,16 +95,17 @@ pub(super) fn cases() -> Vec<Case> {
         for (what, n, e, k, with) in ways() {
             let balance = if k == 2 { Balance::FirstChoice } else { Balance::AllChoices };
             let router = Router { k, score, groups: with.groups, balance };
-            cases.push(case("route", format!("{score:?}, {what}").to_lowercase(), Class::Sum, ONE, move |s| {
+            let route = case("route", format!("{score:?}, {what}").to_lowercase(), Class::Sum, ONE, move |s| {
                 let logits = clear_logits(s, n, e)?;
                 let inputs = with.inputs(s, n, e, k)?;
                 route(s, logits, &router, inputs)
-            }));
+            });
+            cases.push(route.of_terms(0.0, GATE_TERMS));
         }
         for balance in [Balance::FirstChoice, Balance::AllChoices] {
             let router = Router { balance, score, ..Router::softmax(3, balance) };
             let name = format!("{score:?}, {balance:?}").to_lowercase();
-            cases.push(case("route_grad", name, Class::Sum, ONE, move |s| {
+            let grad = case("route_grad", name, Class::Sum, ONE, move |s| {
                 let (n, e) = (37, 9);
                 let logits = s.float([n, e], |x| 2.0 * x)?;
                 let index = given(s, n, e, 3)?;
@@ -112,7 +113,8 @@ pub(super) fn cases() -> Vec<Case> {
                 s.wrt.clear();
                 let d = s.graph.route_grad(logits, index, d_gate, d_balance, d_z, &router)?;
                 s.aux(d)
-            }));
+            });
+            cases.push(grad.of_terms(GATE_TERMS, 0.0));
         }
         cases.extend(edges(score));
     }
@@ -151,5 +153,5 @@ fn edges(score: Score) -> Vec<Case> {
         }
         Ok(())
     });
-    vec![ties.rough(), rows]
+    vec![ties.rough().of_terms(0.0, GATE_TERMS), rows]
 }

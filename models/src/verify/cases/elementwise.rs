@@ -4,7 +4,7 @@ use moebius_ir::ops::{BinaryFn, CompareFn, Distribution, UnaryFn};
 use moebius_ir::{DType, Role, Shape, TensorType};
 
 use super::{Case, FLOATS, HALVES, ONE, case};
-use crate::tolerance::Class;
+use crate::verify::tolerance::Class;
 
 /// Away from 0 by at least `gap`.
 fn away(x: f64, gap: f64) -> f64 {
@@ -34,6 +34,9 @@ fn domain(function: UnaryFn, x: f64) -> f64 {
     }
 }
 
+/// A derivative is often a difference, such as `1 - tanh(x)^2`, and crosses zero where its terms have about this size.
+const DERIVATIVE_TERMS: f64 = 0.25;
+
 fn unary() -> Vec<Case> {
     let mut cases = Vec::new();
     for f in UnaryFn::ALL {
@@ -49,11 +52,12 @@ fn unary() -> Vec<Case> {
                 }));
                 continue;
             }
-            cases.push(case("unary", name, Class::Element, FLOATS, move |s| {
+            let unary = case("unary", name, Class::Element, FLOATS, move |s| {
                 let x = s.float(shape.clone(), |x| domain(f, x))?;
                 let y = s.graph.unary(f, x)?;
                 if f == UnaryFn::IsFinite { s.aux(y) } else { s.out(y) }
-            }));
+            });
+            cases.push(unary.of_terms(0.0, DERIVATIVE_TERMS));
         }
         if f != UnaryFn::Not {
             let name = format!("{f:?} of hard values").to_lowercase();
@@ -102,7 +106,9 @@ fn binary() -> Vec<Case> {
         for (what, a, b) in shapes {
             let name = format!("{f:?}, {what}").to_lowercase();
             let (a, b) = (a.to_vec(), b.to_vec());
-            cases.push(case("binary", name, Class::Element, FLOATS, move |s| {
+            let activation =
+                matches!(f, BinaryFn::GeluTanhGrad | BinaryFn::GeluErfGrad | BinaryFn::SiluGrad | BinaryFn::ReluGrad);
+            let binary = case("binary", name, Class::Element, FLOATS, move |s| {
                 // Whole numbers and quarters: a max or min has no ties.
                 let ordered = f == BinaryFn::Max || f == BinaryFn::Min;
                 let x = s.float(a.clone(), |x| match (ordered, f == BinaryFn::Pow) {
@@ -111,17 +117,14 @@ fn binary() -> Vec<Case> {
                     (false, false) => away(x, 0.1),
                 })?;
                 let y = s.float(b.clone(), |x| if ordered { (2.0 * x).round() - 0.25 } else { away(x, 0.3) })?;
-                let activation = matches!(
-                    f,
-                    BinaryFn::GeluTanhGrad | BinaryFn::GeluErfGrad | BinaryFn::SiluGrad | BinaryFn::ReluGrad
-                );
                 if activation {
                     // Differentiable in the cotangent only.
                     s.wrt.remove(0);
                 }
                 let z = s.graph.binary(f, x, y)?;
                 s.out(z)
-            }));
+            });
+            cases.push(binary.of_terms(if activation { DERIVATIVE_TERMS } else { 0.0 }, DERIVATIVE_TERMS));
         }
     }
     for f in [BinaryFn::Add, BinaryFn::Sub, BinaryFn::Mul, BinaryFn::Max, BinaryFn::Min] {

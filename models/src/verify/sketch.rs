@@ -22,13 +22,21 @@ pub struct Sketch {
     /// Every output is one op away from the inputs, so that its own dtype decides how exact it must be.
     pub direct: bool,
     seed: u32,
+    key: u32,
 }
 
 impl Sketch {
     /// An empty sketch whose open floats are `dtype`.
     pub fn new(dtype: DType) -> Self {
         let (graph, inputs) = (Graph::new(), HashMap::new());
-        Sketch { graph, inputs, dtype, wrt: Vec::new(), differentiated: Vec::new(), direct: true, seed: 1 }
+        Sketch { graph, inputs, dtype, wrt: Vec::new(), differentiated: Vec::new(), direct: true, seed: 1, key: 0 }
+    }
+
+    /// Other numbers for every key; 0 gives those of always.
+    #[must_use]
+    pub fn keyed(mut self, key: u32) -> Self {
+        self.key = key;
+        self
     }
 
     /// The same numbers as ever with another seed.
@@ -41,7 +49,7 @@ impl Sketch {
     /// `n` standard normal numbers, other ones at each call.
     pub fn normals(&mut self, n: usize) -> Vec<f64> {
         self.seed += 1;
-        (0..n as u64).map(|i| f64::from(philox::normal([self.seed, 7], 0, i))).collect()
+        (0..n as u64).map(|i| f64::from(philox::normal([self.seed, self.key.wrapping_add(7)], 0, i))).collect()
     }
 
     /// An input with this value; floats are differentiated if `wrt`.
@@ -61,15 +69,24 @@ impl Sketch {
     #[track_caller]
     pub fn named(&mut self, name: &str, role: Role, ty: TensorType, data: Vec<f64>, wrt: bool) -> Result<Value> {
         let value = match role {
-            Role::Feed => self.graph.feed(name, ty.clone())?,
-            Role::Parameter => self.graph.parameter(name, ty.clone())?,
-            Role::State => self.graph.state(name, ty.clone())?,
+            Role::Feed => self.graph.feed(name, ty)?,
+            Role::Parameter => self.graph.parameter(name, ty)?,
+            Role::State => self.graph.state(name, ty)?,
         };
+        self.give(name, value, data, wrt);
+        Ok(value)
+    }
+
+    /// The value of an input that other code made in the graph; floats are differentiated if `wrt`.
+    ///
+    /// # Panics
+    /// If the number of elements is not that of the input: a bug of the case.
+    pub fn give(&mut self, name: &str, input: Value, data: Vec<f64>, wrt: bool) {
+        let ty = self.graph.ty(input).clone();
         self.inputs.insert(name.into(), Tensor::new(ty, data).rounded());
         if wrt {
-            self.wrt.push((name.into(), value));
+            self.wrt.push((name.into(), input));
         }
-        Ok(value)
     }
 
     /// A differentiated feed of the open dtype: standard normal numbers through `map`.

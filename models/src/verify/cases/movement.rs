@@ -3,7 +3,7 @@
 use moebius_ir::{DType, TensorType};
 
 use super::{Build, Case, FLOATS, ONE, case};
-use crate::tolerance::Class;
+use crate::verify::tolerance::Class;
 
 pub(super) fn cases() -> Vec<Case> {
     let exact = |op, name: String, build: Build| case(op, name, Class::Exact, FLOATS, build);

@@ -1,9 +1,9 @@
-//! Whole layers, built from ops by hand so that they do not depend on the models crate.
+//! Whole layers, built from ops by hand: a second way beside [`crate::gpt`], which they do not use.
 
 use moebius_ir::ops::{Balance, Order, ReduceFn};
 use moebius_ir::{DType, Result, Role, Shape, TensorType, Value};
 
-use crate::sketch::Sketch;
+use crate::verify::sketch::Sketch;
 
 /// A layer of sparse experts.
 #[derive(Clone, Copy, Debug)]

@@ -4,7 +4,7 @@ use moebius_ir::ops::Adamw;
 use moebius_ir::{DType, Role, TensorType};
 
 use super::{Case, FLOATS, case};
-use crate::tolerance::Class;
+use crate::verify::tolerance::Class;
 
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = vec![

@@ -4,7 +4,7 @@ use moebius_ir::TensorType;
 use moebius_ir::ops::ReduceFn;
 
 use super::{Case, FLOATS, ONE, case};
-use crate::tolerance::Class;
+use crate::verify::tolerance::Class;
 
 fn reduce() -> Vec<Case> {
     let mut cases = Vec::new();

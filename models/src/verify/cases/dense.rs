@@ -4,7 +4,7 @@ use moebius_ir::ops::AttentionGrad;
 use moebius_ir::{DType, Role, Site, TensorType};
 
 use super::{Case, FLOATS, case};
-use crate::tolerance::Class;
+use crate::verify::tolerance::Class;
 
 fn matmul() -> Vec<Case> {
     let mut cases = Vec::new();

@@ -4,8 +4,8 @@ use moebius_ir::ops::{Balance, Order, Router};
 use moebius_ir::{DType, Result, TensorType, Value};
 
 use super::{Case, FLOATS, ONE, case};
-use crate::sketch::Sketch;
-use crate::tolerance::Class;
+use crate::verify::sketch::Sketch;
+use crate::verify::tolerance::Class;
 
 /// A way for tokens to choose experts.
 #[derive(Clone, Debug)]
@@ -69,6 +69,10 @@ pub(super) fn clear_logits(s: &mut Sketch, n: usize, e: usize) -> Result<Value> 
     s.input(moebius_ir::Role::Feed, ty, data, true)
 }
 
+/// The gradient of a score is the difference of its gate's cotangent, weighted, and of that of all gates together: numbers of about
+/// this size, of which little may be left.
+pub(super) const GATE_TERMS: f64 = 0.25;
+
 fn route() -> Vec<Case> {
     let mut cases = Vec::new();
     for (what, n, e, k) in [
@@ -83,14 +87,15 @@ fn route() -> Vec<Case> {
             let name = format!("{what}, {balance:?}").to_lowercase();
             // The permuted logits need an odd stride that E does not divide: 5 does for all E here but 130.
             let e = if e == 130 { 131 } else { e };
-            cases.push(case("route", name.clone(), Class::Sum, ONE, move |s| {
+            let route = case("route", name.clone(), Class::Sum, ONE, move |s| {
                 let logits = clear_logits(s, n, e)?;
                 let [gate, index, balance_loss, z_loss, counts, _] = s.graph.route(logits, k, balance)?;
                 [gate, balance_loss, z_loss].into_iter().try_for_each(|v| s.out(v))?;
                 s.aux(index)?;
                 s.aux(counts)
-            }));
-            cases.push(case("route_grad", name, Class::Sum, ONE, move |s| {
+            });
+            cases.push(route.of_terms(0.0, GATE_TERMS));
+            let grad = case("route_grad", name, Class::Sum, ONE, move |s| {
                 let logits = clear_logits(s, n, e)?;
                 let choices: Vec<i32> = (0..n * k).map(|c| ((c / k * 2 + c % k) % e) as i32).collect();
                 let index = s.ints([n, k], &choices)?;
@@ -99,7 +104,8 @@ fn route() -> Vec<Case> {
                 s.wrt.clear();
                 let d = s.graph.route_grad(logits, index, d_gate, d_balance, d_z, &Router::softmax(k, balance))?;
                 s.aux(d)
-            }));
+            });
+            cases.push(grad.of_terms(GATE_TERMS, 0.0));
         }
     }
     cases.push(
