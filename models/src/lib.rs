@@ -9,6 +9,7 @@ pub mod data;
 pub mod evaluation;
 pub mod generate;
 pub mod gpt;
+pub mod health;
 pub mod metrics;
 pub mod report;
 pub mod tokenizer;

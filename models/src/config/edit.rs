@@ -97,7 +97,7 @@ fn likeness(a: &str, b: &str) -> f64 {
 
 /// At most three of the names that are like `wanted`, the most alike first. Names of sections are looked past where
 /// `wanted` has none.
-pub(super) fn nearest<'a>(wanted: &str, known: impl Iterator<Item = &'a str>) -> Vec<String> {
+pub(crate) fn nearest<'a>(wanted: &str, known: impl Iterator<Item = &'a str>) -> Vec<String> {
     let lower = wanted.to_lowercase();
     let last = |name: &str| name.rsplit_once('.').map_or(name.to_string(), |(_, last)| last.to_string());
     let mut scored: Vec<(f64, &str)> =

@@ -18,6 +18,7 @@ use std::{fs, path::Path};
 
 use serde::{Deserialize, Serialize};
 
+pub(crate) use self::edit::nearest;
 pub use self::{
     count::{Bytes, Flops, LayerCount, ParameterCount},
     error::{ConfigError, UnknownKey, Violation},

@@ -1,12 +1,14 @@
 //! One pass over the records of a run: what the page needs of them.
 
 use super::bins::{Bins, Merge};
-use crate::metrics::{EvalRecord, LayerLoad, Record, TrainRecord};
+use crate::metrics::{AlarmRecord, EvalRecord, LayerLoad, Record, TrainRecord};
 
 /// Bins of the line charts: about one for two pixels.
 const CURVE_BINS: usize = 480;
 /// Bins of a heat map before the page thins them out.
 const HEAT_BINS: usize = 160;
+/// Alarms that are kept to be shown.
+const MOST_ALARMS: usize = 50;
 
 /// Everything the page shows of the measurements.
 #[derive(Debug)]
@@ -19,6 +21,9 @@ pub(super) struct Gathered {
     pub(super) trained: bool,
     /// First step whose loss was not finite.
     pub(super) not_finite: Option<u64>,
+    /// The first alarms, and how many there were.
+    pub(super) alarms: Vec<AlarmRecord>,
+    pub(super) alarm_count: usize,
 }
 
 /// Mean, least and greatest of the finite values of one quantity.
@@ -67,6 +72,8 @@ impl Default for Gathered {
             tokens: 0,
             trained: false,
             not_finite: None,
+            alarms: Vec::new(),
+            alarm_count: 0,
         }
     }
 }
@@ -80,6 +87,14 @@ impl Gathered {
                 self.tokens = self.tokens.max(eval.tokens);
                 self.evals.push(eval.clone());
             }
+            Record::Alarm(alarm) => self.add_alarm(alarm),
+        }
+    }
+
+    fn add_alarm(&mut self, alarm: &AlarmRecord) {
+        self.alarm_count += 1;
+        if self.alarms.len() < MOST_ALARMS {
+            self.alarms.push(alarm.clone());
         }
     }
 

@@ -24,7 +24,7 @@ fn run(steps: u64, every: u64, layers: &[(usize, usize)]) -> Vec<Record> {
             let weights: Vec<f64> = (0..experts).map(weight).collect();
             let sum: f64 = weights.iter().sum();
             let load = weights.iter().map(|w| (w / sum) as f32).collect();
-            LayerLoad { layer, load, dropped: if experts > 64 { 0.021 } else { 0.0 } }
+            LayerLoad { layer, load, dropped: if experts > 64 { 0.021 } else { 0.0 }, ..LayerLoad::default() }
         };
         let warm = (step as f64 / (0.05 * steps as f64)).min(1.0);
         records.push(Record::Train(TrainRecord {
@@ -127,7 +127,7 @@ fn odd_runs_give_a_page_too() {
     let bad =
         TrainRecord { step: 51, loss: f64::NAN, lm_loss: f64::NAN, grad_norm: f64::INFINITY, ..TrainRecord::default() };
     records.push(Record::Train(bad.clone()));
-    let nan_load = LayerLoad { layer: 1, load: vec![f32::NAN, 0.0], dropped: f32::NAN };
+    let nan_load = LayerLoad { layer: 1, load: vec![f32::NAN, 0.0], dropped: f32::NAN, ..LayerLoad::default() };
     records.push(Record::Train(TrainRecord { step: 52, experts: vec![nan_load], ..bad }));
     let html = render(&facts(), &records);
     check(&html);

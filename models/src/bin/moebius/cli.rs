@@ -17,7 +17,8 @@ Examples:
   moebius generate --model runs/book --prompt \"Once\" --tokens 200
   moebius inspect --preset 350m-pr-moe-32-64        size, FLOPs and memory of a paper's model
 
-Exit codes: 0 done, 1 failed, 2 wrong use, 130 stopped by Ctrl-C with a checkpoint."
+Exit codes: 0 done, 1 failed, 2 wrong use, 3 ended by an alarm (--alarm-exit) with a checkpoint, 130 stopped by
+Ctrl-C with a checkpoint."
 )]
 pub(crate) struct Cli {
     #[command(subcommand)]
@@ -78,6 +79,14 @@ pub(crate) struct TrainArgs {
     /// Steps between evaluations
     #[arg(long, value_name = "N")]
     pub(crate) eval_every: Option<u64>,
+    /// Warn once when a router leaves its limits, as in `dead-experts=100,drop=0.3`; keys: dead-experts (steps without a
+    /// token), drop (at most, fraction of choices), entropy (at least, nats per token), coefficient (LOW..HIGH),
+    /// logit-scale (at most)
+    #[arg(long, value_name = "KEY=LIMIT,...")]
+    pub(crate) alarm: Option<String>,
+    /// End the run at an alarm, with a checkpoint and exit code 3
+    #[arg(long, requires = "alarm")]
+    pub(crate) alarm_exit: bool,
     /// Change one setting, as in `--set train.batch=8 --set model.experts=[4,8]`
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,

@@ -7,6 +7,7 @@ use moebius_models::config::ConfigError;
 use moebius_models::data::DataError;
 use moebius_models::generate::GenerateError;
 use moebius_models::gpt::DecodingError;
+use moebius_models::health::AlarmError;
 use moebius_models::report::ReportError;
 use moebius_models::tokenizer::TokenizerError;
 use moebius_models::training::TrainingError;
@@ -15,6 +16,8 @@ use crate::text::note;
 
 /// Exit code of a program that was ended by Ctrl-C, as shells know it.
 pub(crate) const INTERRUPTED: u8 = 130;
+/// Exit code of a training run that an alarm ended.
+pub(crate) const ALARMED: u8 = 3;
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
@@ -51,13 +54,20 @@ pub(crate) enum Failure {
     /// Training was asked to stop and did; everything is said and saved.
     #[error("stopped")]
     Stopped,
+    /// Training was ended by an alarm; everything is said and saved.
+    #[error("ended by an alarm")]
+    Alarmed,
+    /// What `--alarm` asks for.
+    #[error(transparent)]
+    Alarm(#[from] AlarmError),
 }
 
 impl Failure {
     /// Prints the failure and gives its exit code.
     pub(crate) fn report(&self) -> ExitCode {
         match self {
-            Failure::Stopped => {}
+            Failure::Stopped => return ExitCode::from(INTERRUPTED),
+            Failure::Alarmed => return ExitCode::from(ALARMED),
             Failure::Config(_)
             | Failure::Usage(_)
             | Failure::Training(_)
@@ -70,17 +80,15 @@ impl Failure {
             | Failure::Report(_)
             | Failure::Io { .. }
             | Failure::NoModel { .. }
+            | Failure::Alarm(_)
             | Failure::Broken { .. } => note!("moebius: {}", with_causes(self)),
-        }
-        if matches!(self, Failure::Stopped) {
-            return ExitCode::from(INTERRUPTED);
         }
         ExitCode::from(if self.is_wrong_use() { 2 } else { 1 })
     }
 
     fn is_wrong_use(&self) -> bool {
         match self {
-            Failure::Config(_) | Failure::Usage(_) => true,
+            Failure::Config(_) | Failure::Usage(_) | Failure::Alarm(_) => true,
             Failure::Training(e) => matches!(e, TrainingError::Config(_)),
             Failure::Engine(e) => matches!(e, moebius::Error::NoSuchDevice { .. }),
             Failure::Generate(e) => matches!(e, GenerateError::Decoding(DecodingError::FutureTokens)),
@@ -92,6 +100,7 @@ impl Failure {
             | Failure::Io { .. }
             | Failure::NoModel { .. }
             | Failure::Broken { .. }
+            | Failure::Alarmed
             | Failure::Stopped => false,
         }
     }

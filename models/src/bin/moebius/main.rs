@@ -1,6 +1,6 @@
 //! The `moebius` program: train, evaluate, sample and measure sparse-expert models.
 //!
-//! `cli` is the command line; each other file is one command. Exit codes: 0 done, 1 failed, 2 wrong use.
+//! `cli` is the command line; each other file is one command. Exit codes: see `failure`.
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
