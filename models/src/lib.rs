@@ -12,5 +12,6 @@ pub mod gpt;
 pub mod health;
 pub mod metrics;
 pub mod report;
+pub mod routes;
 pub mod tokenizer;
 pub mod training;

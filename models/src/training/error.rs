@@ -8,6 +8,7 @@ use super::CONFIG_FILE;
 use crate::config::ConfigError;
 use crate::data::DataError;
 use crate::metrics::MetricsError;
+use crate::routes::RouteError;
 
 /// What can go wrong in a run.
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +31,9 @@ pub enum TrainingError {
     /// `metrics.jsonl`.
     #[error(transparent)]
     Metrics(#[from] MetricsError),
+    /// Routes that are recorded or forced in an evaluation.
+    #[error(transparent)]
+    Routes(#[from] RouteError),
     /// A file or folder of the run.
     #[error("{}: cannot {operation}: {source}", path.display())]
     Io {
