@@ -19,6 +19,7 @@ use std::{fs, path::Path};
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::edit::nearest;
+pub(crate) use self::validate::{MOST_EXPERTS, MOST_LAYERS};
 pub use self::{
     count::{Bytes, Flops, LayerCount, ParameterCount},
     error::{ConfigError, UnknownKey, Violation},

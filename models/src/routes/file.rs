@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use super::RouteError;
-use crate::config::{CapacityRule, Config, Order};
+use crate::config::{CapacityRule, Config, MOST_EXPERTS, MOST_LAYERS, Order};
 use crate::gpt::router::CapacityOf;
 use crate::health;
 
@@ -109,19 +109,19 @@ impl RouteHeader {
 
     /// What is wrong with a header that was read: what was wanted, and what was found.
     pub(super) fn fault(&self) -> Option<(String, String)> {
-        if self.layers.is_empty() {
-            return Some(("at least one MoE layer".into(), "none".into()));
+        if !(1..=MOST_LAYERS).contains(&self.layers.len()) {
+            return Some((format!("1 to {MOST_LAYERS} MoE layers"), self.layers.len().to_string()));
         }
         if !self.layers.is_sorted_by(|a, b| a.layer < b.layer) {
             return Some(("MoE layers in ascending order".into(), "another order".into()));
         }
-        let most = i32::MAX as usize;
         for &RouteLayer { layer, experts } in &self.layers {
-            if experts > most || !(1..=experts).contains(&self.top_k) {
-                return Some((
-                    format!("a top_k of 1 to the {experts} experts of layer {layer}"),
-                    self.top_k.to_string(),
-                ));
+            if experts > MOST_EXPERTS {
+                return Some((format!("at most {MOST_EXPERTS} experts in layer {layer}"), experts.to_string()));
+            }
+            if !(1..=experts).contains(&self.top_k) {
+                let wanted = format!("a top_k of 1 to the {experts} experts of layer {layer}");
+                return Some((wanted, self.top_k.to_string()));
             }
         }
         let factor = self.capacity_factor.filter(|f| !(f.is_finite() && *f > 0.0));

@@ -9,6 +9,7 @@ use moebius_models::generate::GenerateError;
 use moebius_models::gpt::DecodingError;
 use moebius_models::health::AlarmError;
 use moebius_models::report::ReportError;
+use moebius_models::routes::RouteError;
 use moebius_models::tokenizer::TokenizerError;
 use moebius_models::training::TrainingError;
 
@@ -44,6 +45,8 @@ pub(crate) enum Failure {
     Tokenizer(#[from] TokenizerError),
     #[error(transparent)]
     Report(#[from] ReportError),
+    #[error(transparent)]
+    Routes(#[from] RouteError),
     #[error("{}: cannot {operation}: {source}", path.display())]
     Io { operation: &'static str, path: PathBuf, source: std::io::Error },
     #[error("{}: no model here: wanted a run's folder or one of its checkpoints, found {found}", path.display())]
@@ -78,6 +81,7 @@ impl Failure {
             | Failure::Data(_)
             | Failure::Tokenizer(_)
             | Failure::Report(_)
+            | Failure::Routes(_)
             | Failure::Io { .. }
             | Failure::NoModel { .. }
             | Failure::Alarm(_)
@@ -91,6 +95,8 @@ impl Failure {
             Failure::Config(_) | Failure::Usage(_) | Failure::Alarm(_) => true,
             Failure::Training(e) => matches!(e, TrainingError::Config(_)),
             Failure::Engine(e) => matches!(e, moebius::Error::NoSuchDevice { .. }),
+            // A model that has no routes to record, as opposed to a file that does not fit.
+            Failure::Routes(e) => matches!(e, RouteError::ExpertsChoose | RouteError::Dense { .. }),
             Failure::Generate(e) => matches!(e, GenerateError::Decoding(DecodingError::FutureTokens)),
             Failure::Graph(_)
             | Failure::Checkpoint(_)

@@ -13,6 +13,7 @@ mod generate;
 mod inspect;
 mod model;
 mod progress;
+mod routes;
 mod text;
 mod train;
 
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
         Command::Inspect(args) => inspect::run(&args),
         Command::Devices(args) => devices::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Routes(args) => routes::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
