@@ -139,6 +139,7 @@ fn curves(html: &mut String, gathered: &Gathered) {
         steps,
         large: true,
         from_zero: false,
+        many: false,
     };
     let small = |id, title, unit, lines: Line| Chart { id, title, unit, lines: vec![lines], steps, ..Chart::default() };
     let noisy = |id, title, unit, of: fn(&TrainBin) -> Stat| Chart {
