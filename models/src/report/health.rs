@@ -22,7 +22,7 @@ const QUANTITIES: [Quantity; 5] = [
     ("entropy", "Router entropy", "nats per token", |bin| bin.entropy),
     ("dropped", "Dropped", "fraction of the choices", |bin| bin.dropped),
     ("dead", "Dead experts", "without a token for many steps", |bin| bin.dead),
-    ("coefficient", "Coefficient beside the experts", "mean over tokens", |bin| bin.coefficient),
+    ("coefficient", "Side coefficient", "mean over tokens", |bin| bin.coefficient),
     ("logits", "Logit scale", "root of the z-loss", |bin| bin.logit_scale),
 ];
 
@@ -58,7 +58,7 @@ pub(super) fn curves(html: &mut String, gathered: &Gathered) {
     }
     html.push_str(
         "<section><h2>Router health</h2>\n<p class=\"note\">One line for each MoE layer, from the first to the last. Entropy is \
-         that of the router's probabilities, 0 where it is sure of every token; the coefficient is the weight of the network \
+         that of the router's probabilities, 0 where it is sure of every token; the side coefficient is the weight of the network \
          beside the experts; the logit scale is the root of the mean square of logsumexp(logits).</p>\n<div class=\"layers\">",
     );
     for (i, layer) in layers.iter().enumerate() {

@@ -31,7 +31,7 @@ fn run(steps: u64, every: u64, layers: &[(usize, usize)]) -> Vec<Record> {
                 dropped: if experts > 64 { 0.021 } else { 0.0 },
                 entropy: Some((experts as f32).ln() * (0.4 + 0.6 * (-3.0 * done).exp()) as f32),
                 logit_scale: Some(2.0 + (6.0 * done) as f32 + 0.2 * layer as f32),
-                coefficient: (layer % 2 == 1).then_some(0.5 + 0.05 * layer as f32 * done as f32),
+                coefficient: (layer % 2 == 1).then_some((0.5 + 0.05 * layer as f32 * done as f32).min(0.95)),
                 dead: Some(idle.iter().filter(|&&i| i >= 100).count()),
                 idle,
             }
@@ -118,7 +118,7 @@ fn a_usual_run_is_drawn_with_all_its_parts() {
     {
         assert!(html.contains(part), "{part}");
     }
-    for part in ["Router health", "Router entropy", "Logit scale", "Coefficient beside", "layer 5</span>"] {
+    for part in ["Router health", "Router entropy", "Logit scale", "Side coefficient", "layer 5</span>"] {
         assert!(html.contains(part), "{part}");
     }
     assert!(!html.contains("fraction of the choices"), "a dropless run has no chart of drops");
