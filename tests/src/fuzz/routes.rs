@@ -69,9 +69,18 @@ pub(super) fn target() -> io::Result<Target> {
             let mut reader = RouteReader::open(&path).map_err(|e| e.to_string()).ok()?;
             reader.verify().map_err(|e| e.to_string()).ok()?;
             let again = again.clone();
+            let length = input.len();
+            // A file that is written is synced, which takes far longer than all the rest.
+            let written_again = xxh3_64(input) % 64 == 0;
             Some(Box::new(move || {
                 let text = |e: moebius_models::routes::RouteError| format!("an accepted file: {e}");
                 let header = reader.header().clone();
+                if reader.tokens() * 4 > length as u64 {
+                    return Err(format!("{} tokens in {length} bytes", reader.tokens()));
+                }
+                if !written_again {
+                    return Ok(());
+                }
                 let mut writer = RouteWriter::create(&again, &header).map_err(text)?;
                 let mut tokens = 0;
                 while let Some(pass) = reader.next_pass().map_err(text)? {
