@@ -15,7 +15,7 @@ use std::path::PathBuf;
 
 use crate::tokenizer::TokenizerError;
 
-pub(crate) use atomic::write_atomic;
+pub(crate) use atomic::{AtomicFile, write_atomic};
 pub use batches::{Batches, Windows, bits_per_byte};
 pub use cache::default_cache_dir;
 pub use corpus::{Corpus, CorpusSpec, Stream, Validation};

@@ -4,7 +4,8 @@ use moebius::{Program, Session};
 
 use crate::config::ModelConfig;
 use crate::data::{Windows, bits_per_byte};
-use crate::gpt;
+use crate::gpt::{self, Routes};
+use crate::routes::RouteTap;
 use crate::training::TrainingError;
 
 /// What an evaluation found.
@@ -32,7 +33,20 @@ impl Evaluator {
     /// # Errors
     /// As [`Session::compile`].
     pub fn new(session: &mut Session, config: &ModelConfig, batch: usize) -> moebius::Result<Evaluator> {
-        let program = session.compile(&gpt::evaluation(config, batch)?)?;
+        Evaluator::with_routes(session, config, batch, Routes::default())
+    }
+
+    /// The same for [`Evaluator::run_with`] a tap that wants these routes.
+    ///
+    /// # Errors
+    /// As [`Session::compile`].
+    pub fn with_routes(
+        session: &mut Session,
+        config: &ModelConfig,
+        batch: usize,
+        routes: Routes,
+    ) -> moebius::Result<Evaluator> {
+        let program = session.compile(&gpt::evaluation_with(config, batch, routes)?)?;
         let n = batch * config.sequence;
         Ok(Evaluator { program, tokens: vec![0; n], targets: vec![0; n], losses: vec![0.0; n] })
     }
@@ -42,16 +56,33 @@ impl Evaluator {
     /// # Errors
     /// As [`Session::run`]; [`TrainingError::Data`] if the text can no longer be read.
     pub fn run(&mut self, session: &mut Session, windows: &Windows) -> Result<Evaluation, TrainingError> {
+        self.run_with(session, windows, &mut RouteTap::default())
+    }
+
+    /// [`Evaluator::run`] with routes that are recorded or forced; the recording is finished at the end.
+    ///
+    /// # Errors
+    /// As [`Evaluator::run`]; [`TrainingError::Routes`], before anything is computed if the recording is too short.
+    pub fn run_with(
+        &mut self,
+        session: &mut Session,
+        windows: &Windows,
+        tap: &mut RouteTap,
+    ) -> Result<Evaluation, TrainingError> {
+        tap.wants(windows.tokens())?;
         let mut sum = 0.0f64;
         for index in 0..windows.batches() {
             // Targets past the last window are negative and give a loss of 0.
             windows.fill(index, &mut self.tokens, &mut self.targets)?;
             self.program.feed("tokens", &self.tokens)?;
             self.program.feed("targets", &self.targets)?;
+            tap.before(&mut self.program, &self.tokens)?;
             session.run(&mut self.program)?;
+            tap.after(&self.program, &self.tokens)?;
             self.program.output_into("loss", &mut self.losses)?;
             sum += self.losses.iter().map(|&l| f64::from(l)).sum::<f64>();
         }
+        tap.finish()?;
         let tokens = windows.tokens();
         let loss = sum / tokens as f64;
         Ok(Evaluation { loss, bits_per_byte: bits_per_byte(loss, tokens, windows.bytes()), tokens })

@@ -5,6 +5,7 @@ use moebius::{Program, Session};
 
 use crate::config::ModelConfig;
 use crate::gpt;
+use crate::routes::{RouteError, RouteTap};
 
 /// Why a model does not generate.
 #[derive(Debug, thiserror::Error)]
@@ -15,6 +16,9 @@ pub enum GenerateError {
     /// The device.
     #[error(transparent)]
     Engine(#[from] moebius::Error),
+    /// Routes that are recorded or forced.
+    #[error(transparent)]
+    Routes(#[from] RouteError),
 }
 
 /// Tokens of a prompt that are taken in one run; the rest is taken one by one.
@@ -85,6 +89,7 @@ pub struct Generator {
     text: Vec<i32>,
     logits: Vec<f32>,
     config: ModelConfig,
+    tap: RouteTap,
 }
 
 impl Generator {
@@ -93,7 +98,15 @@ impl Generator {
     /// # Errors
     /// [`gpt::DecodingError::FutureTokens`] for a router in which experts choose tokens; else as [`Session::compile`].
     pub fn new(session: &mut Session, config: &ModelConfig) -> Result<Generator, GenerateError> {
-        let decode = session.compile(&gpt::decoding(config, 1)?)?;
+        Generator::with_routes(session, config, RouteTap::default())
+    }
+
+    /// [`Generator::new`] whose routes are recorded or forced: those of all tokens in the order in which they are run.
+    ///
+    /// # Errors
+    /// As [`Generator::new`].
+    pub fn with_routes(session: &mut Session, config: &ModelConfig, tap: RouteTap) -> Result<Generator, GenerateError> {
+        let decode = session.compile(&gpt::decoding_with(config, 1, tap.routes())?)?;
         Ok(Generator {
             sequence: config.sequence,
             chunk: CHUNK.min(config.sequence),
@@ -102,7 +115,24 @@ impl Generator {
             text: Vec::new(),
             logits: vec![0.0; config.vocab],
             config: config.clone(),
+            tap,
         })
+    }
+
+    /// There are recorded routes, if any are forced, for `tokens` tokens from the start, those run again included.
+    ///
+    /// # Errors
+    /// [`GenerateError::Routes`] with [`RouteError::TooShort`].
+    pub fn wants(&self, tokens: usize) -> Result<(), GenerateError> {
+        Ok(self.tap.wants(tokens_run(self.sequence, tokens))?)
+    }
+
+    /// Gives the recorded routes, if any are, their name.
+    ///
+    /// # Errors
+    /// [`GenerateError::Routes`].
+    pub fn finish(&mut self) -> Result<(), GenerateError> {
+        Ok(self.tap.finish()?)
     }
 
     /// The program that takes one token.
@@ -139,7 +169,8 @@ impl Generator {
     /// Runs tokens that fit the sequence: whole chunks, then one by one.
     fn run_all(&mut self, session: &mut Session, tokens: &[i32]) -> Result<(), GenerateError> {
         if tokens.len() >= self.chunk && self.prefill.is_none() {
-            self.prefill = Some(session.compile(&gpt::decoding(&self.config, self.chunk)?)?);
+            let graph = gpt::decoding_with(&self.config, self.chunk, self.tap.routes())?;
+            self.prefill = Some(session.compile(&graph)?);
         }
         let mut rest = tokens;
         while !rest.is_empty() {
@@ -157,7 +188,9 @@ impl Generator {
                 program.feed("positions", &positions)?;
             }
             program.feed("start", &[start])?;
+            self.tap.before(program, now)?;
             session.run(program)?;
+            self.tap.after(program, now)?;
             if later.is_empty() {
                 program.output_into("logits", &mut self.logits)?;
             }
@@ -168,9 +201,35 @@ impl Generator {
     }
 }
 
+/// Tokens that a model of this sequence runs for a text of `tokens`: where the sequence is full, its last half is run again.
+fn tokens_run(sequence: usize, tokens: usize) -> u64 {
+    let half = sequence / 2;
+    let beyond = tokens.saturating_sub(sequence);
+    // After the first time there is room for the other half each time.
+    let again = beyond.div_ceil((sequence - half).max(1));
+    tokens as u64 + again as u64 * half as u64
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tokens_that_are_run_again_are_counted() {
+        for (sequence, tokens) in (1..9).flat_map(|s| (0..60).map(move |t| (s, t))) {
+            // As the generator does it, token by token.
+            let (mut held, mut run) = (0, 0);
+            for _ in 0..tokens {
+                if held == sequence {
+                    held = sequence / 2;
+                    run += held as u64;
+                }
+                held += 1;
+                run += 1;
+            }
+            assert_eq!(tokens_run(sequence, tokens), run, "{sequence} {tokens}");
+        }
+    }
 
     #[test]
     fn temperature_zero_takes_the_first_of_the_most_likely() {

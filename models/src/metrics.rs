@@ -35,7 +35,7 @@ pub enum MetricsError {
     },
 }
 
-/// One line of the file; its JSON has `"kind": "train"` or `"kind": "eval"`.
+/// One line of the file; its JSON has `"kind": "train"`, `"kind": "eval"` or `"kind": "alarm"`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "lowercase")]
 pub enum Record {
@@ -43,6 +43,8 @@ pub enum Record {
     Train(TrainRecord),
     /// An evaluation.
     Eval(EvalRecord),
+    /// A router that left the limits it was given.
+    Alarm(AlarmRecord),
 }
 
 /// What a training step measured.
@@ -75,15 +77,67 @@ pub struct TrainRecord {
     pub experts: Vec<LayerLoad>,
 }
 
-/// How a MoE layer shared its tokens out.
+/// How a MoE layer shared its tokens out, and how its router fares. What an older file does not have is absent.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct LayerLoad {
-    /// Number of the layer in the model.
+    /// Number of the layer in the model, from 0.
     pub layer: usize,
     /// For each expert the fraction of the routed (token, choice) pairs it was given; balanced is 1 / experts.
     pub load: Vec<f32>,
     /// Fraction of the routed pairs dropped because the capacity was full; 0 when dropless.
     pub dropped: f32,
+    /// Mean entropy of the router's probabilities, nats per token: 0 where every token is sure, at most ln(experts).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entropy: Option<f32>,
+    /// Root of the mean square over the tokens of logsumexp(logits), the root of the z-loss: how large the logits are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logit_scale: Option<f32>,
+    /// Mean over the tokens of the coefficient of the network beside the experts, 0 to 1; only where the router learns it. At 1
+    /// the residual network of PR-MoE does all the work.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub coefficient: Option<f32>,
+    /// For each expert the steps since its last token, 0 if it had one in this step.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub idle: Vec<u32>,
+    /// Experts that had no token for [`crate::health::DEAD_AFTER`] steps, or for as many as an alarm says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dead: Option<usize>,
+}
+
+/// One event: a value that left the limits an alarm gives it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AlarmRecord {
+    /// Steps done.
+    pub step: u64,
+    /// What was looked at.
+    pub alarm: AlarmKind,
+    /// Number of the layer in the model, from 0.
+    pub layer: usize,
+    /// The expert, for [`AlarmKind::DeadExperts`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expert: Option<usize>,
+    /// What was found, in the unit of the kind.
+    #[serde(with = "finite_or_null")]
+    pub value: f64,
+    /// The limit that it passed.
+    #[serde(with = "finite_or_null")]
+    pub limit: f64,
+}
+
+/// What an alarm looks at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AlarmKind {
+    /// Steps since an expert's last token.
+    DeadExperts,
+    /// Fraction of choices that were dropped.
+    Drop,
+    /// Entropy of the router, nats per token.
+    Entropy,
+    /// Mean coefficient of the network beside the experts.
+    Coefficient,
+    /// Scale of the logits, see [`LayerLoad::logit_scale`].
+    LogitScale,
 }
 
 /// What an evaluation measured.
@@ -107,6 +161,7 @@ impl Record {
         match self {
             Self::Train(record) => record.step,
             Self::Eval(record) => record.step,
+            Self::Alarm(record) => record.step,
         }
     }
 }

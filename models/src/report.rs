@@ -6,6 +6,7 @@
 mod bins;
 mod chart;
 mod gather;
+mod health;
 mod heat;
 mod page;
 mod scale;

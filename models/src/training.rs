@@ -4,20 +4,27 @@
 //! `report.html`. A run is a pure function of its configuration and corpus: batch and start values come from
 //! counter-based generators, so a run that was killed and resumed gives the same bits as one that was not.
 
+mod error;
+mod state;
+
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use moebius::checkpoint::{Checkpoint, CheckpointError, Checkpoints, Dtype, Snapshot, Tensor, TensorInfo, TrainState};
+use moebius::checkpoint::{CheckpointError, Checkpoints, Dtype, TensorInfo};
 use moebius::{Engine, Optimizer, Session, Trainer};
 
-use crate::config::{Config, ConfigError};
-use crate::data::{Batches, Corpus, DataError, Windows};
+use crate::config::Config;
+use crate::data::{Batches, Corpus, Windows};
 use crate::evaluation::{Evaluation, Evaluator};
 use crate::gpt;
-use crate::metrics::{EvalRecord, LayerLoad, MetricsError, MetricsWriter, Record, TrainRecord};
+use crate::health::{self, Alarms, DEAD_AFTER, Watch};
+use crate::metrics::{AlarmRecord, EvalRecord, MetricsWriter, Record, TrainRecord};
 use crate::tokenizer::Tokenizer;
+
+pub use error::TrainingError;
+use state::newest_intact;
 
 /// File with the run's configuration.
 pub const CONFIG_FILE: &str = "config.toml";
@@ -28,84 +35,13 @@ pub const METRICS_FILE: &str = "metrics.jsonl";
 /// The report for people.
 pub const REPORT_FILE: &str = "report.html";
 
-/// What can go wrong in a run.
-#[derive(Debug, thiserror::Error)]
-pub enum TrainingError {
-    /// The device, a graph, or a step that is not finite.
-    #[error(transparent)]
-    Engine(#[from] moebius::Error),
-    /// A graph.
-    #[error(transparent)]
-    Graph(#[from] moebius::ir::Error),
-    /// A checkpoint.
-    #[error(transparent)]
-    Checkpoint(#[from] CheckpointError),
-    /// The configuration.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// The text.
-    #[error(transparent)]
-    Data(#[from] DataError),
-    /// `metrics.jsonl`.
-    #[error(transparent)]
-    Metrics(#[from] MetricsError),
-    /// A file or folder of the run.
-    #[error("{}: cannot {operation}: {source}", path.display())]
-    Io {
-        /// What was tried.
-        operation: &'static str,
-        /// The path.
-        path: PathBuf,
-        /// The system's answer.
-        source: std::io::Error,
-    },
-    /// A fresh run would overwrite an older one.
-    #[error("{} already holds a training run: go on with it by --resume, or choose another folder with --out", path.display())]
-    RunExists {
-        /// The folder.
-        path: PathBuf,
-    },
-    /// Nothing to resume.
-    #[error("{}: nothing to resume: wanted a folder with {CONFIG_FILE}, found none", path.display())]
-    NoRun {
-        /// The folder.
-        path: PathBuf,
-    },
-    /// The checkpoint belongs to another model or run than the configuration in the folder.
-    #[error("{}: the checkpoint is of another model than the run's configuration: {difference}", path.display())]
-    OtherConfig {
-        /// The checkpoint.
-        path: PathBuf,
-        /// The settings that differ, with both values.
-        difference: String,
-    },
-    /// The checkpoint was made with another tokenizer.
-    #[error("{}: the checkpoint was made with tokenizer {found}, this run has {wanted}", path.display())]
-    OtherTokenizer {
-        /// The checkpoint.
-        path: PathBuf,
-        /// This run's tokenizer.
-        wanted: String,
-        /// The checkpoint's tokenizer.
-        found: String,
-    },
-    /// Every checkpoint of the run is damaged.
-    #[error("{}: every checkpoint is damaged; the newest: {newest}", path.display())]
-    AllDamaged {
-        /// The run's folder.
-        path: PathBuf,
-        /// What is wrong with the newest.
-        newest: CheckpointError,
-    },
-}
-
 /// What a run tells its observer.
 pub enum Event<'a> {
     /// A newer checkpoint cannot be used; the run goes on from an older one.
     Damaged(u64, &'a CheckpointError),
     /// The run goes on after this step.
     Resumed(u64),
-    /// A step was done. Its record is complete if `logged`; otherwise without loads.
+    /// A step was done. Its record has the health of the routers if `logged` or if there are alarms.
     Step {
         /// What it measured.
         record: &'a TrainRecord,
@@ -114,6 +50,8 @@ pub enum Event<'a> {
     },
     /// An evaluation was done.
     Evaluated(&'a EvalRecord),
+    /// A router left the limits of an alarm.
+    Alarm(&'a AlarmRecord),
     /// A checkpoint is on the disk.
     Saved(&'a Path),
 }
@@ -125,6 +63,8 @@ pub enum Ending {
     Done,
     /// It was asked to stop; a checkpoint was written.
     Stopped,
+    /// An alarm ended it; a checkpoint was written.
+    Alarmed,
 }
 
 type Observer<'o> = dyn FnMut(Event<'_>) + 'o;
@@ -141,7 +81,10 @@ pub struct Run {
     windows: Windows,
     checkpoints: Checkpoints,
     metrics: MetricsWriter,
-    moe_layers: Vec<usize>,
+    /// The MoE layers and their experts.
+    moe_layers: Vec<(usize, usize)>,
+    watch: Watch,
+    alarm_ends: bool,
     is_noisy: bool,
     tokens: Vec<i32>,
     targets: Vec<i32>,
@@ -210,8 +153,6 @@ impl Run {
         // Lines of steps that will be done again are dropped.
         let done = newest.as_ref().map_or(0, |checkpoint| checkpoint.state.step);
         let metrics = MetricsWriter::resume(&out.join(METRICS_FILE), done)?;
-        let experts = config.model.experts_per_layer();
-        let moe_layers = experts.iter().enumerate().filter(|(_, e)| **e > 0).map(|(layer, _)| layer).collect();
         let ids = train.batch * sequence;
         let mut run = Run {
             tokenizer_name: tokenizer.name().to_owned(),
@@ -223,7 +164,9 @@ impl Run {
             windows,
             checkpoints,
             metrics,
-            moe_layers,
+            moe_layers: health::moe_layers(&config.model),
+            watch: Watch::default(),
+            alarm_ends: false,
             is_noisy: gpt::is_noisy(&config.model),
             tokens: vec![0; ids],
             targets: vec![0; ids],
@@ -243,42 +186,6 @@ impl Run {
             }
         }
         Ok(run)
-    }
-
-    fn load(&mut self, checkpoint: &mut Checkpoint) -> Result<(), TrainingError> {
-        let state = checkpoint.state.clone();
-        let path = checkpoint.path().to_owned();
-        if state.config_hash != self.config.model_hash() {
-            let written = Config::from_toml(&state.config, "the checkpoint's configuration")?;
-            let difference = self.config.model_difference(&written)?;
-            return Err(TrainingError::OtherConfig { path, difference });
-        }
-        if state.tokenizer_hash != self.tokenizer_hash {
-            let (wanted, found) = (self.tokenizer_name.clone(), state.tokenizer);
-            return Err(TrainingError::OtherTokenizer { path, wanted, found });
-        }
-        let model = parameter_infos(&self.config);
-        let optimizer = self.infos(&self.trainer.moments());
-        checkpoint.model.expect(&model)?;
-        checkpoint.optimizer.expect(&optimizer)?;
-        for (file, infos) in [(&mut checkpoint.model, model), (&mut checkpoint.optimizer, optimizer)] {
-            let mut bytes = Vec::new();
-            for info in infos {
-                bytes.resize(info.bytes().unwrap_or(0) as usize, 0);
-                file.load_into(&info.name, &mut bytes)?;
-                self.session.write_bytes(&info.name, &bytes)?;
-            }
-        }
-        self.trainer.resume_at(state.step);
-        self.best = state.best_validation_loss;
-        let seconds = state.extra.get("training_seconds").and_then(serde_json::Value::as_f64);
-        self.training_time = Duration::from_secs_f64(seconds.unwrap_or(0.0).max(0.0));
-        Ok(())
-    }
-
-    fn infos(&self, names: &[String]) -> Vec<TensorInfo> {
-        let shape = |name: &String| self.session.ty(name).map_or_else(Vec::new, |t| t.shape.to_vec());
-        names.iter().map(|name| TensorInfo::new(name, Dtype::F32, shape(name))).collect()
     }
 
     /// The run's configuration.
@@ -312,7 +219,15 @@ impl Run {
         self.training_time
     }
 
-    /// Trains until all steps are done or `stop` is set, with evaluations and checkpoints as configured and at the end.
+    /// Watches the health of the routers in every step from now on. What was told before the checkpoint that the run goes on
+    /// from, by the same limit, is not told again. With `ends` an alarm ends the run after its step.
+    pub fn watch(&mut self, alarms: Alarms, ends: bool) {
+        self.watch.set(alarms);
+        self.alarm_ends = ends;
+    }
+
+    /// Trains until all steps are done, `stop` is set or an alarm ends it, with evaluations and checkpoints as configured and at
+    /// the end.
     ///
     /// # Errors
     /// On [`moebius::Error::NonFinite`] the checkpoints written so far remain; otherwise as the variants say.
@@ -329,7 +244,7 @@ impl Run {
                 return Ok(Ending::Stopped);
             }
             let begun = Instant::now();
-            self.step(observer)?;
+            let alarmed = self.step(observer)?;
             let step = self.trainer.steps_done();
             if due(eval_every, step) || step == total {
                 self.evaluate(observer)?;
@@ -339,11 +254,18 @@ impl Run {
                 self.save(observer)?;
                 saved = step;
             }
+            if alarmed && self.alarm_ends {
+                if saved != step {
+                    self.save(observer)?;
+                }
+                return Ok(Ending::Alarmed);
+            }
         }
         Ok(Ending::Done)
     }
 
-    fn step(&mut self, observer: &mut Observer<'_>) -> Result<(), TrainingError> {
+    /// Does one step; whether an alarm was given.
+    fn step(&mut self, observer: &mut Observer<'_>) -> Result<bool, TrainingError> {
         let begun = Instant::now();
         let step = self.trainer.steps_done() + 1;
         self.batches.fill(step - 1, &mut self.tokens, &mut self.targets)?;
@@ -369,26 +291,25 @@ impl Run {
         };
         let every = self.config.train.log_every.max(1);
         let logged = step == 1 || step.is_multiple_of(every) || step == self.config.total_steps();
-        if logged {
-            for &layer in &self.moe_layers {
-                let counts: Vec<i32> = program.output(&gpt::load_output(layer))?;
-                let dropped: Vec<i32> = program.output(&gpt::dropped_output(layer))?;
-                let all = counts.iter().sum::<i32>().max(1) as f32;
-                let load = counts.iter().map(|&c| c as f32 / all).collect();
-                record.experts.push(LayerLoad { layer, load, dropped: dropped[0] as f32 / all });
-            }
+        let mut alarms = Vec::new();
+        if logged || !self.watch.alarms().is_empty() {
+            let dead_after = self.watch.alarms().dead_experts.unwrap_or(DEAD_AFTER);
+            record.experts = health::read(&self.session, program, &self.moe_layers, dead_after)?;
+            alarms = self.watch.look(step, &record.experts);
         }
         record.tokens_per_s = self.tokens.len() as f64 / begun.elapsed().as_secs_f64();
+        let record = Record::Train(record);
         if logged {
-            let record = Record::Train(record);
             self.metrics.write(&record)?;
-            if let Record::Train(record) = &record {
-                observer(Event::Step { record, logged });
-            }
-        } else {
-            observer(Event::Step { record: &record, logged });
         }
-        Ok(())
+        if let Record::Train(record) = &record {
+            observer(Event::Step { record, logged });
+        }
+        for alarm in &alarms {
+            self.metrics.write(&Record::Alarm(alarm.clone()))?;
+            observer(Event::Alarm(alarm));
+        }
+        Ok(!alarms.is_empty())
     }
 
     fn evaluate(&mut self, observer: &mut Observer<'_>) -> Result<(), TrainingError> {
@@ -406,52 +327,6 @@ impl Run {
         observer(Event::Evaluated(&record));
         Ok(())
     }
-
-    fn save(&mut self, observer: &mut Observer<'_>) -> Result<(), TrainingError> {
-        let step = self.trainer.steps_done();
-        let session = &self.session;
-        let tensors = |infos: Vec<TensorInfo>| {
-            let tensor = |info: TensorInfo| {
-                let name = info.name.clone();
-                Tensor::lazy(info, move || Ok(session.bytes(&name)?))
-            };
-            infos.into_iter().map(tensor).collect()
-        };
-        let snapshot = Snapshot {
-            state: TrainState {
-                step,
-                tokens: step * self.tokens.len() as u64,
-                seed: self.config.train.seed,
-                data_position: step,
-                config: self.config.to_toml()?,
-                config_hash: self.config.model_hash(),
-                model: self.config.model.name.clone(),
-                tokenizer: self.tokenizer_name.clone(),
-                tokenizer_hash: self.tokenizer_hash.clone(),
-                best_validation_loss: self.best,
-                extra: [("training_seconds".to_owned(), self.training_time.as_secs_f64().into())].into(),
-            },
-            model: tensors(parameter_infos(&self.config)),
-            optimizer: tensors(self.infos(&self.trainer.moments())),
-        };
-        let path = self.checkpoints.save(snapshot)?;
-        observer(Event::Saved(&path));
-        Ok(())
-    }
-}
-
-/// The newest intact checkpoint, if there is any; damaged ones are told to the observer.
-fn newest_intact(
-    checkpoints: &Checkpoints,
-    out: &Path,
-    observer: &mut Observer<'_>,
-) -> Result<Option<Checkpoint>, TrainingError> {
-    let mut intact = checkpoints.latest_intact()?;
-    intact.damaged.iter().for_each(|(step, why)| observer(Event::Damaged(*step, why)));
-    if intact.checkpoint.is_none() && !intact.damaged.is_empty() {
-        return Err(TrainingError::AllDamaged { path: out.into(), newest: intact.damaged.remove(0).1 });
-    }
-    Ok(intact.checkpoint)
 }
 
 fn write_folder(out: &Path, config: &Config, tokenizer: &Tokenizer) -> Result<(), TrainingError> {

@@ -18,6 +18,8 @@ use std::{fs, path::Path};
 
 use serde::{Deserialize, Serialize};
 
+pub(crate) use self::edit::nearest;
+pub(crate) use self::validate::{MOST_EXPERTS, MOST_LAYERS};
 pub use self::{
     count::{Bytes, Flops, LayerCount, ParameterCount},
     error::{ConfigError, UnknownKey, Violation},
@@ -28,7 +30,6 @@ pub use self::{
     schedule::LearningRate,
 };
 
-pub(crate) use self::edit::nearest;
 
 /// A model and its training run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -3,10 +3,10 @@
 use super::{Config, ConfigError, GroupScore, ModelConfig, Normalise, Schedule, Score, Violation, edit::FORMS};
 
 /// Bounds that keep every count far inside 64 bits; no machine holds a model beyond them.
-const MOST_LAYERS: usize = 1 << 12;
+pub(crate) const MOST_LAYERS: usize = 1 << 12;
 const MOST_WIDTH: usize = 1 << 20;
 const MOST_VOCAB: usize = 1 << 24;
-const MOST_EXPERTS: usize = 1 << 16;
+pub(crate) const MOST_EXPERTS: usize = 1 << 16;
 const MOST_BATCH: usize = 1 << 24;
 /// 16 bytes for each parameter (weight, gradient, two moments) still fit 63 bits.
 const MOST_PARAMETERS: u128 = 1 << 58;

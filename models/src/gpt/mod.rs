@@ -2,19 +2,24 @@
 //! step, so that the three cannot differ.
 //!
 //! After section 2.5 of the DeepSpeed-MoE specification: pre-norm blocks, learned positions, tied output embedding,
-//! tanh-GELU. `layers` holds attention and the dense feed-forward, `moe` the sparse one with its `router`, `init` the start
-//! values.
+//! tanh-GELU. `layers` holds attention and the dense feed-forward, `moe` the sparse one with its `router`, `outputs` what is told
+//! of routers and routes, `init` the start values.
 
 mod distillation;
 mod init;
 mod layers;
 mod moe;
+mod outputs;
 mod parameters;
 pub mod router;
 
 pub use distillation::{Distillation, distillation};
 pub use init::{Start, initialise};
 pub use moe::{MoeStatistics, Pass, moe_layer};
+pub use outputs::{
+    Routes, choices_feed, coefficient_output, dropped_output, entropy_output, expert_index_output, idle_state,
+    load_output, score_output, z_output,
+};
 pub use parameters::{Parameter, Parameters};
 
 use moebius_ir::{DType, Graph, Result, TensorType, Value};
@@ -30,6 +35,8 @@ struct Mode {
     noise: Option<Value>,
     /// Token ids, i32 `[B, S]`.
     ids: Value,
+    /// What is done with routes.
+    routes: Routes,
 }
 
 /// A graph with the value that training minimises.
@@ -64,27 +71,26 @@ pub enum DecodingError {
     Graph(#[from] moebius_ir::Error),
 }
 
-/// Name of the output with the load of the MoE layer at this index (0-based, over all layers).
-pub fn load_output(layer: usize) -> String {
-    format!("load/{layer}")
-}
-
-/// Name of the output with the number of dropped choices of the MoE layer at this index.
-pub fn dropped_output(layer: usize) -> String {
-    format!("dropped/{layer}")
-}
-
 /// The forward graph of training on `batch` sequences.
 ///
 /// Outputs: `lm_loss` (mean cross entropy in nats), `aux_loss` (coefficients times the sum over layers of the balance and z
-/// losses), and for each MoE layer `load/N` (i32 `[E]`, choices per expert before dropping) and `dropped/N` (i32 scalar).
-/// The total loss is their sum; [`moebius::training_step`] names it `loss`. A selection bias moves by the counts of the step.
+/// losses), and for each MoE layer its health: [`load_output`], [`dropped_output`], [`entropy_output`], [`z_output`],
+/// [`coefficient_output`]. The total loss is their sum; [`moebius::training_step`] names it `loss`. A selection bias moves by the
+/// counts of the step, and [`idle_state`] counts the steps that an expert was without a token.
 ///
 /// Where experts choose their tokens, they look at whole sequences: the loss of such a model is not that of a causal one.
 ///
 /// # Errors
 /// Those of the ops, for a configuration that was not validated.
 pub fn training(config: &ModelConfig, batch: usize) -> Result<Training> {
+    training_with(config, batch, Routes::default())
+}
+
+/// [`training`] whose routes are recorded or given. The routes of all tokens are in the order of the tokens.
+///
+/// # Errors
+/// As [`training`]; there are no given routes for a router in which experts choose.
+pub fn training_with(config: &ModelConfig, batch: usize, routes: Routes) -> Result<Training> {
     let mut graph = Graph::new();
     let g = &mut graph;
     let ids = TensorType::i32([batch, config.sequence]);
@@ -93,7 +99,7 @@ pub fn training(config: &ModelConfig, batch: usize) -> Result<Training> {
     let mut p = Parameters::new(config);
     let x = embed_sequence(g, &mut p, tokens)?;
     let noise = if is_noisy(config) { Some(g.feed(NOISE_KEY, TensorType::new(DType::U32, [2]))?) } else { None };
-    let mode = Mode { training: true, noise, ids: tokens };
+    let mode = Mode { training: true, noise, ids: tokens, routes };
     let (x, statistics) = blocks(g, &mut p, x, mode, &mut |g, p, layer, x| layers::attention(g, p, layer, x))?;
     let loss = token_losses(g, &mut p, x, targets)?;
     let lm_loss = g.mean_all(loss)?;
@@ -104,13 +110,13 @@ pub fn training(config: &ModelConfig, batch: usize) -> Result<Training> {
         let z = g.mul_scalar(s.z_loss, config.z_coef)?;
         let both = g.add(balance, z)?;
         aux_loss = g.add(aux_loss, both)?;
-        g.output(load_output(*layer), s.counts)?;
-        g.output(dropped_output(*layer), s.dropped)?;
+        outputs::health(g, *layer, s)?;
         if let Some(bias) = s.selection_bias {
             let moved = router::moved_bias(g, bias, s.counts, config.routing().bias_rate)?;
             g.update(bias, moved)?;
         }
     }
+    routes.outputs(g, &statistics)?;
     g.output("aux_loss", aux_loss)?;
     let loss = g.add(lm_loss, aux_loss)?;
     Ok(Training { graph, loss })
@@ -122,6 +128,14 @@ pub fn training(config: &ModelConfig, batch: usize) -> Result<Training> {
 /// # Errors
 /// As [`training`].
 pub fn evaluation(config: &ModelConfig, batch: usize) -> Result<Graph> {
+    evaluation_with(config, batch, Routes::default())
+}
+
+/// [`evaluation`] whose routes are recorded or given. The routes of all tokens are in the order of the tokens.
+///
+/// # Errors
+/// As [`training_with`].
+pub fn evaluation_with(config: &ModelConfig, batch: usize, routes: Routes) -> Result<Graph> {
     let mut graph = Graph::new();
     let g = &mut graph;
     let ids = TensorType::i32([batch, config.sequence]);
@@ -129,10 +143,11 @@ pub fn evaluation(config: &ModelConfig, batch: usize) -> Result<Graph> {
     let targets = g.feed("targets", ids)?;
     let mut p = Parameters::new(config);
     let x = embed_sequence(g, &mut p, tokens)?;
-    let mode = Mode { training: false, noise: None, ids: tokens };
-    let (x, _) = blocks(g, &mut p, x, mode, &mut |g, p, layer, x| layers::attention(g, p, layer, x))?;
+    let mode = Mode { training: false, noise: None, ids: tokens, routes };
+    let (x, statistics) = blocks(g, &mut p, x, mode, &mut |g, p, layer, x| layers::attention(g, p, layer, x))?;
     let loss = token_losses(g, &mut p, x, targets)?;
     g.output("loss", loss)?;
+    routes.outputs(g, &statistics)?;
     Ok(graph)
 }
 
@@ -144,6 +159,14 @@ pub fn evaluation(config: &ModelConfig, batch: usize) -> Result<Graph> {
 /// [`DecodingError::FutureTokens`] for a router in which experts choose tokens, unless the configuration allows it;
 /// otherwise as [`training`].
 pub fn decoding(config: &ModelConfig, tokens: usize) -> Result<Graph, DecodingError> {
+    decoding_with(config, tokens, Routes::default())
+}
+
+/// [`decoding`] whose routes are recorded or given.
+///
+/// # Errors
+/// As [`decoding`] and [`training_with`].
+pub fn decoding_with(config: &ModelConfig, tokens: usize, routes: Routes) -> Result<Graph, DecodingError> {
     let routing = config.routing();
     if routing.expert_choice && !routing.allow_expert_choice_decoding {
         return Err(DecodingError::FutureTokens);
@@ -159,8 +182,9 @@ pub fn decoding(config: &ModelConfig, tokens: usize) -> Result<Graph, DecodingEr
         let (token, position) = (g.embedding(token, ids)?, g.embedding(position, positions)?);
         g.add(token, position)
     })?;
-    let mode = Mode { training: false, noise: None, ids };
-    let (x, _) = blocks(g, &mut p, x, mode, &mut |g, p, layer, x| layers::attention_cached(g, p, layer, x, start))?;
+    let mode = Mode { training: false, noise: None, ids, routes };
+    let (x, statistics) =
+        blocks(g, &mut p, x, mode, &mut |g, p, layer, x| layers::attention_cached(g, p, layer, x, start))?;
     let width = config.width;
     let x = g.reshape(x, [tokens, width])?;
     let last = g.slice(x, 0, tokens - 1, 1)?;
@@ -169,6 +193,7 @@ pub fn decoding(config: &ModelConfig, tokens: usize) -> Result<Graph, DecodingEr
     let logits = g.cast(logits, DType::F32)?;
     let logits = g.reshape(logits, [config.vocab])?;
     g.output("logits", logits)?;
+    routes.outputs(g, &statistics)?;
     Ok(graph)
 }
 
@@ -183,9 +208,11 @@ fn embed_sequence(g: &mut Graph, p: &mut Parameters<'_>, tokens: Value) -> Resul
 }
 
 impl Mode {
-    fn pass(&self, layer: usize) -> Pass {
+    fn pass(&self, g: &mut Graph, config: &ModelConfig, layer: usize) -> Result<Pass> {
         let noise = self.noise.map(|key| router::RouterNoise::drawn(key, layer)).unwrap_or_default();
-        Pass { training: self.training, noise, used: None, ids: Some(self.ids) }
+        let tokens = g.ty(self.ids).elements();
+        let choices = self.routes.feed(g, config, layer, tokens)?;
+        Ok(Pass { training: self.training, noise, used: None, ids: Some(self.ids), choices })
     }
 }
 
@@ -209,7 +236,8 @@ fn blocks(
             let h = if experts == 0 {
                 g.scoped("ffn", |g| layers::feed_forward(g, p, &format!("layers.{layer}.ffn"), h))?
             } else {
-                let (h, s) = g.scoped("moe", |g| moe_layer(g, p, layer, experts, h, &mode.pass(layer)))?;
+                let pass = mode.pass(g, p.config(), layer)?;
+                let (h, s) = g.scoped("moe", |g| moe_layer(g, p, layer, experts, h, &pass))?;
                 statistics.push((layer, s));
                 h
             };

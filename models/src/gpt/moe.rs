@@ -1,5 +1,6 @@
 //! The sparse feed-forward: routed experts and, beside them, the residual network of PR-MoE (spec 2.1) or a shared expert.
 
+use moebius_ir::ops::ReduceFn;
 use moebius_ir::{DType, Graph, Result, TensorType, Value};
 
 use super::layers;
@@ -18,6 +19,8 @@ pub struct Pass {
     pub used: Option<Value>,
     /// i32 `[B, S]`, the token ids, which a layer that routes by id needs.
     pub ids: Option<Value>,
+    /// i32 `[N,k]`: the experts of each token, instead of any choice; -1 for none.
+    pub choices: Option<Value>,
 }
 
 /// What is known of one MoE layer after its forward pass.
@@ -31,6 +34,14 @@ pub struct MoeStatistics {
     pub counts: Value,
     /// Choices that found no slot, i32 scalar.
     pub dropped: Value,
+    /// The experts of each token before dropping, i32 `[N,k]`, -1 for none.
+    pub expert_index: Value,
+    /// Their score values, f32 `[N,k]`: the gates before they are normalised and scaled.
+    pub score: Value,
+    /// Mean entropy of the router's probabilities, nats per token, f32 scalar.
+    pub entropy: Value,
+    /// Mean over the tokens of the two coefficients, of experts and side branch, f32 `[2]`, where the router learns them.
+    pub coefficient: Option<Value>,
     /// The layer's selection bias, f32 `[E]`, if it has one.
     pub selection_bias: Option<Value>,
 }
@@ -62,15 +73,16 @@ pub fn moe_layer(
     let x32 = g.cast(x, DType::F32)?;
     let x32 = router::jittered(g, &routing, x32, pass.noise.jitter)?;
     let logits = g.matmul_with(x32, weight, bias, false, true)?;
-    let choices = match pass.ids {
-        Some(ids) if c.routes_by_id(layer) => {
+    let choices = match (pass.choices, pass.ids) {
+        (Some(given), _) => Some(given),
+        (None, Some(ids)) if c.routes_by_id(layer) => {
             let table = router::experts_by_id(c.vocab, experts, c.top_k(), layer);
             let table = g.constant(TensorType::f32([c.vocab, c.top_k()]), table)?;
             let chosen = g.embedding(table, ids)?;
             let chosen = g.reshape(chosen, [tokens, c.top_k()])?;
             Some(g.cast(chosen, DType::I32)?)
         }
-        Some(_) | None => None,
+        (None, Some(_) | None) => None,
     };
     let has_bias = routing.selection_bias && !c.routes_by_id(layer);
     let bias = if has_bias { Some(g.state(selection_bias(layer), TensorType::f32([experts]))?) } else { None };
@@ -91,6 +103,7 @@ pub fn moe_layer(
     let rows = g.expert_matmul(h, down, offsets, Some(down_bias), false)?;
 
     let coefficient = coefficient(g, p, layer, x, routing.side)?;
+    let mean_coefficient = coefficient.map(|c| g.reduce(ReduceFn::Mean, c, &[0])).transpose()?;
     let side = match routing.side {
         Side::None => None,
         Side::Constant | Side::Sigmoid | Side::Softmax => {
@@ -104,6 +117,10 @@ pub fn moe_layer(
         z_loss: gating.z_loss,
         counts: gating.counts,
         dropped: gating.dropped,
+        expert_index: gating.expert_index,
+        score: gating.score,
+        entropy: gating.entropy,
+        coefficient: mean_coefficient,
         selection_bias: bias,
     };
     Ok((y, statistics))

@@ -3,11 +3,15 @@
 //! [`gate`] goes from logits to gates and slots by the fields of a [`Routing`]; a feature that is off adds no node. Noise
 //! comes as values or is drawn from a key, so that a recorded or resumed step has the same bits.
 
+mod capacity;
+
 use moebius_ir::ops::{Balance, CompareFn, Distribution, GroupScore, Groups, NoiseUse, Order as Priority, ReduceFn};
 use moebius_ir::ops::{RouteInputs, Router, Score};
 use moebius_ir::{DType, Graph, Result, Shape, TensorType, Value, philox};
 
-use crate::config::{self, BalanceOf, CapacityRule, ModelConfig, Noise, Normalise, Order, Routing};
+use crate::config::{self, BalanceOf, Noise, Normalise, Order, Routing};
+
+pub use capacity::{CapacityOf, capacity};
 
 /// Where the random numbers of one purpose come from.
 #[derive(Clone, Copy, Debug, Default)]
@@ -89,6 +93,8 @@ pub struct GateInputs {
 /// The result of [`gate`]: what moves the rows, and statistics.
 #[derive(Clone, Copy, Debug)]
 pub struct Gating {
+    /// f32 `[N,k]`: the score values of the choices, as `route` gives them; 0 where a choice goes nowhere.
+    pub score: Value,
     /// f32 `[N,k]`, normalised and scaled; of a dropped choice without meaning unless gates are normalised after dropping.
     pub gate: Value,
     /// i32 `[N,k]`, -1 where a choice goes nowhere; for routers in which experts choose, k = E.
@@ -107,33 +113,8 @@ pub struct Gating {
     pub load_balancing_loss: Value,
     /// f32 scalar, without a coefficient.
     pub z_loss: Value,
-}
-
-/// Slots per expert for `tokens` tokens, or `None` if nothing is dropped. `ceil` and product of the DeepSpeed rule are in f32
-/// as it has them (spec 1.1); the other rules are those of section 6. See [`CapacityRule`].
-pub fn capacity(config: &ModelConfig, training: bool, tokens: usize, experts: usize) -> Option<usize> {
-    let (routing, k) = (config.routing(), config.top_k());
-    let factor = config.capacity_factor(training)?;
-    let share = tokens as f64 / experts as f64;
-    if routing.expert_choice {
-        // Each expert takes this many tokens; there is no queue that a minimum could help.
-        return Some(((share * factor).ceil() as usize).clamp(1, tokens.max(1)));
-    }
-    let whole = tokens.div_ceil(experts) as f64;
-    let slots = match routing.capacity {
-        CapacityRule::Deepspeed => {
-            let slots = (share as f32) * ((k as f64 * factor) as f32);
-            return Some((slots.ceil() as usize).max(config.min_capacity));
-        }
-        CapacityRule::Gshard => {
-            let slots = (k as f64 * factor * share).floor() as usize;
-            return Some(slots.max(config.min_capacity).min(tokens.max(1)));
-        }
-        CapacityRule::Fair if !training && config.eval_capacity_factor.is_some() => (factor * tokens as f64).ceil(),
-        CapacityRule::Fair => (factor * k as f64 * whole).ceil(),
-        CapacityRule::Tutel => k as f64 * (factor * whole).floor(),
-    };
-    Some((slots as usize).max(1))
+    /// f32 scalar, nats per token: mean entropy of the probabilities that the balance loss has.
+    pub entropy: Value,
 }
 
 /// The router's copy of its input, `x32` f32 `[N,D]`, with jitter if the router has any and the source is on.
@@ -183,7 +164,8 @@ pub fn gate(
     let router = description(routing, k);
     let operands =
         RouteInputs { selection_bias: inputs.selection_bias, noise, used: inputs.used, choices: inputs.choices };
-    let [score, mut expert_index, load_balancing_loss, z_loss, counts, _] = g.route_with(logits, &router, operands)?;
+    let [score, mut expert_index, load_balancing_loss, z_loss, counts, entropy] =
+        g.route_with(logits, &router, operands)?;
     let mut gate = match routing.normalise {
         Normalise::None | Normalise::AfterDropping => score,
         Normalise::Softmax => g.softmax(score)?,
@@ -192,11 +174,8 @@ pub fn gate(
     if routing.noise == Noise::RandomSecond && k > 1 {
         expert_index = randomly_kept(g, gate, expert_index, inputs.noise.choice)?;
     }
-    let (priority, order) = match capacity {
-        Some(_) => priority(g, routing, score, expert_index, inputs.noise.priority)?,
-        None => (None, Priority::TokenMajor),
-    };
-    let [slot_choice, choice_slot, offsets, dropped] = g.assign(expert_index, priority, experts, capacity, order)?;
+    let [slot_choice, choice_slot, offsets, dropped] =
+        slots(g, routing.order, experts, capacity, score, expert_index, inputs.noise.priority)?;
     if routing.normalise == Normalise::AfterDropping {
         let kept = kept(g, choice_slot)?;
         gate = g.mul(gate, kept)?;
@@ -205,8 +184,19 @@ pub fn gate(
     if routing.scale != 1.0 {
         gate = g.mul_scalar(gate, routing.scale)?;
     }
-    let mut gating =
-        Gating { gate, expert_index, slot_choice, choice_slot, offsets, counts, dropped, load_balancing_loss, z_loss };
+    let mut gating = Gating {
+        score,
+        gate,
+        expert_index,
+        slot_choice,
+        choice_slot,
+        offsets,
+        counts,
+        dropped,
+        load_balancing_loss,
+        z_loss,
+        entropy,
+    };
     if routing.expert_choice {
         statistics_of_experts_that_choose(g, &mut gating, tokens, experts)?;
     }
@@ -238,16 +228,37 @@ fn description(routing: &Routing, k: usize) -> Router {
     Router { k, score, groups, balance }
 }
 
+/// Gives the choices `expert_index` i32 `[N,k]` slots, at most `capacity` for each expert, and turns the rest away in `order`,
+/// which may look at their `score` f32 `[N,k]`. Returns `[slot_choice, choice_slot, offsets, dropped]` as `assign` does.
+///
+/// # Errors
+/// Those of the ops, for operands of other shapes.
+pub fn slots(
+    g: &mut Graph,
+    order: Order,
+    experts: usize,
+    capacity: Option<usize>,
+    score: Value,
+    expert_index: Value,
+    noise: Source,
+) -> Result<[Value; 4]> {
+    let (priority, order) = match capacity {
+        Some(_) => priority(g, order, score, expert_index, noise)?,
+        None => (None, Priority::TokenMajor),
+    };
+    g.assign(expert_index, priority, experts, capacity, order)
+}
+
 /// Which choices an expert keeps first: a priority f32 `[N,k]` and the order among equals.
 fn priority(
     g: &mut Graph,
-    routing: &Routing,
+    order: Order,
     score: Value,
     expert_index: Value,
     source: Source,
 ) -> Result<(Option<Value>, Priority)> {
     let [tokens, k] = [g.shape(score)[0], g.shape(score)[1]];
-    match routing.order {
+    match order {
         Order::Token => Ok((None, Priority::TokenMajor)),
         Order::Choice => Ok((None, Priority::ChoiceMajor)),
         Order::Probability => Ok((Some(score), Priority::TokenMajor)),

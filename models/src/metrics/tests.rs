@@ -1,7 +1,16 @@
 use super::*;
 
 fn train(step: u64) -> Record {
-    let load = LayerLoad { layer: 1, load: vec![0.25, 0.7500001, 0.0], dropped: 0.125 };
+    let load = LayerLoad {
+        layer: 1,
+        load: vec![0.25, 0.7500001, 0.0],
+        dropped: 0.125,
+        entropy: Some(1.0 / 3.0),
+        logit_scale: Some(7.5),
+        coefficient: (step > 2).then_some(0.1),
+        idle: vec![0, 0, step as u32],
+        dead: Some(1),
+    };
     Record::Train(TrainRecord {
         step,
         tokens: step * 2048,
@@ -43,10 +52,30 @@ fn lines_have_the_documented_keys_and_come_back_exactly() {
         assert!(lines[2][key].is_number(), "{key}");
     }
     assert_eq!(lines[2]["experts"][0]["load"][0], 0.25);
+    for key in ["entropy", "logit_scale"] {
+        assert!(lines[2]["experts"][0][key].is_number(), "{key}");
+    }
+    assert!(lines[2]["experts"][0]["coefficient"].is_null() && lines[2]["experts"][0]["idle"][2] == 2);
     assert_eq!(
         (&lines[1]["kind"], &lines[1]["val_loss"], &lines[1]["bits_per_byte"]),
         (&"eval".into(), &1.75.into(), &2.5.into())
     );
+}
+
+#[test]
+fn an_alarm_is_a_line_of_its_own_and_older_loads_are_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("metrics.jsonl");
+    let alarm =
+        AlarmRecord { step: 9, alarm: AlarmKind::DeadExperts, layer: 3, expert: Some(5), value: 7.0, limit: 7.0 };
+    MetricsWriter::create(&path).unwrap().write(&Record::Alarm(alarm.clone())).unwrap();
+    let text = std::fs::read_to_string(&path).unwrap();
+    let wanted = r#"{"kind":"alarm","step":9,"alarm":"dead-experts","layer":3,"expert":5,"value":7.0,"limit":7.0}"#;
+    assert_eq!(text.trim_end(), wanted);
+    assert_eq!(read(&path), [Record::Alarm(alarm)]);
+    let older: LayerLoad = serde_json::from_str(r#"{"layer":1,"load":[1.0,0.0],"dropped":0.5}"#).unwrap();
+    let wanted = LayerLoad { layer: 1, load: vec![1.0, 0.0], dropped: 0.5, ..LayerLoad::default() };
+    assert_eq!(older, wanted);
 }
 
 #[test]
@@ -115,7 +144,7 @@ fn unknown_fields_are_ignored_and_non_finite_numbers_survive() {
     writer.write(&Record::Eval(EvalRecord { val_loss: f64::INFINITY, ..EvalRecord::default() })).unwrap();
     match &read(&path)[0] {
         Record::Eval(record) => assert!(record.val_loss.is_nan()),
-        Record::Train(_) => panic!("an evaluation was written"),
+        Record::Train(_) | Record::Alarm(_) => panic!("an evaluation was written"),
     }
     assert!(matches!(MetricsWriter::create(dir.path()), Err(MetricsError::Io { action: "create", .. })));
 }

@@ -1,5 +1,6 @@
 //! Line charts as static SVG, with their points as JSON for the read-out.
 
+use std::borrow::Cow;
 use std::fmt::Write;
 
 use super::page::escape;
@@ -8,10 +9,10 @@ use super::scale::{Scale, short};
 /// One line of a chart.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Line {
-    /// CSS class of its colour: `a` or `b`.
+    /// CSS class of its colour: `a` or `b`, or `l0` to `l7` for one of many.
     pub(super) class: &'static str,
     /// Name at its end and in the read-out.
-    pub(super) name: &'static str,
+    pub(super) name: Cow<'static, str>,
     /// Points (step, value), all finite.
     pub(super) points: Vec<(f64, f64)>,
     /// Whether every point is marked (few points).
@@ -33,6 +34,8 @@ pub(super) struct Chart {
     /// Large charts name their lines at the end.
     pub(super) large: bool,
     pub(super) from_zero: bool,
+    /// Its lines are named in a legend elsewhere; the heading has the range of their last values.
+    pub(super) many: bool,
 }
 
 /// Pixels of a drawing.
@@ -59,12 +62,20 @@ impl Chart {
             return String::new();
         }
         let latest = self.lines.iter().filter_map(|line| Some((line, line.points.last()?.1)));
-        let heading: String = latest
-            .map(|(line, value)| {
-                let name = if self.lines.len() > 1 { line.name } else { "latest" };
-                format!("<span class=\"end {}\">{} <b>{}</b></span>", line.class, escape(name), short(value))
-            })
-            .collect();
+        let heading: String = if self.many {
+            let last = latest.map(|(_, value)| value);
+            let (low, high) = last.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
+            let (low, high) = (short(low), short(high));
+            let range = if low == high { low } else { format!("{low} to {high}") };
+            format!("<span class=\"end\">latest <b>{range}</b></span>")
+        } else {
+            latest
+                .map(|(line, value)| {
+                    let name = if self.lines.len() > 1 { &*line.name } else { "latest" };
+                    format!("<span class=\"end {}\">{} <b>{}</b></span>", line.class, escape(name), short(value))
+                })
+                .collect()
+        };
         let kind = if self.large { "chart large" } else { "chart" };
         let mut html = format!(
             "<figure class=\"{kind}\"><figcaption><h3>{}</h3><span class=\"unit\">{}{}</span>{heading}</figcaption>\n",
@@ -185,7 +196,7 @@ impl Chart {
                 line.class,
                 at + 9.0,
                 height - 1.0,
-                escape(line.name),
+                escape(&line.name),
                 height + 13.0,
                 short(value)
             );

@@ -1,12 +1,16 @@
 //! One pass over the records of a run: what the page needs of them.
 
 use super::bins::{Bins, Merge};
-use crate::metrics::{EvalRecord, LayerLoad, Record, TrainRecord};
+use crate::metrics::{AlarmRecord, EvalRecord, LayerLoad, Record, TrainRecord};
 
 /// Bins of the line charts: about one for two pixels.
 const CURVE_BINS: usize = 480;
 /// Bins of a heat map before the page thins them out.
 const HEAT_BINS: usize = 160;
+/// Bins of a layer's health before the page thins them out.
+const HEALTH_BINS: usize = 160;
+/// Alarms that are kept to be shown.
+const MOST_ALARMS: usize = 20;
 
 /// Everything the page shows of the measurements.
 #[derive(Debug)]
@@ -19,6 +23,9 @@ pub(super) struct Gathered {
     pub(super) trained: bool,
     /// First step whose loss was not finite.
     pub(super) not_finite: Option<u64>,
+    /// The first alarms, and how many there were.
+    pub(super) alarms: Vec<AlarmRecord>,
+    pub(super) alarm_count: usize,
 }
 
 /// Mean, least and greatest of the finite values of one quantity.
@@ -47,6 +54,18 @@ pub(super) struct LayerBins {
     pub(super) layer: usize,
     pub(super) experts: usize,
     pub(super) bins: Bins<LoadBin>,
+    pub(super) health: Bins<HealthBin>,
+}
+
+/// What the router of a layer measured in a few steps. Values that a file does not have count nothing.
+#[derive(Debug, Clone)]
+pub(super) struct HealthBin {
+    step: Stat,
+    pub(super) entropy: Stat,
+    pub(super) dropped: Stat,
+    pub(super) coefficient: Stat,
+    pub(super) logit_scale: Stat,
+    pub(super) dead: Stat,
 }
 
 /// Sums over the records of a few steps.
@@ -67,6 +86,8 @@ impl Default for Gathered {
             tokens: 0,
             trained: false,
             not_finite: None,
+            alarms: Vec::new(),
+            alarm_count: 0,
         }
     }
 }
@@ -80,6 +101,14 @@ impl Gathered {
                 self.tokens = self.tokens.max(eval.tokens);
                 self.evals.push(eval.clone());
             }
+            Record::Alarm(alarm) => self.add_alarm(alarm),
+        }
+    }
+
+    fn add_alarm(&mut self, alarm: &AlarmRecord) {
+        self.alarm_count += 1;
+        if self.alarms.len() < MOST_ALARMS {
+            self.alarms.push(alarm.clone());
         }
     }
 
@@ -110,13 +139,26 @@ impl Gathered {
         let bin =
             LoadBin { count: 1, load: load.load.iter().copied().map(finite).collect(), dropped: finite(load.dropped) };
         let experts = bin.load.len();
+        let or_none = |value: Option<f32>| Stat::of(value.map_or(f64::NAN, f64::from));
+        let health = HealthBin {
+            step: Stat::of(step as f64),
+            entropy: or_none(load.entropy),
+            dropped: or_none(Some(load.dropped)),
+            coefficient: or_none(load.coefficient),
+            logit_scale: or_none(load.logit_scale),
+            dead: Stat::of(load.dead.map_or(f64::NAN, |dead| dead as f64)),
+        };
         let same = |layer: &&mut LayerBins| layer.layer == load.layer && layer.experts == experts;
         match self.layers.iter_mut().find(same) {
-            Some(layer) => layer.bins.add(step, bin),
+            Some(layer) => {
+                layer.bins.add(step, bin);
+                layer.health.add(step, health);
+            }
             None => {
-                let mut bins = Bins::new(HEAT_BINS);
+                let (mut bins, mut healths) = (Bins::new(HEAT_BINS), Bins::new(HEALTH_BINS));
                 bins.add(step, bin);
-                self.layers.push(LayerBins { layer: load.layer, experts, bins });
+                healths.add(step, health);
+                self.layers.push(LayerBins { layer: load.layer, experts, bins, health: healths });
             }
         }
     }
@@ -175,6 +217,24 @@ impl Merge for TrainBin {
         self.lr.merge(later.lr);
         self.grad_norm.merge(later.grad_norm);
         self.tokens_per_s.merge(later.tokens_per_s);
+    }
+}
+
+impl Merge for HealthBin {
+    fn merge(&mut self, later: Self) {
+        self.step.merge(later.step);
+        self.entropy.merge(later.entropy);
+        self.dropped.merge(later.dropped);
+        self.coefficient.merge(later.coefficient);
+        self.logit_scale.merge(later.logit_scale);
+        self.dead.merge(later.dead);
+    }
+}
+
+impl HealthBin {
+    /// The point (step, mean) of one quantity, if there is one.
+    pub(super) fn point(&self, of: impl Fn(&HealthBin) -> Stat) -> Option<(f64, f64)> {
+        Some((self.step.mean()?, of(self).mean()?))
     }
 }
 

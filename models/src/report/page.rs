@@ -5,8 +5,8 @@ use std::fmt::Write;
 use super::RunFacts;
 use super::chart::{Chart, Line};
 use super::gather::{Gathered, Stat, TrainBin, smooth};
-use super::heat;
 use super::scale::{grouped, short};
+use super::{health, heat};
 
 /// Evaluations drawn; more are thinned out evenly.
 const MAX_EVALS: usize = 300;
@@ -53,8 +53,10 @@ pub(super) fn html(facts: &RunFacts, gathered: &Gathered) -> String {
     if !gathered.trained && gathered.evals.is_empty() {
         html.push_str("<p class=\"alarm\">No measurements yet.</p>\n");
     }
+    health::alarms(&mut html, gathered);
     tiles(&mut html, facts, gathered);
     curves(&mut html, gathered);
+    health::curves(&mut html, gathered);
     html.push_str(&heat::html(gathered));
     table(&mut html, facts, gathered);
     for (heading, text) in [("Command", &facts.command), ("Configuration", &facts.config)] {
@@ -114,13 +116,17 @@ fn curves(html: &mut String, gathered: &Gathered) {
     // Counted from the end: the last evaluation is always drawn.
     let mut evals: Vec<_> = gathered.evals.iter().rev().step_by(every).collect();
     evals.reverse();
-    let eval_line = |name, of: &dyn Fn(&crate::metrics::EvalRecord) -> f64| {
+    let eval_line = |name: &'static str, of: &dyn Fn(&crate::metrics::EvalRecord) -> f64| {
         let points: Vec<(f64, f64)> =
             evals.iter().map(|eval| (eval.step as f64, of(eval))).filter(|point| point.1.is_finite()).collect();
-        Line { class: "b", name, dots: points.len() <= MAX_DOTS, points }
+        Line { class: "b", name: name.into(), dots: points.len() <= MAX_DOTS, points }
     };
-    let line =
-        |name, of: fn(&TrainBin) -> Stat| Line { class: "a", name, points: smooth(&gathered.curve(of)), dots: false };
+    let line = |name: &'static str, of: fn(&TrainBin) -> Stat| Line {
+        class: "a",
+        name: name.into(),
+        points: smooth(&gathered.curve(of)),
+        dots: false,
+    };
     let loss: fn(&TrainBin) -> Stat = |bin| bin.lm_loss;
     let lines = [line("training", loss), eval_line("validation", &|eval| eval.val_loss)];
     let chart = Chart {
@@ -133,6 +139,7 @@ fn curves(html: &mut String, gathered: &Gathered) {
         steps,
         large: true,
         from_zero: false,
+        many: false,
     };
     let small = |id, title, unit, lines: Line| Chart { id, title, unit, lines: vec![lines], steps, ..Chart::default() };
     let noisy = |id, title, unit, of: fn(&TrainBin) -> Stat| Chart {

@@ -38,11 +38,20 @@
       var at = Math.min(Math.max((x - plot[0]) / (plot[1] - plot[0]), 0), 1) * data.steps;
       var main = nearest(data.lines[0].points, at);
       cross.setAttribute("d", "M" + (plot[0] + main[0] / data.steps * (plot[1] - plot[0])) + " " + plot[2] + "V" + plot[3]);
-      show(event, "step " + main[0].toLocaleString("en") + data.lines.map(function (line) {
-        var point = nearest(line.points, at);
+      var lines = data.lines.map(function (line) { return [line.name, nearest(line.points, at)]; });
+      // Of many lines the highest and the lowest ones.
+      var left = 0;
+      if (lines.length > 12) {
+        lines.sort(function (a, b) { return b[1][1] - a[1][1]; });
+        left = lines.splice(5, lines.length - 10).length;
+      }
+      var rows = lines.map(function (line) {
+        var point = line[1];
         var where = point[0] === main[0] ? "" : "  (step " + point[0].toLocaleString("en") + ")";
-        return "\n" + line.name + "  " + digits(point[1]) + where;
-      }).join(""));
+        return "\n" + line[0] + "  " + digits(point[1]) + where;
+      });
+      if (left) rows.splice(5, 0, "\n(" + left + " between)");
+      show(event, "step " + main[0].toLocaleString("en") + rows.join(""));
     });
     svg.addEventListener("pointerleave", function () { tip.hidden = true; cross.removeAttribute("d"); });
   });

@@ -1,5 +1,5 @@
 use super::*;
-use crate::metrics::{EvalRecord, LayerLoad, MetricsWriter, TrainRecord};
+use crate::metrics::{AlarmKind, AlarmRecord, EvalRecord, LayerLoad, MetricsWriter, TrainRecord};
 
 /// A number in -0.5..0.5 that looks random and is the same every time.
 fn noise(a: u64, b: u64) -> f64 {
@@ -24,7 +24,17 @@ fn run(steps: u64, every: u64, layers: &[(usize, usize)]) -> Vec<Record> {
             let weights: Vec<f64> = (0..experts).map(weight).collect();
             let sum: f64 = weights.iter().sum();
             let load = weights.iter().map(|w| (w / sum) as f32).collect();
-            LayerLoad { layer, load, dropped: if experts > 64 { 0.021 } else { 0.0 } }
+            let idle: Vec<u32> = weights.iter().map(|w| if *w == 0.0 { 120 } else { 0 }).collect();
+            LayerLoad {
+                layer,
+                load,
+                dropped: if experts > 64 { 0.021 } else { 0.0 },
+                entropy: Some((experts as f32).ln() * (0.4 + 0.6 * (-3.0 * done).exp()) as f32),
+                logit_scale: Some(2.0 + (6.0 * done) as f32 + 0.2 * layer as f32),
+                coefficient: (layer % 2 == 1).then_some((0.5 + 0.05 * layer as f32 * done as f32).min(0.95)),
+                dead: Some(idle.iter().filter(|&&i| i >= 100).count()),
+                idle,
+            }
         };
         let warm = (step as f64 / (0.05 * steps as f64)).min(1.0);
         records.push(Record::Train(TrainRecord {
@@ -108,8 +118,30 @@ fn a_usual_run_is_drawn_with_all_its_parts() {
     {
         assert!(html.contains(part), "{part}");
     }
+    for part in ["Router health", "Router entropy", "Logit scale", "Side coefficient", "layer 5</span>"] {
+        assert!(html.contains(part), "{part}");
+    }
+    assert!(!html.contains("fraction of the choices"), "a dropless run has no chart of drops");
     assert!(html.contains("prefers-color-scheme"));
     assert!(html.len() < 400_000, "{} bytes", html.len());
+}
+
+#[test]
+fn alarms_are_listed_and_many_are_counted() {
+    let mut records = run(50, 1, &[(1, 4)]);
+    assert!(!render(&facts(), &records).contains("class=\"alarm\""));
+    let alarm = |step| {
+        let (alarm, expert) = (AlarmKind::DeadExperts, Some(3));
+        Record::Alarm(AlarmRecord { step, alarm, layer: 1, expert, value: 7.0, limit: 7.0 })
+    };
+    records.push(alarm(50));
+    let html = render(&facts(), &records);
+    check(&html);
+    assert!(html.contains("1 alarm<") && html.contains("step 50: layer 1, expert 3: no token for 7 steps"));
+    records.extend((51..5000).map(alarm));
+    let html = render(&facts(), &records);
+    check(&html);
+    assert!(html.contains("4,950 alarms") && html.contains("and 4,942 more"), "counted");
 }
 
 #[test]
@@ -127,7 +159,7 @@ fn odd_runs_give_a_page_too() {
     let bad =
         TrainRecord { step: 51, loss: f64::NAN, lm_loss: f64::NAN, grad_norm: f64::INFINITY, ..TrainRecord::default() };
     records.push(Record::Train(bad.clone()));
-    let nan_load = LayerLoad { layer: 1, load: vec![f32::NAN, 0.0], dropped: f32::NAN };
+    let nan_load = LayerLoad { layer: 1, load: vec![f32::NAN, 0.0], dropped: f32::NAN, ..LayerLoad::default() };
     records.push(Record::Train(TrainRecord { step: 52, experts: vec![nan_load], ..bad }));
     let html = render(&facts(), &records);
     check(&html);
@@ -188,6 +220,8 @@ fn pages_stay_small_however_long_the_run() {
     let folder = std::env::var_os("MOEBIUS_REPORT_SAMPLES").map(PathBuf::from);
     let mut pages = vec![("usual", run(2000, 1, &[(1, 8), (3, 8), (5, 16)]))];
     pages.push(("many", run(300_000, 1000, &[(1, 32), (3, 64), (5, 128), (7, 512)])));
+    let deep: Vec<(usize, usize)> = (0..40).map(|i| (2 * i + 1, 16)).collect();
+    pages.push(("deep", run(20_000, 10, &deep)));
     pages.push(("short", run(6, 1, &[(1, 1), (3, 2)])));
     for (name, records) in pages {
         let page = render(&facts(), &records);

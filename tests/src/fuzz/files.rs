@@ -7,7 +7,9 @@ use std::io;
 use moebius::checkpoint::{
     Checkpoint, Checkpoints, Dtype, STATE_FILE, Snapshot, Tensor, TensorFile, TensorInfo, TrainState,
 };
-use moebius_models::metrics::{EvalRecord, LayerLoad, MetricsReader, MetricsWriter, Record, TrainRecord};
+use moebius_models::metrics::{
+    AlarmKind, AlarmRecord, EvalRecord, LayerLoad, MetricsReader, MetricsWriter, Record, TrainRecord,
+};
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::{MOST_TIMES, Target, Then, Words};
@@ -161,13 +163,24 @@ pub(super) fn metrics() -> io::Result<Target> {
     let path = dir.path().join("metrics.jsonl");
     let mut writer = MetricsWriter::create(&path).map_err(other)?;
     for step in 1..6 {
-        let load = LayerLoad { layer: 1, load: vec![0.25, 0.75, 0.0], dropped: 0.125 };
+        let load = LayerLoad {
+            layer: 1,
+            load: vec![0.25, 0.75, 0.0],
+            dropped: 0.125,
+            entropy: Some(0.5),
+            logit_scale: Some(2.0),
+            coefficient: Some(0.75),
+            idle: vec![0, 0, 12],
+            dead: Some(1),
+        };
         let loss = if step == 3 { f64::NAN } else { 2.5 };
         let train =
             TrainRecord { step, tokens: step * 64, loss, lr: 3e-4, experts: vec![load], ..TrainRecord::default() };
         writer.write(&Record::Train(train)).map_err(other)?;
         let eval = EvalRecord { step, tokens: step * 64, val_loss: 1.75, bits_per_byte: 2.5 };
         writer.write(&Record::Eval(eval)).map_err(other)?;
+        let alarm = AlarmRecord { step, alarm: AlarmKind::Drop, layer: 1, expert: None, value: 0.5, limit: 0.25 };
+        writer.write(&Record::Alarm(alarm)).map_err(other)?;
     }
     drop(writer);
     let seed = fs::read(&path)?;
@@ -177,6 +190,9 @@ pub(super) fn metrics() -> io::Result<Target> {
         words: words(&[
             "\"kind\":\"train\"",
             "\"kind\":\"eval\"",
+            "\"kind\":\"alarm\"",
+            "\"alarm\":\"dead-experts\"",
+            "\"idle\":[7,0]",
             "\"step\":1",
             "\"loss\":null",
             "\"experts\":[",

@@ -9,6 +9,7 @@ mod configs;
 mod files;
 mod graphs;
 mod mutate;
+mod routes;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
@@ -44,7 +45,14 @@ pub struct Target {
 /// # Errors
 /// If a scratch folder cannot be made.
 pub fn targets() -> std::io::Result<Vec<Target>> {
-    Ok(vec![graphs::target(), configs::target(), files::safetensors()?, files::state()?, files::metrics()?])
+    Ok(vec![
+        graphs::target(),
+        configs::target(),
+        files::safetensors()?,
+        files::state()?,
+        files::metrics()?,
+        routes::target()?,
+    ])
 }
 
 /// The allocator's counters.

@@ -17,7 +17,8 @@ Examples:
   moebius generate --model runs/book --prompt \"Once\" --tokens 200
   moebius inspect --preset 350m-pr-moe-32-64        size, FLOPs and memory of a paper's model
 
-Exit codes: 0 done, 1 failed, 2 wrong use, 130 stopped by Ctrl-C with a checkpoint."
+Exit codes: 0 done, 1 failed, 2 wrong use, 3 ended by an alarm (--alarm-exit) with a checkpoint, 130 stopped by
+Ctrl-C with a checkpoint."
 )]
 pub(crate) struct Cli {
     #[command(subcommand)]
@@ -40,6 +41,8 @@ pub(crate) enum Command {
     Verify(VerifyArgs),
     /// Measure training steps or decoding on this machine
     Bench(BenchArgs),
+    /// Look at routes that `eval` or `generate` recorded
+    Routes(RoutesArgs),
 }
 
 #[derive(Args)]
@@ -80,6 +83,14 @@ pub(crate) struct TrainArgs {
     /// Steps between evaluations
     #[arg(long, value_name = "N")]
     pub(crate) eval_every: Option<u64>,
+    /// Warn once when a router leaves its limits, as in `dead-experts=100,drop=0.3`; keys: dead-experts (steps without a
+    /// token), drop (at most, fraction of choices), entropy (at least, nats per token), coefficient (LOW..HIGH),
+    /// logit-scale (at most)
+    #[arg(long, value_name = "KEY=LIMIT,...")]
+    pub(crate) alarm: Option<String>,
+    /// End the run at an alarm, with a checkpoint and exit code 3
+    #[arg(long, requires = "alarm")]
+    pub(crate) alarm_exit: bool,
     /// Change one setting, as in `--set train.batch=8 --set model.experts=[4,8]`
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
@@ -96,6 +107,12 @@ pub(crate) struct EvalArgs {
     /// Sequences per forward pass
     #[arg(long, value_name = "N", allow_negative_numbers = true, default_value_t = 8)]
     pub(crate) batch: usize,
+    /// Write the experts of each token, layer by layer, to a route file (see `moebius routes`)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) record_routes: Option<PathBuf>,
+    /// Send each token to the experts that a route file has for it; gates are still those of the model's router
+    #[arg(long, value_name = "FILE")]
+    pub(crate) replay_routes: Option<PathBuf>,
     /// Device to compute on: auto or cpu
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub(crate) device: String,
@@ -127,6 +144,12 @@ pub(crate) struct GenerateArgs {
     /// Seed of the choices: the same seed gives the same text
     #[arg(long, value_name = "N", allow_negative_numbers = true, default_value_t = 0)]
     pub(crate) seed: u64,
+    /// Write the experts of each token, layer by layer, to a route file (see `moebius routes`)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) record_routes: Option<PathBuf>,
+    /// Send each token to the experts that a route file has for it; gates are still those of the model's router
+    #[arg(long, value_name = "FILE")]
+    pub(crate) replay_routes: Option<PathBuf>,
     /// Device to compute on: auto or cpu
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub(crate) device: String,
@@ -216,4 +239,47 @@ pub(crate) enum BenchKind {
     Step,
     /// Generation of one token at a time with a key/value cache
     Decode,
+}
+
+#[derive(Args)]
+pub(crate) struct RoutesArgs {
+    #[command(subcommand)]
+    pub(crate) command: RoutesCommand,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum RoutesCommand {
+    /// What a route file holds: load and drops of each layer, and the experts of the first tokens
+    Show(RoutesShowArgs),
+    /// Drop rate and load that other capacity factors would give, without running the model again
+    WhatIf(WhatIfArgs),
+}
+
+#[derive(Args)]
+pub(crate) struct RoutesShowArgs {
+    /// A route file
+    #[arg(value_name = "FILE")]
+    pub(crate) file: PathBuf,
+    /// Print the experts of so many tokens, from the first
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) tokens: u64,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct WhatIfArgs {
+    /// A route file
+    #[arg(value_name = "FILE")]
+    pub(crate) file: PathBuf,
+    /// Slots of an expert as a multiple of its share of the tokens; several, as in `1,1.25,2`
+    #[arg(long, value_name = "X,...", value_delimiter = ',', required = true, allow_negative_numbers = true)]
+    pub(crate) capacity_factor: Vec<f64>,
+    /// Least slots of an expert [default: the model's]
+    #[arg(long, value_name = "N")]
+    pub(crate) min_capacity: Option<usize>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
 }

@@ -2,6 +2,7 @@
 
 use moebius_models::data::{Corpus, CorpusSpec, Source, Validation, Windows, default_cache_dir};
 use moebius_models::evaluation::Evaluator;
+use moebius_models::routes::RouteTap;
 use serde_json::json;
 
 use crate::cli::EvalArgs;
@@ -27,8 +28,9 @@ pub(crate) fn run(args: &EvalArgs) -> Result<(), Failure> {
         return Err(Failure::Usage("--batch: wanted at least 1, found 0".into()));
     }
     let windows = Windows::new(&corpus.train, batch, sequence, None)?;
-    let mut evaluator = Evaluator::new(&mut model.session, &model.config.model, batch)?;
-    let found = evaluator.run(&mut model.session, &windows)?;
+    let mut tap = RouteTap::open(&model.config, args.record_routes.as_deref(), args.replay_routes.as_deref())?;
+    let mut evaluator = Evaluator::with_routes(&mut model.session, &model.config.model, batch, tap.routes())?;
+    let found = evaluator.run_with(&mut model.session, &windows, &mut tap)?;
     if args.json {
         println!("{}", json!({ "loss": found.loss, "bits_per_byte": found.bits_per_byte, "tokens": found.tokens }));
     } else {

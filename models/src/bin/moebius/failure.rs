@@ -7,7 +7,9 @@ use moebius_models::config::ConfigError;
 use moebius_models::data::DataError;
 use moebius_models::generate::GenerateError;
 use moebius_models::gpt::DecodingError;
+use moebius_models::health::AlarmError;
 use moebius_models::report::ReportError;
+use moebius_models::routes::RouteError;
 use moebius_models::tokenizer::TokenizerError;
 use moebius_models::training::TrainingError;
 use moebius_models::verify::VerifyError;
@@ -16,6 +18,8 @@ use crate::text::note;
 
 /// Exit code of a program that was ended by Ctrl-C, as shells know it.
 pub(crate) const INTERRUPTED: u8 = 130;
+/// Exit code of a training run that an alarm ended.
+pub(crate) const ALARMED: u8 = 3;
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +48,8 @@ pub(crate) enum Failure {
     Report(#[from] ReportError),
     #[error(transparent)]
     Verify(#[from] VerifyError),
+    #[error(transparent)]
+    Routes(#[from] RouteError),
     #[error("{}: cannot {operation}: {source}", path.display())]
     Io { operation: &'static str, path: PathBuf, source: std::io::Error },
     #[error("{}: no model here: wanted a run's folder or one of its checkpoints, found {found}", path.display())]
@@ -57,13 +63,19 @@ pub(crate) enum Failure {
     /// The device is not what it should be; the table says where.
     #[error("not verified")]
     Unverified,
+    /// Training was ended by an alarm; everything is said and saved.
+    #[error("ended by an alarm")]
+    Alarmed,
+    /// What `--alarm` asks for.
+    #[error(transparent)]
+    Alarm(#[from] AlarmError),
 }
 
 impl Failure {
     /// Prints the failure and gives its exit code.
     pub(crate) fn report(&self) -> ExitCode {
         match self {
-            Failure::Stopped | Failure::Unverified => {}
+            Failure::Stopped | Failure::Unverified | Failure::Alarmed => {}
             Failure::Config(_)
             | Failure::Usage(_)
             | Failure::Training(_)
@@ -74,9 +86,11 @@ impl Failure {
             | Failure::Data(_)
             | Failure::Tokenizer(_)
             | Failure::Report(_)
+            | Failure::Routes(_)
             | Failure::Verify(_)
             | Failure::Io { .. }
             | Failure::NoModel { .. }
+            | Failure::Alarm(_)
             | Failure::Broken { .. } => note!("moebius: {}", with_causes(self)),
         }
         ExitCode::from(self.code())
@@ -87,14 +101,19 @@ impl Failure {
         if matches!(self, Failure::Stopped) {
             return INTERRUPTED;
         }
+        if matches!(self, Failure::Alarmed) {
+            return ALARMED;
+        }
         if self.is_wrong_use() { 2 } else { 1 }
     }
 
     fn is_wrong_use(&self) -> bool {
         match self {
-            Failure::Config(_) | Failure::Usage(_) => true,
+            Failure::Config(_) | Failure::Usage(_) | Failure::Alarm(_) => true,
             Failure::Training(e) => matches!(e, TrainingError::Config(_)),
             Failure::Engine(e) => matches!(e, moebius::Error::NoSuchDevice { .. }),
+            // A model that has no routes to record, as opposed to a file that does not fit.
+            Failure::Routes(e) => matches!(e, RouteError::ExpertsChoose | RouteError::Dense { .. }),
             Failure::Generate(e) => matches!(e, GenerateError::Decoding(DecodingError::FutureTokens)),
             Failure::Verify(e) => matches!(e, VerifyError::Unknown { .. }),
             Failure::Graph(_)
@@ -106,6 +125,7 @@ impl Failure {
             | Failure::NoModel { .. }
             | Failure::Broken { .. }
             | Failure::Unverified
+            | Failure::Alarmed
             | Failure::Stopped => false,
         }
     }

@@ -4,6 +4,7 @@ use std::io::Write;
 
 use moebius::Session;
 use moebius_models::generate::{Generator, Sampling};
+use moebius_models::routes::RouteTap;
 use moebius_models::tokenizer::Tokenizer;
 
 use crate::cli::GenerateArgs;
@@ -20,8 +21,10 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<(), Failure> {
         return Err(Failure::Usage(format!("--top-p: wanted more than 0 and at most 1, found {}", sampling.top_p)));
     }
     let mut model = model::open(&args.model, &args.device)?;
-    let mut generator = Generator::new(&mut model.session, &model.config.model)?;
-    stream(&mut model.session, &mut generator, &model.tokenizer, &args.prompt, args.tokens, &sampling)
+    let tap = RouteTap::open(&model.config, args.record_routes.as_deref(), args.replay_routes.as_deref())?;
+    let mut generator = Generator::with_routes(&mut model.session, &model.config.model, tap)?;
+    stream(&mut model.session, &mut generator, &model.tokenizer, &args.prompt, args.tokens, &sampling)?;
+    Ok(generator.finish()?)
 }
 
 /// Prints `prompt` and then each token as it is chosen.
@@ -39,6 +42,8 @@ pub(crate) fn stream(
     if ids.is_empty() {
         return Err(Failure::Usage("--prompt: wanted at least one token of text, found none".into()));
     }
+    // The last token is chosen and not run.
+    generator.wants(ids.len() + tokens.saturating_sub(1))?;
     let known = tokenizer.vocab_size();
     // False when the reader has seen enough and closed the pipe.
     let mut put = |text: &str| match write!(stdout, "{text}").and_then(|()| stdout.flush()) {

@@ -1,6 +1,6 @@
 //! The `moebius` program: train, evaluate and sample sparse-expert models, verify and measure the machine.
 //!
-//! `cli` is the command line; each other file is one command. Exit codes: 0 done, 1 failed, 2 wrong use.
+//! `cli` is the command line; each other file is one command. Exit codes: see `failure`.
 
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
@@ -13,6 +13,7 @@ mod generate;
 mod inspect;
 mod model;
 mod progress;
+mod routes;
 mod text;
 mod train;
 mod verify;
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
         Command::Devices(args) => devices::run(&args),
         Command::Verify(args) => verify::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Routes(args) => routes::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -10,6 +10,7 @@ use moebius_models::config::Config;
 use moebius_models::data::{Corpus, CorpusSpec, Source, Validation, default_cache_dir};
 use moebius_models::generate::{GenerateError, Generator, Sampling};
 use moebius_models::gpt::DecodingError;
+use moebius_models::health::Alarms;
 use moebius_models::report::{self, RunFacts};
 use moebius_models::tokenizer::Tokenizer;
 use moebius_models::training::{
@@ -34,6 +35,8 @@ pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
     let tokenizer = tokenizer(args, &out)?;
     fit_vocabulary(args, &mut config, &tokenizer)?;
     config.validate()?;
+    let alarms = args.alarm.as_deref().map(Alarms::parse).transpose()?.unwrap_or_default();
+    alarms.check(&config.model)?;
     let corpus = corpus(args, &config, &tokenizer)?;
 
     let stop = Arc::new(AtomicBool::new(false));
@@ -63,9 +66,10 @@ pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
     let mut run = Run::open(&engine, config, &tokenizer, &corpus, &out, args.resume, &mut |event| match event {
         Event::Damaged(step, why) => early.push(format!("warning: checkpoint step-{step} cannot be used: {why}")),
         Event::Resumed(step) => early.push(format!("resuming after step {step}")),
-        Event::Step { .. } | Event::Evaluated(_) | Event::Saved(_) => {}
+        Event::Step { .. } | Event::Evaluated(_) | Event::Alarm(_) | Event::Saved(_) => {}
     })?;
     early.iter().for_each(|line| note!("{line}"));
+    run.watch(alarms, args.alarm_exit);
     let (arena, state) = run.memory();
     note!(
         "memory: {} of parameters and optimizer, {} of activations; writing to {}",
@@ -79,6 +83,7 @@ pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
     let ending = run.train(&stop, &mut |event| match event {
         Event::Step { record, .. } => progress.step(record),
         Event::Evaluated(record) => progress.evaluated(record),
+        Event::Alarm(record) => progress.say(&format!("alarm: {record}")),
         Event::Saved(path) => saved = Some(path.to_owned()),
         Event::Damaged(..) | Event::Resumed(_) => {}
     });
@@ -98,6 +103,16 @@ pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
                 shown(&out)
             );
             Err(Failure::Stopped)
+        }
+        Ending::Alarmed => {
+            note!(
+                "ended by an alarm after step {}, with a checkpoint; to go on in spite of it:\n  moebius train --resume --out {} \
+                 --alarm {} --alarm-exit",
+                run.steps_done(),
+                shown(&out),
+                args.alarm.as_deref().map_or_else(String::new, |alarm| shown(Path::new(alarm)))
+            );
+            Err(Failure::Alarmed)
         }
         Ending::Done => finish(&mut run, &tokenizer, &out),
     }

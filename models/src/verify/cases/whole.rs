@@ -123,7 +123,7 @@ fn of_models(s: &mut Sketch, config: &ModelConfig) -> Result<()> {
     } else {
         RouterNoise::default()
     };
-    let pass = Pass { training: true, noise, used: None, ids: Some(ids) };
+    let pass = Pass { training: true, noise, used: None, ids: Some(ids), choices: None };
     let mut parameters = Parameters::new(config);
     let g: &mut Graph = &mut s.graph;
     let (y, statistics) = moe_layer(g, &mut parameters, LAYER, EXPERTS, x, &pass)?;
