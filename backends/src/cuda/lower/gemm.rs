@@ -263,8 +263,8 @@ mod tests {
     /// Tiles of all segments, for any way to cut rows into segments, are at most as many as blocks are launched.
     #[test]
     fn there_is_a_block_for_every_tile_of_every_segment() {
-        for m in [1, 63, 64, 65, 1000] {
-            for experts in [1, 2, 7, 64] {
+        for m in [1usize, 63, 64, 65, 1000] {
+            for experts in [1usize, 2, 7, 64] {
                 // One row in each segment but the last is the worst there is, as is all in one.
                 let ones = experts.min(m);
                 let worst = ones + (m - ones).div_ceil(TILE);

@@ -63,7 +63,7 @@ pub(crate) struct TrainArgs {
     /// Seed of start values and batches [default: the preset's]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub(crate) seed: Option<u64>,
-    /// Device to compute on: auto or cpu
+    /// Device to compute on: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub(crate) device: String,
     /// Folder for metrics, checkpoints and report [default: runs/NAME]
@@ -94,7 +94,7 @@ pub(crate) struct EvalArgs {
     /// Sequences per forward pass
     #[arg(long, value_name = "N", allow_negative_numbers = true, default_value_t = 8)]
     pub(crate) batch: usize,
-    /// Device to compute on: auto or cpu
+    /// Device to compute on: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub(crate) device: String,
     /// Print one JSON object
@@ -125,7 +125,7 @@ pub(crate) struct GenerateArgs {
     /// Seed of the choices: the same seed gives the same text
     #[arg(long, value_name = "N", allow_negative_numbers = true, default_value_t = 0)]
     pub(crate) seed: u64,
-    /// Device to compute on: auto or cpu
+    /// Device to compute on: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub(crate) device: String,
 }
@@ -175,7 +175,7 @@ pub(crate) struct BenchArgs {
     /// The model from a TOML file
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
-    /// Device to compute on: auto or cpu
+    /// Device to compute on: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub(crate) device: String,
     /// Measured steps, or decoded tokens [default: 12 steps, 128 tokens]
