@@ -86,7 +86,8 @@ static void run_block(const char* kernel, Triple block, Triple grid, unsigned th
     static char* stacks = (char*)mmap(nullptr, STACK * MOST_THREADS, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     for (unsigned i = 0; i < threads; i++) {
         Fiber& f = fibers[i];
-        void** top = (void**)(stacks + STACK * (i + 1)) - 2;
+        // A function starts with its stack 8 bytes off a multiple of 16.
+        void** top = (void**)(stacks + STACK * (i + 1)) - 3;
         *--top = (void*)run_fiber;
         top -= 6;
         memset(top, 0, 48);

@@ -34,6 +34,8 @@ impl Memory {
         }
         check("cuMemAlloc", result)?;
         let memory = Memory { device: Arc::clone(device), start, len };
+        // Nobody may be recording the stream meanwhile.
+        let _held = device.hold();
         device.fill(start, 0, len)?;
         Ok(memory)
     }
@@ -102,8 +104,6 @@ impl CudaStore {
 
 impl Store for CudaStore {
     fn insert(&mut self, name: &str, ty: &TensorType) -> Result<()> {
-        // The old tensor's memory goes first: there may not be room for both.
-        self.remove(name);
         let memory = Memory::zeroed(&self.device, ty.bytes(), || format!("stored tensor {name:?} of type {ty}"))?;
         self.tensors.insert(name.into(), (ty.clone(), memory));
         self.version = next_version();
