@@ -18,6 +18,8 @@
 
 struct Triple { unsigned x, y, z; };
 struct uint4 { unsigned x, y, z, w; } __attribute__((aligned(16)));
+struct float4 { float x, y, z, w; } __attribute__((aligned(16)));
+#define __align__(n) alignas(n)
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 /// One thread of a block, and what its warp exchanges.

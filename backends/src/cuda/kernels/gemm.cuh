@@ -1,9 +1,8 @@
 // One tile of a matrix product: a block computes TILE x TILE elements of A B, whatever the strides of A and B, and gives each
 // to `end(row, column, value)`. WIDE says that T is float: then plain f32 arithmetic, else the tensor cores.
 //
-// The order of a sum depends on its length alone. Rows and columns beyond the ends count as 0 and are not given out.
-
-#define TILE 64
+// TILE is 64 or 128. The order of a sum depends on its length alone, not on TILE. Rows and columns beyond the ends count as 0
+// and are not given out.
 
 /// A matrix in memory, strides in elements: one of them is 1.
 struct Matrix {
@@ -17,71 +16,115 @@ struct Matrix {
 #define DEPTH 16
 /// Sums are made of parts of this many blocks of DEPTH: one long f32 sum would lose digits.
 #define PART 4
+/// Rows, and columns, of one thread: fours of neighbours, 64 apart.
+#define OWN (TILE / 16)
+/// Elements that a thread carries for one matrix.
+#define CARRIED (TILE * DEPTH / GEMM_THREADS)
 
 struct GemmRoom {
-    float a[DEPTH][TILE + 4], b[DEPTH][TILE + 4];
+    // Rows of 16 bytes more: fours stay aligned, and rows lie in different banks.
+    __align__(16) float a[DEPTH][TILE + 4];
+    __align__(16) float b[DEPTH][TILE + 4];
 };
 
-/// Rows `row0..` and columns `k0..` of m (rows x k) into `to[k][row]`.
-__device__ __forceinline__ void stage(float (*to)[TILE + 4], const Matrix& m, int row0, int rows, int k0, int k) {
-    for (int i = threadIdx.x; i < TILE * DEPTH; i += GEMM_THREADS) {
-        // Neighbouring threads go along the axis that lies together in memory.
-        bool along_k = m.column == 1;
-        int r = along_k ? i / DEPTH : i % TILE, c = along_k ? i % DEPTH : i / TILE;
+/// Part of a stage on its way from global to shared memory.
+struct Carried { float element[CARRIED]; };
+
+/// Row and column of element i: neighbouring threads go along the axis that lies together in memory.
+__device__ __forceinline__ void element_at(bool along_k, int i, int& r, int& c) {
+    r = along_k ? i / DEPTH : i % TILE;
+    c = along_k ? i % DEPTH : i / TILE;
+}
+
+/// Loads rows `row0..` and columns `k0..` of m (rows x k).
+__device__ __forceinline__ Carried fetch(const Matrix& m, int row0, int rows, int k0, int k) {
+    Carried carried;
+    bool along_k = m.column == 1;
+#pragma unroll
+    for (int i = 0; i < CARRIED; i++) {
+        int r, c;
+        element_at(along_k, threadIdx.x + i * GEMM_THREADS, r, c);
         bool inside = row0 + r < rows && k0 + c < k;
-        to[c][r] = inside ? m.at[(i64)(row0 + r) * m.row + (i64)(k0 + c) * m.column] : 0.0f;
+        carried.element[i] = inside ? m.at[(i64)(row0 + r) * m.row + (i64)(k0 + c) * m.column] : 0.0f;
+    }
+    return carried;
+}
+
+/// Puts what was loaded into `to[k][row]`.
+__device__ __forceinline__ void place(float (*to)[TILE + 4], const Matrix& m, const Carried& carried) {
+    bool along_k = m.column == 1;
+#pragma unroll
+    for (int i = 0; i < CARRIED; i++) {
+        int r, c;
+        element_at(along_k, threadIdx.x + i * GEMM_THREADS, r, c);
+        to[c][r] = carried.element[i];
+    }
+}
+
+/// The elements of one row of shared memory that belong to place `at` of 16.
+__device__ __forceinline__ void own(float (&to)[OWN], const float* row, int at) {
+#pragma unroll
+    for (int i = 0; i < OWN; i += 4) {
+        float4 four = *(const float4*)&row[16 * i + 4 * at];
+        to[i] = four.x, to[i + 1] = four.y, to[i + 2] = four.z, to[i + 3] = four.w;
     }
 }
 
 template <typename End>
 __device__ __forceinline__ void gemm_tile(GemmRoom& room, Matrix a, Matrix b, int m, int n, int k, int m0, int n0, End end) {
-    // A thread has 4 rows and 4 columns, each 16 apart from the next.
     int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
-    float sum[4][4] = {}, part[4][4] = {};
+    float sum[OWN][OWN] = {}, part[OWN][OWN] = {};
     // B is read as its transpose, rows along n.
     Matrix bt = {b.at, b.column, b.row};
+    Carried next_a = fetch(a, m0, m, 0, k), next_b = fetch(bt, n0, n, 0, k);
     for (int k0 = 0, block = 0; k0 < k; k0 += DEPTH, block++) {
-        stage(room.a, a, m0, m, k0, k);
-        stage(room.b, bt, n0, n, k0, k);
+        place(room.a, a, next_a);
+        place(room.b, bt, next_b);
         __syncthreads();
+        // What the next round needs is on its way while this one computes.
+        if (k0 + DEPTH < k) next_a = fetch(a, m0, m, k0 + DEPTH, k), next_b = fetch(bt, n0, n, k0 + DEPTH, k);
 #pragma unroll
         for (int c = 0; c < DEPTH; c++) {
-            float x[4], y[4];
+            float x[OWN], y[OWN];
+            own(x, room.a[c], ty);
+            own(y, room.b[c], tx);
 #pragma unroll
-            for (int i = 0; i < 4; i++) x[i] = room.a[c][ty + 16 * i], y[i] = room.b[c][tx + 16 * i];
+            for (int i = 0; i < OWN; i++)
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-#pragma unroll
-                for (int j = 0; j < 4; j++) part[i][j] = fmaf(x[i], y[j], part[i][j]);
+                for (int j = 0; j < OWN; j++) part[i][j] = fmaf(x[i], y[j], part[i][j]);
         }
         __syncthreads();
         if (block % PART == PART - 1 || k0 + DEPTH >= k) {
 #pragma unroll
-            for (int i = 0; i < 4; i++)
+            for (int i = 0; i < OWN; i++)
 #pragma unroll
-                for (int j = 0; j < 4; j++) sum[i][j] += part[i][j], part[i][j] = 0.0f;
+                for (int j = 0; j < OWN; j++) sum[i][j] += part[i][j], part[i][j] = 0.0f;
         }
     }
 #pragma unroll
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < OWN; i++)
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            int row = m0 + ty + 16 * i, column = n0 + tx + 16 * j;
+        for (int j = 0; j < OWN; j++) {
+            int row = m0 + i / 4 * 64 + 4 * ty + i % 4, column = n0 + j / 4 * 64 + 4 * tx + j % 4;
             if (row < m && column < n) end(row, column, sum[i][j]);
         }
 }
 
 #else
 
-#define GEMM_THREADS 128
+/// Warps with 32 columns each, and half of the rows.
+#define GEMM_THREADS (2 * TILE)
 #define DEPTH 32
+/// Products of the tensor cores, 16 rows each, that a warp has one above the other.
+#define TALL (TILE / 32)
 /// Elements of a row in shared memory: 8 more than DEPTH, so that rows lie in different banks.
 #define PITCH (DEPTH + 8)
 /// Segments of 8 neighbouring elements that a thread carries for one matrix.
 #define SEGMENTS (TILE * DEPTH / 8 / GEMM_THREADS)
 
 struct GemmRoom {
-    u16 a[TILE][PITCH], b[TILE][PITCH];
+    __align__(16) u16 a[TILE][PITCH];
+    __align__(16) u16 b[TILE][PITCH];
 };
 
 /// Part of a stage on its way from global to shared memory.
@@ -143,11 +186,11 @@ __device__ __forceinline__ void place(u16 (*to)[PITCH], const Matrix& m, const C
 
 template <typename End>
 __device__ __forceinline__ void gemm_tile(GemmRoom& room, Matrix a, Matrix b, int m, int n, int k, int m0, int n0, End end) {
-    // Four warps, two by two, each with 32 rows and 32 columns: 2 x 4 products of the tensor cores.
+    // A warp has half of the rows and 32 columns: TALL x 4 products of the tensor cores.
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int group = lane / 4, pair = lane % 4;
-    int row0 = warp / 2 * 32, column0 = warp % 2 * 32;
-    float sum[2][4][4] = {};
+    int row0 = warp / (TILE / 32) * (TILE / 2), column0 = warp % (TILE / 32) * 32;
+    float sum[TALL][4][4] = {};
     // B is read as its transpose, rows along n.
     Matrix bt = {b.at, b.column, b.row};
     Carried next_a = fetch(a, m0, m, 0, k), next_b = fetch(bt, n0, n, 0, k);
@@ -159,9 +202,9 @@ __device__ __forceinline__ void gemm_tile(GemmRoom& room, Matrix a, Matrix b, in
         if (k0 + DEPTH < k) next_a = fetch(a, m0, m, k0 + DEPTH, k), next_b = fetch(bt, n0, n, k0 + DEPTH, k);
 #pragma unroll
         for (int c = 0; c < DEPTH; c += 16) {
-            u32 x[2][4], y[4][2];
+            u32 x[TALL][4], y[4][2];
 #pragma unroll
-            for (int i = 0; i < 2; i++)
+            for (int i = 0; i < TALL; i++)
 #pragma unroll
                 for (int q = 0; q < 4; q++)
                     x[i][q] = *(const u32*)&room.a[row0 + 16 * i + group + q % 2 * 8][c + 2 * pair + q / 2 * 8];
@@ -171,14 +214,14 @@ __device__ __forceinline__ void gemm_tile(GemmRoom& room, Matrix a, Matrix b, in
                 for (int q = 0; q < 2; q++)
                     y[j][q] = *(const u32*)&room.b[column0 + 8 * j + group][c + 2 * pair + q * 8];
 #pragma unroll
-            for (int i = 0; i < 2; i++)
+            for (int i = 0; i < TALL; i++)
 #pragma unroll
                 for (int j = 0; j < 4; j++) mma(sum[i][j], x[i], y[j], T());
         }
         __syncthreads();
     }
 #pragma unroll
-    for (int i = 0; i < 2; i++)
+    for (int i = 0; i < TALL; i++)
 #pragma unroll
         for (int j = 0; j < 4; j++)
 #pragma unroll

@@ -9,19 +9,37 @@ use crate::cuda::source::{GEMM, MMA, Source};
 
 const TEXT: &str = include_str!("../kernels/gemm.cu");
 const CROSS_ENTROPY: &str = include_str!("../kernels/cross_entropy.cu");
-/// Rows and columns of a block's tile, as in the kernels.
+/// Rows and columns of the tile of a block: the small one where sizes are small, and where more than the sums is kept.
 const TILE: usize = 64;
+/// The large tile reads each element half as often.
+const LARGE_TILE: usize = 128;
+/// Blocks of the large tile that are enough to keep a GPU busy.
+const ENOUGH_BLOCKS: usize = 96;
 /// The most experts of one product, as in the kernel.
 const MOST_EXPERTS: usize = 1024;
 /// Bytes of the weights of classes that the gradient of the cross entropy holds at a time.
 const CHUNK_BYTES: usize = 32 << 20;
 
-/// A file of products for one float type, and the threads of its blocks.
-fn products(file: &'static str, text: &'static str, dtype: DType) -> Result<(Source, u32), String> {
+/// The kernels of a file of products for one float type and tile.
+struct Kernels {
+    source: Source,
+    /// Threads of a block.
+    threads: u32,
+    tile: usize,
+}
+
+fn products(file: &'static str, text: &'static str, dtype: DType, tile: usize) -> Result<Kernels, String> {
     let wide = dtype == DType::F32;
     let headers: &[_] = if wide { &[GEMM] } else { &[MMA, GEMM] };
     let source = Source::new(file, headers, text).define("T", float(dtype)?).define("WIDE", u8::from(wide));
-    Ok((source, if wide { 256 } else { 128 }))
+    Ok(Kernels { source: source.define("TILE", tile), threads: if wide { 256 } else { 2 * tile as u32 }, tile })
+}
+
+/// The tile for `batch` products of m rows and n columns.
+fn tile(batch: usize, m: usize, n: usize) -> usize {
+    let blocks = batch.saturating_mul(m.div_ceil(LARGE_TILE)).saturating_mul(n.div_ceil(LARGE_TILE));
+    // Narrow products would leave most of a large tile empty.
+    if m > TILE && n > TILE && blocks >= ENOUGH_BLOCKS { LARGE_TILE } else { TILE }
 }
 
 /// Strides of a matrix, of rows and columns.
@@ -75,10 +93,11 @@ fn bias(graph: &Graph, node: &Node, i: usize) -> Result<(Arg, bool), String> {
 }
 
 /// The product `a b` of one batch as an action.
-fn gemm(source: Source, threads: u32, product: &Product, batch: usize, args: [Arg; 6]) -> Result<Action, String> {
-    let grid = [product.n.div_ceil(TILE), product.m.div_ceil(TILE), batch];
+fn gemm(dtype: DType, product: &Product, batch: usize, args: [Arg; 6]) -> Result<Action, String> {
+    let of = products("gemm.cu", TEXT, dtype, tile(batch, product.m, product.n))?;
+    let grid = [product.n.div_ceil(of.tile), product.m.div_ceil(of.tile), batch];
     let args = [&args[..], &[product.arg()?]].concat();
-    Ok(kernel(source, "gemm", grid, threads, args))
+    Ok(kernel(of.source, "gemm", grid, of.threads, args))
 }
 
 pub(super) fn lower_matmul(graph: &Graph, node: &Node, op: &Matmul) -> Lowered {
@@ -102,9 +121,8 @@ pub(super) fn lower_matmul(graph: &Graph, node: &Node, op: &Matmul) -> Lowered {
         k,
         wide_bias,
     };
-    let (source, threads) = products("gemm.cu", TEXT, dtype(graph, node, 0))?;
     let args = [Arg::Operand(0), Arg::Operand(1), bias, Arg::Null, Arg::Null, Arg::Result(0)];
-    Ok(Launch::of(vec![gemm(source, threads, &product, batch, args)?]))
+    Ok(Launch::of(vec![gemm(dtype(graph, node, 0), &product, batch, args)?]))
 }
 
 /// E, if the kernels can count it.
@@ -129,12 +147,12 @@ pub(super) fn lower_expert_matmul(graph: &Graph, node: &Node, op: &ExpertMatmul)
         k,
         wide_bias,
     };
-    let (source, threads) = products("gemm.cu", TEXT, dtype(graph, node, 0))?;
-    // Each segment, the unused one too, has at most one tile that is not full.
-    let tiles = if m == 0 { 0 } else { m / TILE + experts + 1 };
+    // As if the rows were dealt out evenly.
+    let of = products("gemm.cu", TEXT, dtype(graph, node, 0), tile(experts, m / experts.max(1), n))?;
+    let tiles = if m == 0 { 0 } else { most_tiles(m, experts, of.tile) };
     let operands = [Arg::Operand(0), Arg::Operand(1), Arg::Operand(2), bias, Arg::Result(0)];
     let args = [&operands[..], &[Arg::I32(experts as i32), product.arg()?]].concat();
-    Ok(Launch::one(source, "gemm_m_grouped", [n.div_ceil(TILE), tiles, 1], threads, args))
+    Ok(Launch::one(of.source, "gemm_m_grouped", [n.div_ceil(of.tile), tiles, 1], of.threads, args))
 }
 
 pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node) -> Lowered {
@@ -151,10 +169,17 @@ pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node) -> Lowered {
         k: s,
         wide_bias: false,
     };
-    let (source, threads) = products("gemm.cu", TEXT, dtype(graph, node, 0))?;
+    let experts = offsets[0] - 1;
+    let of = products("gemm.cu", TEXT, dtype(graph, node, 0), tile(experts, m, n))?;
     let args = vec![Arg::Operand(0), Arg::Operand(1), Arg::Operand(2), Arg::Result(0), product.arg()?];
-    let grid = [n.div_ceil(TILE), m.div_ceil(TILE), offsets[0] - 1];
-    Ok(Launch::one(source, "gemm_k_grouped", grid, threads, args))
+    let grid = [n.div_ceil(of.tile), m.div_ceil(of.tile), experts];
+    Ok(Launch::one(of.source, "gemm_k_grouped", grid, of.threads, args))
+}
+
+/// The most tiles that `rows` rows in the segments of `experts` experts and an unused one can be cut into: each segment has at
+/// most one tile that is not full.
+fn most_tiles(rows: usize, experts: usize, tile: usize) -> usize {
+    rows / tile + experts + 1
 }
 
 /// Extents of a linear cross entropy.
@@ -187,7 +212,7 @@ impl Classes {
 
 pub(super) fn lower_linear_cross_entropy(graph: &Graph, node: &Node) -> Lowered {
     let s = Classes::of(graph, node);
-    let (source, threads) = products("cross_entropy.cu", CROSS_ENTROPY, dtype(graph, node, 0))?;
+    let Kernels { source, threads, .. } = products("cross_entropy.cu", CROSS_ENTROPY, dtype(graph, node, 0), TILE)?;
     let mut scratch = Scratch::default();
     let [largest, sum] = std::array::from_fn(|_| scratch.take(4 * s.n * s.tiles));
     let of_target = scratch.take(4 * s.n);
@@ -205,8 +230,7 @@ pub(super) fn lower_linear_cross_entropy(graph: &Graph, node: &Node) -> Lowered 
 pub(super) fn lower_linear_cross_entropy_grad(graph: &Graph, node: &Node) -> Lowered {
     let s = Classes::of(graph, node);
     let ty = dtype(graph, node, 0);
-    let (source, threads) = products("cross_entropy.cu", CROSS_ENTROPY, ty)?;
-    let (plain, _) = products("gemm.cu", TEXT, ty)?;
+    let of = products("cross_entropy.cu", CROSS_ENTROPY, ty, TILE)?;
     let chunk = chunk_of_classes(s.n, s.classes, ty.bytes());
     let chunks = s.classes.div_ceil(chunk);
     let mut scratch = Scratch::default();
@@ -223,20 +247,20 @@ pub(super) fn lower_linear_cross_entropy_grad(graph: &Graph, node: &Node) -> Low
         let width = chunk.min(s.classes - class0);
         let operands = [0, 1, 2, 3, 4].map(Arg::Operand);
         let sizes = [Arg::I32(int(class0, "classes")?), Arg::I32(int(width, "classes")?), s.arg()?];
-        let args = [&operands[..], &[c.clone()], &sizes, &[Arg::Fault, Arg::Step]].concat();
+        let args = [&operands[..], std::slice::from_ref(&c), &sizes, &[Arg::Fault, Arg::Step]].concat();
         let grid = [width.div_ceil(TILE), s.n.div_ceil(TILE), 1];
-        actions.push(kernel(source.clone(), "cross_entropy_grad", grid, threads, args));
+        actions.push(kernel(of.source.clone(), "cross_entropy_grad", grid, of.threads, args));
         // The rows of w, and of dw, that belong to the chunk.
         let bytes = class0 * s.d * ty.bytes();
         let product = |a, b, m, n, k| Product { a, a_batch: 0, b, b_batch: 0, c_batch: 0, m, n, k, wide_bias: false };
         let of_w = product(stored(width, true), stored(s.d, false), width, s.d, s.n);
         let args = [c.clone(), Arg::Operand(0), Arg::Null, Arg::Null, Arg::Null, Arg::ResultAt(1, bytes)];
-        actions.push(gemm(plain.clone(), threads, &of_w, 1, args)?);
+        actions.push(gemm(ty, &of_w, 1, args)?);
         let of_x = product(stored(width, false), stored(s.d, false), s.n, s.d, width);
         let add = if i == 0 { Arg::Null } else { sum.clone() };
         let to = if i + 1 == chunks { Arg::Null } else { sum.clone() };
         let args = [c.clone(), Arg::OperandAt(1, bytes), Arg::Null, add, to, Arg::Result(0)];
-        actions.push(gemm(plain.clone(), threads, &of_x, 1, args)?);
+        actions.push(gemm(ty, &of_x, 1, args)?);
     }
     Ok(s.rejected(Launch::of(actions).with_scratch(scratch.bytes())))
 }
@@ -260,17 +284,24 @@ mod tests {
         assert_eq!(chunk_of_classes(0, 3, 4), 3);
     }
 
-    /// Tiles of all segments, for any way to cut rows into segments, are at most as many as blocks are launched.
     #[test]
     fn there_is_a_block_for_every_tile_of_every_segment() {
-        for m in [1usize, 63, 64, 65, 1000] {
-            for experts in [1usize, 2, 7, 64] {
-                // One row in each segment but the last is the worst there is, as is all in one.
-                let ones = experts.min(m);
-                let worst = ones + (m - ones).div_ceil(TILE);
-                assert!(worst <= m / TILE + experts + 1, "{m} rows, {experts} experts");
-                assert!(m.div_ceil(TILE) <= m / TILE + experts + 1);
+        for tile in [TILE, LARGE_TILE] {
+            for m in [1usize, 63, 64, 65, 1000] {
+                for experts in [1usize, 2, 7, 64] {
+                    let most = most_tiles(m, experts, tile);
+                    // One row in each segment but the last is the worst there is; all rows in one is the other end.
+                    let ones = experts.min(m);
+                    assert!(ones + (m - ones).div_ceil(tile) <= most, "{m} rows, {experts} experts");
+                    assert!(m.div_ceil(tile) <= most);
+                }
             }
         }
+    }
+
+    #[test]
+    fn large_tiles_are_for_large_products() {
+        assert_eq!((tile(1, 4096, 4096), tile(64, 256, 512)), (LARGE_TILE, LARGE_TILE));
+        assert_eq!((tile(1, 512, 512), tile(1000, 4096, 16), tile(4096, 1, 4096)), (TILE, TILE, TILE));
     }
 }
