@@ -55,6 +55,10 @@ pub trait Backend: Send + Sync {
     /// Bytes that can be allocated on the device now, where that can be told.
     fn free_memory(&self) -> Option<u64>;
 
+    /// What happened since this was last asked that stopped nothing but that people may want to know, such as a damaged file
+    /// of a cache that was made anew.
+    fn take_notes(&self) -> Vec<String>;
+
     /// An empty store on this device.
     fn new_store(&self) -> Box<dyn Store>;
 }

@@ -107,6 +107,11 @@ impl Engine {
         self.backend.describe()
     }
 
+    /// What the device has to tell since this was last asked: damaged files of a cache that were made anew and the like.
+    pub fn take_notes(&self) -> Vec<String> {
+        self.backend.take_notes()
+    }
+
     /// The backend behind it.
     pub fn backend(&self) -> &Arc<dyn Backend> {
         &self.backend

@@ -77,12 +77,6 @@ impl Cuda {
         self.device.ordinal
     }
 
-    /// What happened that did not stop anything, such as a damaged entry of the kernel cache that was made anew, since this
-    /// was last asked.
-    pub fn take_notes(&self) -> Vec<String> {
-        self.device.take_notes()
-    }
-
     /// The kernels that an optimised graph needs, each once. Needs no GPU.
     ///
     /// # Errors
@@ -151,6 +145,10 @@ impl Backend for Cuda {
 
     fn free_memory(&self) -> Option<u64> {
         self.device.free().ok()
+    }
+
+    fn take_notes(&self) -> Vec<String> {
+        self.device.take_notes()
     }
 
     fn new_store(&self) -> Box<dyn Store> {

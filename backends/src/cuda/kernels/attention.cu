@@ -36,6 +36,7 @@ __device__ __forceinline__ void load(float (*to)[PITCH], const T* m, i64 pitch, 
 
 __device__ __forceinline__ float dot(const float* a, const float* b) {
     float sum = 0.0f;
+#pragma unroll 8
     for (int c = 0; c < HEAD; c++) sum = fmaf(a[c], b[c], sum);
     return sum;
 }
@@ -65,6 +66,7 @@ KERNEL attention(const T* qkv, T* out, float* lse, Heads s) {
         load(v, qkv + s.value(b, g), s.pitch(), key0, s.tokens);
         __syncthreads();
         float score[OTHERS], most = greatest;
+#pragma unroll
         for (int i = 0; i < OTHERS; i++) {
             int j = part + i * LANES, key = key0 + j;
             bool visible = j < BLOCK && key < s.tokens && (!s.causal || key <= query);
@@ -74,6 +76,7 @@ KERNEL attention(const T* qkv, T* out, float* lse, Heads s) {
         most = row_max(most);
         // A row of which nothing is visible yet (beyond the last token) stays at -inf.
         float shrink = most == -INF_F ? 1.0f : expf(greatest - most), total = 0.0f;
+#pragma unroll
         for (int i = 0; i < OTHERS; i++) {
             float weight = most == -INF_F ? 0.0f : expf(score[i] - most);
             total += weight;
@@ -83,10 +86,12 @@ KERNEL attention(const T* qkv, T* out, float* lse, Heads s) {
         greatest = most;
         // A row of p is written and read by the threads of one warp.
         __syncwarp();
+#pragma unroll
         for (int i = 0; i < COLUMNS; i++) {
             int c = part + i * LANES;
             if (c >= HEAD) continue;
             float mixed = 0.0f;
+#pragma unroll 4
             for (int j = 0; j < BLOCK; j++) mixed = fmaf(p[r][j], v[j][c], mixed);
             acc[i] = acc[i] * shrink + mixed;
         }
@@ -129,6 +134,7 @@ KERNEL attention_grad_query(const T* qkv, const float* lse, const T* dout, const
         load(k, qkv + s.key(b, g), s.pitch(), key0, s.tokens);
         load(v, qkv + s.value(b, g), s.pitch(), key0, s.tokens);
         __syncthreads();
+#pragma unroll
         for (int i = 0; i < OTHERS; i++) {
             int j = part + i * LANES, key = key0 + j;
             if (j >= BLOCK) continue;
@@ -137,10 +143,12 @@ KERNEL attention_grad_query(const T* qkv, const float* lse, const T* dout, const
             ds[r][j] = visible ? s.scale * weight * (dot(d[r], v[j]) - my_delta) : 0.0f;
         }
         __syncwarp();
+#pragma unroll
         for (int i = 0; i < COLUMNS; i++) {
             int c = part + i * LANES;
             if (c >= HEAD) continue;
             float mixed = 0.0f;
+#pragma unroll 4
             for (int j = 0; j < BLOCK; j++) mixed = fmaf(ds[r][j], k[j][c], mixed);
             acc[i] += mixed;
         }
@@ -169,7 +177,8 @@ KERNEL attention_grad_key(const T* qkv, const float* lse, const T* dout, const f
             load(q, qkv + s.query(b, h), s.pitch(), query0, s.tokens);
             load(d, dout + s.result(b, h), s.result_pitch(), query0, s.tokens);
             __syncthreads();
-            for (int i = 0; i < OTHERS; i++) {
+#pragma unroll
+        for (int i = 0; i < OTHERS; i++) {
                 int j = part + i * LANES, query = query0 + j;
                 if (j >= BLOCK) continue;
                 bool visible = key < s.tokens && query < s.tokens && (!s.causal || key <= query);
@@ -181,10 +190,12 @@ KERNEL attention_grad_key(const T* qkv, const float* lse, const T* dout, const f
                 p[r][j] = weight, ds[r][j] = slope;
             }
             __syncwarp();
-            for (int i = 0; i < COLUMNS; i++) {
+#pragma unroll
+        for (int i = 0; i < COLUMNS; i++) {
                 int c = part + i * LANES;
                 if (c >= HEAD) continue;
                 float k_part = 0.0f, v_part = 0.0f;
+#pragma unroll 4
                 for (int j = 0; j < BLOCK; j++) {
                     k_part = fmaf(ds[r][j], q[j][c], k_part);
                     v_part = fmaf(p[r][j], d[j][c], v_part);

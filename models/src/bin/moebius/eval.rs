@@ -28,6 +28,7 @@ pub(crate) fn run(args: &EvalArgs) -> Result<(), Failure> {
     }
     let windows = Windows::new(&corpus.train, batch, sequence, None)?;
     let mut evaluator = Evaluator::new(&mut model.session, &model.config.model, batch)?;
+    crate::text::notes(model.session.engine());
     let found = evaluator.run(&mut model.session, &windows)?;
     if args.json {
         println!("{}", json!({ "loss": found.loss, "bits_per_byte": found.bits_per_byte, "tokens": found.tokens }));

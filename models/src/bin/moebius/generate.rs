@@ -21,6 +21,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<(), Failure> {
     }
     let mut model = model::open(&args.model, &args.device)?;
     let mut generator = Generator::new(&mut model.session, &model.config.model)?;
+    crate::text::notes(model.session.engine());
     stream(&mut model.session, &mut generator, &model.tokenizer, &args.prompt, args.tokens, &sampling)
 }
 

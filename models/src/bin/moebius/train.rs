@@ -66,6 +66,7 @@ pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
         Event::Step { .. } | Event::Evaluated(_) | Event::Saved(_) => {}
     })?;
     early.iter().for_each(|line| note!("{line}"));
+    text::notes(&engine);
     let (arena, state) = run.memory();
     note!(
         "memory: {} of parameters and optimizer, {} of activations; writing to {}",
