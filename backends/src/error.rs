@@ -129,6 +129,10 @@ pub enum Error {
         /// Where the node was made.
         site: Site,
     },
+    /// An NVIDIA GPU, its driver or its compiler is at fault.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Cuda(#[from] crate::cuda::CudaError),
     /// The threads of the CPU backend could not be started.
     #[error("wanted a pool of {wanted} threads: {source}")]
     Threads {

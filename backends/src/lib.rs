@@ -16,8 +16,12 @@
 
 mod error;
 mod mapped;
+#[cfg(feature = "cuda")]
+mod places;
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 
 use std::any::Any;
 use std::borrow::Cow;
@@ -30,7 +34,7 @@ pub use mapped::MappedFile;
 
 /// A kind of device that can run plans.
 pub trait Backend: Send + Sync {
-    /// Name of the backend: `cpu`.
+    /// Name of the backend: `cpu` or `cuda`.
     fn name(&self) -> &'static str;
 
     /// What the device is, in words: model, cores, memory.
@@ -50,6 +54,10 @@ pub trait Backend: Send + Sync {
 
     /// Bytes that can be allocated on the device now, where that can be told.
     fn free_memory(&self) -> Option<u64>;
+
+    /// What happened since this was last asked that stopped nothing but that people may want to know, such as a damaged file
+    /// of a cache that was made anew.
+    fn take_notes(&self) -> Vec<String>;
 
     /// An empty store on this device.
     fn new_store(&self) -> Box<dyn Store>;
@@ -79,17 +87,19 @@ pub trait Instance: Send {
     /// [`Error::NoSuch`] for an unknown name, [`Error::Bytes`] for a wrong length.
     fn write(&mut self, feed: &str, bytes: &[u8]) -> Result<()>;
 
-    /// Runs every step once.
+    /// Runs every step once. A device that works beside the host may still be at it when this returns.
     ///
     /// # Errors
     /// [`Error::NoSuch`] or [`Error::StoredType`] if the store does not hold what the graph wants; [`Error::Kernel`] if a
-    /// kernel rejects a value, such as a token id beyond the vocabulary.
+    /// kernel rejects a value, such as a token id beyond the vocabulary; a device beside the host tells that from
+    /// [`Instance::read`].
     fn run(&mut self, store: &mut dyn Store) -> Result<()>;
 
     /// Copies an output of the last run into `out`.
     ///
     /// # Errors
-    /// [`Error::NoSuch`] for an unknown name, [`Error::Bytes`] for a wrong length.
+    /// [`Error::NoSuch`] for an unknown name, [`Error::Bytes`] for a wrong length, [`Error::Kernel`] as for
+    /// [`Instance::run`].
     fn read(&self, output: &str, out: &mut [u8]) -> Result<()>;
 
     /// Runs every step once more on the present feeds, looking at each float result, and stops at the first that holds a

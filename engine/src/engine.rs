@@ -3,6 +3,8 @@
 use std::sync::Arc;
 
 use moebius_backends::cpu::Cpu;
+#[cfg(feature = "cuda")]
+use moebius_backends::cuda::{Cuda, CudaError};
 use moebius_backends::{Backend, Refusal};
 use moebius_ir::{Graph, passes};
 
@@ -19,24 +21,60 @@ pub struct Engine {
 #[derive(Clone, Debug)]
 pub struct DeviceReport {
     /// The name to open it by.
-    pub name: &'static str,
+    pub name: String,
     /// What the device is, or why it cannot be used.
     pub state: Result<String, String>,
 }
 
 impl Engine {
-    /// Opens a device by name: `cpu`, or `auto` for the best one there is.
+    /// Opens a device by name: `cpu`, `cuda` or `cuda:N` for an NVIDIA GPU, `auto` for the best one there is, which is the first
+    /// GPU that the kernels run on, else the CPU.
     ///
     /// # Errors
-    /// [`Error::NoSuchDevice`] naming those that are there.
+    /// [`Error::NoSuchDevice`] naming those that are there; [`Error::Backend`] if a GPU that is there cannot be used, also for
+    /// `auto`: nobody should train on a processor beside an idle GPU without knowing.
     pub fn open(device: &str) -> Result<Engine> {
         match device {
-            "auto" | "cpu" => Engine::cpu(None),
-            other => {
-                let there = Engine::devices().into_iter().filter(|d| d.state.is_ok()).map(|d| d.name.into()).collect();
-                Err(Error::NoSuchDevice { wanted: other.into(), there })
+            "cpu" => Engine::cpu(None),
+            "auto" => Engine::best(),
+            other => match gpu_number(other) {
+                Some(ordinal) => Engine::cuda(ordinal),
+                None => Err(no_such(other)),
+            },
+        }
+    }
+
+    /// An NVIDIA GPU by its number, from 0.
+    ///
+    /// # Errors
+    /// [`Error::Backend`] saying what is missing: the driver, the GPU, the compiler for kernels.
+    #[cfg(feature = "cuda")]
+    pub fn cuda(ordinal: usize) -> Result<Engine> {
+        let cuda = Cuda::open(ordinal).map_err(moebius_backends::Error::from)?;
+        Ok(Engine::with_backend(Arc::new(cuda)))
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn cuda(_ordinal: usize) -> Result<Engine> {
+        Err(no_such("cuda"))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn best() -> Result<Engine> {
+        // Without a driver that works there is no GPU.
+        if Cuda::count().is_ok_and(|n| n > 0) {
+            match Cuda::open(0) {
+                Ok(cuda) => return Ok(Engine::with_backend(Arc::new(cuda))),
+                Err(CudaError::OldDevice { .. }) => {}
+                Err(e) => return Err(moebius_backends::Error::from(e).into()),
             }
         }
+        Engine::cpu(None)
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn best() -> Result<Engine> {
+        Engine::cpu(None)
     }
 
     /// The CPU, on `threads` threads; `None` means one per available core.
@@ -55,7 +93,9 @@ impl Engine {
     /// Every backend this program knows, and whether it can be used here.
     pub fn devices() -> Vec<DeviceReport> {
         let state = Cpu::new(None).map(|cpu| cpu.describe()).map_err(|e| e.to_string());
-        vec![DeviceReport { name: "cpu", state }]
+        let mut devices = vec![DeviceReport { name: "cpu".into(), state }];
+        devices.extend(gpus());
+        devices
     }
 
     /// Name of the backend.
@@ -92,6 +132,11 @@ impl Engine {
         }
     }
 
+    /// What the device has to tell since this was last asked: damaged files of a cache that were made anew and the like.
+    pub fn take_notes(&self) -> Vec<String> {
+        self.backend.take_notes()
+    }
+
     /// The backend behind it.
     pub fn backend(&self) -> &Arc<dyn Backend> {
         &self.backend
@@ -100,5 +145,63 @@ impl Engine {
     /// An empty set of parameters and state on this device.
     pub fn session(&self) -> Session {
         Session::new(self.clone())
+    }
+}
+
+/// N of `cuda:N`; `cuda` alone is the first GPU.
+fn gpu_number(name: &str) -> Option<usize> {
+    let rest = name.strip_prefix("cuda")?;
+    if rest.is_empty() { Some(0) } else { rest.strip_prefix(':')?.parse().ok() }
+}
+
+fn no_such(wanted: &str) -> Error {
+    let there = Engine::devices().into_iter().filter(|d| d.state.is_ok()).map(|d| d.name).collect();
+    Error::NoSuchDevice { wanted: wanted.into(), there }
+}
+
+/// Each NVIDIA GPU, or one line that says why there is none.
+#[cfg(feature = "cuda")]
+fn gpus() -> Vec<DeviceReport> {
+    let none = |why: String| vec![DeviceReport { name: "cuda".into(), state: Err(why) }];
+    match Cuda::count() {
+        Err(e) => none(e.to_string()),
+        Ok(0) => none("the driver shows no GPU".into()),
+        Ok(count) => (0..count)
+            .map(|i| {
+                let state = Cuda::open(i).map(|cuda| cuda.describe()).map_err(|e| e.to_string());
+                DeviceReport { name: format!("cuda:{i}"), state }
+            })
+            .collect(),
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn gpus() -> Vec<DeviceReport> {
+    vec![DeviceReport { name: "cuda".into(), state: Err("this program was built without it".into()) }]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gpus_are_named_by_number() {
+        let numbers = ["cuda", "cuda:0", "cuda:12", "cuda:", "cuda:x", "cuda1", "cpu"].map(gpu_number);
+        assert_eq!(numbers, [Some(0), Some(0), Some(12), None, None, None, None]);
+    }
+
+    #[test]
+    fn a_gpu_that_is_not_there_says_why() {
+        let Err(error) = Engine::open("cuda:999") else { panic!("a thousand GPUs") };
+        let report = Engine::devices().into_iter().find(|d| d.name.starts_with("cuda"));
+        let report = report.unwrap_or_else(|| panic!("CUDA is not listed"));
+        match report.state {
+            // The same words as in the list.
+            Err(why) if cfg!(feature = "cuda") => {
+                assert!(error.to_string().contains(&why) || why.contains("no GPU"), "{error}")
+            }
+            Err(_) => assert!(error.to_string().contains("cuda"), "{error}"),
+            Ok(_) => assert!(error.to_string().contains("999"), "{error}"),
+        }
     }
 }

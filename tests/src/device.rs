@@ -1,9 +1,11 @@
 //! Running graphs on the backends of this machine.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use moebius_backends::cpu::Cpu;
+#[cfg(feature = "cuda")]
+use moebius_backends::cuda::Cuda;
 use moebius_backends::{Backend, Instance, Result, Store};
 use moebius_ir::{Graph, Role, Tensor, TensorType, passes};
 use moebius_models::verify::{Inputs, device};
@@ -11,6 +13,7 @@ use moebius_models::verify::{Inputs, device};
 pub use moebius_models::verify::device::same_bits;
 
 /// A backend under a name that tells the variants of one kind apart.
+#[derive(Clone)]
 pub struct Device {
     /// Kind and variant.
     pub name: &'static str,
@@ -26,13 +29,45 @@ pub fn cpu(threads: usize) -> Cpu {
     Cpu::new(Some(threads)).unwrap_or_else(|e| panic!("{e}")).with_checks(true)
 }
 
-/// Every backend that this machine can run, in each variant that must agree with the reference.
+/// Every backend that this machine can run, in each variant that must agree with the reference. `MOEBIUS_DEVICE=cpu` or
+/// `MOEBIUS_DEVICE=cuda` leaves only the variants of that kind.
+///
+/// # Panics
+/// If a device that is asked for or there cannot be used.
 pub fn devices() -> Vec<Device> {
+    static DEVICES: OnceLock<Vec<Device>> = OnceLock::new();
+    let all = DEVICES.get_or_init(|| {
+        let mut all = vec![
+            Device { name: "cpu, 1 thread", backend: Arc::new(cpu(1)) },
+            Device { name: "cpu, 3 threads", backend: Arc::new(cpu(3)) },
+            Device { name: "cpu, 3 threads, unchecked", backend: Arc::new(cpu(3).with_checks(false)) },
+        ];
+        all.extend(gpus());
+        if let Ok(kind) = std::env::var("MOEBIUS_DEVICE") {
+            all.retain(|d| d.backend.name() == kind);
+            assert!(!all.is_empty(), "MOEBIUS_DEVICE={kind}: no such device here");
+        }
+        all
+    });
+    all.clone()
+}
+
+/// The first GPU, if there is one: step by step with checks on its memory, and as a recorded graph.
+#[cfg(feature = "cuda")]
+fn gpus() -> Vec<Device> {
+    if !Cuda::count().is_ok_and(|n| n > 0) {
+        return Vec::new();
+    }
+    let open = || Cuda::open(0).unwrap_or_else(|e| panic!("{e}"));
     vec![
-        Device { name: "cpu, 1 thread", backend: Arc::new(cpu(1)) },
-        Device { name: "cpu, 3 threads", backend: Arc::new(cpu(3)) },
-        Device { name: "cpu, 3 threads, unchecked", backend: Arc::new(cpu(3).with_checks(false)) },
+        Device { name: "cuda, checked", backend: Arc::new(open().with_checks(true)) },
+        Device { name: "cuda", backend: Arc::new(open()) },
     ]
+}
+
+#[cfg(not(feature = "cuda"))]
+fn gpus() -> Vec<Device> {
+    Vec::new()
 }
 
 /// A compiled graph with its memory and its stored tensors.

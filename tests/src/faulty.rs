@@ -56,6 +56,10 @@ impl Backend for Faulty {
         self.inner.free_memory()
     }
 
+    fn take_notes(&self) -> Vec<String> {
+        self.inner.take_notes()
+    }
+
     fn new_store(&self) -> Box<dyn Store> {
         self.inner.new_store()
     }

@@ -157,10 +157,27 @@ fn every_kernel_is_launched() {
     }
     none("kernels without a launch", idle);
     // And each op with work to do is named there.
-    let lower = read("backends/src/cpu/lower/mod.rs");
-    for name in Op::NAMES {
-        let variant: String = name.split('_').map(|w| w[..1].to_uppercase() + &w[1..]).collect();
-        assert!(lower.contains(&format!("Op::{variant}(")), "{variant} is not lowered by name");
+    for backend in ["cpu", "cuda"] {
+        let lower = read(format!("backends/src/{backend}/lower/mod.rs"));
+        for name in Op::NAMES {
+            let variant: String = name.split('_').map(|w| w[..1].to_uppercase() + &w[1..]).collect();
+            assert!(lower.contains(&format!("Op::{variant}(")), "{variant} is not lowered by name for {backend}");
+        }
+    }
+    // Each CUDA file is read by the lowering, each header by the sources, and each kernel in a file is launched.
+    let lowering: String = files("backends/src/cuda/lower", "rs").iter().map(read).collect();
+    let sources = read("backends/src/cuda/source.rs");
+    for path in files("backends/src/cuda/kernels", "cuh") {
+        let name = path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+        assert!(sources.contains(&format!("\"{name}\"")), "{name} is no header of any source");
+    }
+    for path in files("backends/src/cuda/kernels", "cu") {
+        let name = path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+        assert!(lowering.contains(&format!("../kernels/{name}\"")), "{name} is not read");
+        for kernel in read(&path).lines().filter_map(|l| l.strip_prefix("KERNEL ")) {
+            let kernel = kernel.split('(').next().unwrap_or_default();
+            assert!(lowering.contains(&format!("\"{kernel}\"")), "{kernel} of {name} is not launched");
+        }
     }
 }
 

@@ -159,6 +159,10 @@ impl Backend for Refusing {
         self.inner.free_memory()
     }
 
+    fn take_notes(&self) -> Vec<String> {
+        self.0.take_notes()
+    }
+
     fn new_store(&self) -> Box<dyn Store> {
         self.inner.new_store()
     }

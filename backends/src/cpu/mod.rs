@@ -102,6 +102,10 @@ impl Backend for Cpu {
         free::free_memory()
     }
 
+    fn take_notes(&self) -> Vec<String> {
+        Vec::new()
+    }
+
     fn new_store(&self) -> Box<dyn Store> {
         Box::new(memory::CpuStore::new())
     }

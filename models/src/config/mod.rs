@@ -30,7 +30,6 @@ pub use self::{
     schedule::LearningRate,
 };
 
-
 /// A model and its training run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

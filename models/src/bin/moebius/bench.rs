@@ -29,6 +29,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
         BenchKind::Step => step(args, &config, &engine)?,
         BenchKind::Decode => decode(args, &config, &engine)?,
     };
+    text::notes(&engine);
     if let Value::Object(map) = &mut result {
         map.insert("model".into(), config.model.name.clone().into());
         map.insert("device".into(), format!("{} ({})", engine.name(), engine.describe()).into());

@@ -68,7 +68,7 @@ pub(crate) struct TrainArgs {
     /// Seed of start values and batches [default: the preset's]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub(crate) seed: Option<u64>,
-    /// Device to compute on: auto or cpu
+    /// Device to compute on: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub(crate) device: String,
     /// Folder for metrics, checkpoints and report [default: runs/NAME]
@@ -113,7 +113,7 @@ pub(crate) struct EvalArgs {
     /// Send each token to the experts that a route file has for it; gates are still those of the model's router
     #[arg(long, value_name = "FILE")]
     pub(crate) replay_routes: Option<PathBuf>,
-    /// Device to compute on: auto or cpu
+    /// Device to compute on: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub(crate) device: String,
     /// Print one JSON object
@@ -150,7 +150,7 @@ pub(crate) struct GenerateArgs {
     /// Send each token to the experts that a route file has for it; gates are still those of the model's router
     #[arg(long, value_name = "FILE")]
     pub(crate) replay_routes: Option<PathBuf>,
-    /// Device to compute on: auto or cpu
+    /// Device to compute on: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub(crate) device: String,
 }
@@ -191,7 +191,7 @@ pub(crate) struct DevicesArgs {
 
 #[derive(Args)]
 pub(crate) struct VerifyArgs {
-    /// Device to verify: auto or cpu
+    /// Device to verify: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub(crate) device: String,
     /// Only this op, or one of moe_layer, residual_moe_layer, decoder, published_routers; may be given several times
@@ -216,7 +216,7 @@ pub(crate) struct BenchArgs {
     /// The model from a TOML file
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
-    /// Device to compute on: auto or cpu
+    /// Device to compute on: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub(crate) device: String,
     /// Measured steps, or decoded tokens [default: 12 steps, 128 tokens]

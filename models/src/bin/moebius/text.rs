@@ -12,6 +12,11 @@ macro_rules! note {
 }
 pub(crate) use note;
 
+/// Prints what a device has to tell.
+pub(crate) fn notes(engine: &moebius::Engine) {
+    engine.take_notes().iter().for_each(|text| note!("moebius: note: {text}"));
+}
+
 /// `4.12 B`, `356 M`, `12.5 k`.
 pub(crate) fn count(n: f64) -> String {
     for (limit, unit) in [(1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")] {

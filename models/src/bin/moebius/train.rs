@@ -70,6 +70,7 @@ pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
     })?;
     early.iter().for_each(|line| note!("{line}"));
     run.watch(alarms, args.alarm_exit);
+    text::notes(&engine);
     let (arena, state) = run.memory();
     note!(
         "memory: {} of parameters and optimizer, {} of activations; writing to {}",

@@ -3,7 +3,7 @@
 use moebius_ir::ops::AttentionGrad;
 use moebius_ir::{DType, Role, Site, TensorType};
 
-use super::{Case, FLOATS, case};
+use super::{Case, FLOATS, WIDE_AND_NARROW, case};
 use crate::verify::tolerance::Class;
 
 fn matmul() -> Vec<Case> {
@@ -41,6 +41,23 @@ fn matmul() -> Vec<Case> {
         }
     }
     cases
+}
+
+/// Large enough for the tiles that a GPU uses only where there are many of them.
+fn large() -> Vec<Case> {
+    [(false, false), (true, true)]
+        .map(|(ta, tb)| {
+            let name = format!("many large tiles, transposed {ta} {tb}");
+            case("matmul", name, Class::Sum, WIDE_AND_NARROW, move |s| {
+                let (m, n, k) = (1290, 1300, 40);
+                let x = s.float(if ta { [k, m] } else { [m, k] }, |x| x)?;
+                let w = s.float(if tb { [n, k] } else { [k, n] }, |x| x)?;
+                let y = s.graph.matmul_with(x, w, None, ta, tb)?;
+                // Its gradients are products of these shapes too, but long sums that cost more than they show.
+                s.aux(y)
+            })
+        })
+        .into()
 }
 
 /// Batch, tokens, heads, kv heads, head dim.
@@ -162,5 +179,5 @@ fn cross_entropy() -> Vec<Case> {
 }
 
 pub(super) fn cases() -> Vec<Case> {
-    [matmul(), attention(), embedding(), cross_entropy()].into_iter().flatten().collect()
+    [matmul(), large(), attention(), embedding(), cross_entropy()].into_iter().flatten().collect()
 }

@@ -20,6 +20,8 @@ pub use whole::{LAYERS, layers};
 
 /// Floats of all widths.
 pub const FLOATS: &[DType] = &[DType::F32, DType::Bf16, DType::F16];
+/// One float of each width.
+pub const WIDE_AND_NARROW: &[DType] = &[DType::F32, DType::Bf16];
 /// The floats that are narrower than f32.
 pub const HALVES: &[DType] = &[DType::Bf16, DType::F16];
 /// For cases that fix all their dtypes.

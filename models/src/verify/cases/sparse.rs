@@ -3,7 +3,7 @@
 use moebius_ir::ops::{Balance, Order, Router};
 use moebius_ir::{DType, Result, TensorType, Value};
 
-use super::{Case, FLOATS, ONE, case};
+use super::{Case, FLOATS, ONE, WIDE_AND_NARROW, case};
 use crate::verify::sketch::Sketch;
 use crate::verify::tolerance::Class;
 
@@ -264,6 +264,30 @@ fn large() -> Case {
     })
 }
 
+/// Segments of many large tiles, as a GPU cuts them, with an idle expert and unused slots.
+fn larger() -> Vec<Case> {
+    let (experts, k, n) = (4, 21, 800);
+    let routing = |tokens: usize| {
+        let expert_index = (0..tokens).map(|t| [0, 2, 3, -1][t * t / 7 % 4]).collect();
+        Routing { name: "many large tiles", tokens, k: 1, experts, capacity: None, expert_index }
+    };
+    let (forward, backward) = (routing(2400), routing(80));
+    vec![
+        case("expert_matmul", "many large tiles", Class::Sum, WIDE_AND_NARROW, move |s| {
+            let [_, _, offsets] = assigned(s, &forward)?;
+            let (rows, w) = (s.float([2400, k], |x| x)?, s.float([experts, n, k], |x| x)?);
+            let y = s.graph.expert_matmul(rows, w, offsets, None, true)?;
+            s.aux(y)
+        }),
+        case("expert_matmul_wgrad", "many large tiles", Class::Sum, WIDE_AND_NARROW, move |s| {
+            let [_, _, offsets] = assigned(s, &backward)?;
+            let (a, b) = (s.float([80, 540], |x| x)?, s.float([80, 620], |x| x)?);
+            let y = s.graph.expert_matmul_wgrad(a, b, offsets)?;
+            s.aux(y)
+        }),
+    ]
+}
+
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = route();
     cases.extend(assign());
@@ -272,5 +296,6 @@ pub(super) fn cases() -> Vec<Case> {
         cases.extend(products(&r));
     }
     cases.push(large());
+    cases.extend(larger());
     cases
 }

@@ -1,0 +1,235 @@
+//! A compiled plan: every step with its loaded kernels, and how they are put on the stream.
+
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use cust::module::Module;
+use cust::sys;
+use moebius_ir::{NodeId, Op, Plan, Step, Storage, Value};
+
+use super::device::Device;
+use super::driver::{check, failed};
+use super::instance::CudaInstance;
+use super::launch::{Action, Arg, Launch, Rejects};
+use super::memory::Memory;
+use crate::places::{Place, StepPlaces, of_step, place, states};
+use crate::{Executable, Instance, Result};
+
+/// A function of a loaded module.
+#[derive(Clone, Copy)]
+struct Function(sys::CUfunction);
+// SAFETY: a handle of the driver, which may be used from any thread; the module is kept beside it.
+unsafe impl Send for Function {}
+// SAFETY: as above.
+unsafe impl Sync for Function {}
+
+/// An [`Action`] with its kernel loaded.
+enum Bound {
+    Kernel { function: Function, grid: [u32; 3], threads: u32, args: Vec<Arg> },
+    Clear { at: Arg, bytes: usize },
+}
+
+/// A step that runs a node.
+pub(super) struct Launched {
+    pub(super) node: NodeId,
+    /// Number of the step, from 1: what kernels note a rejection under.
+    pub(super) number: i32,
+    pub(super) places: StepPlaces,
+    pub(super) rejects: Option<Rejects>,
+    actions: Vec<Bound>,
+}
+
+/// A step.
+pub(super) enum Work {
+    Launch(Launched),
+    Copy { from: Place, to: Place, bytes: usize },
+}
+
+/// Everything of a compiled plan that instances share.
+pub(super) struct Program {
+    pub(super) device: Arc<Device>,
+    pub(super) plan: Plan,
+    pub(super) work: Vec<Work>,
+    /// The parameters and states, in the order of the table.
+    pub(super) states: Vec<Value>,
+    pub(super) checks: bool,
+    /// Holds the code that the functions point to.
+    _modules: Vec<Arc<Module>>,
+}
+
+/// Where an instance's memory is.
+#[derive(Clone, Copy)]
+pub(super) struct Addresses<'a> {
+    pub(super) arena: u64,
+    pub(super) states: &'a [u64],
+    pub(super) fault: u64,
+}
+
+impl Addresses<'_> {
+    pub(super) fn of(&self, place: Place) -> u64 {
+        match place {
+            Place::Arena(offset) => self.arena + offset as u64,
+            Place::State(i) => self.states[i],
+        }
+    }
+
+    /// The bytes of an argument.
+    fn value(&self, step: &Launched, arg: &Arg) -> Vec<u8> {
+        match arg {
+            Arg::Operand(i) => self.of(step.places.operands[*i]).to_le_bytes().to_vec(),
+            Arg::OperandAt(i, at) => (self.of(step.places.operands[*i]) + *at as u64).to_le_bytes().to_vec(),
+            Arg::Result(i) => self.of(step.places.results[*i]).to_le_bytes().to_vec(),
+            Arg::ResultAt(i, at) => (self.of(step.places.results[*i]) + *at as u64).to_le_bytes().to_vec(),
+            Arg::Scratch(at) => (self.arena + (step.places.scratch.0 + at) as u64).to_le_bytes().to_vec(),
+            Arg::Null => 0u64.to_le_bytes().to_vec(),
+            Arg::Fault => self.fault.to_le_bytes().to_vec(),
+            Arg::Step => step.number.to_le_bytes().to_vec(),
+            Arg::I32(n) => n.to_le_bytes().to_vec(),
+            Arg::U32(n) => n.to_le_bytes().to_vec(),
+            Arg::I64(n) => n.to_le_bytes().to_vec(),
+            Arg::F32(x) => x.to_le_bytes().to_vec(),
+            Arg::Bytes(bytes) => bytes.clone(),
+        }
+    }
+
+    /// The address that an argument is.
+    fn address(&self, step: &Launched, arg: &Arg) -> u64 {
+        let bytes = self.value(step, arg);
+        u64::from_le_bytes(bytes.try_into().unwrap_or_else(|_| unreachable!("only addresses are cleared")))
+    }
+}
+
+impl Program {
+    /// Puts the kernels of a step on the stream.
+    pub(super) fn enqueue(&self, step: &Launched, addresses: Addresses<'_>) -> Result<()> {
+        for action in &step.actions {
+            match action {
+                Bound::Clear { at, bytes } => self.device.fill(addresses.address(step, at), 0, *bytes)?,
+                Bound::Kernel { function, grid, threads, args } => {
+                    // Each argument in words of 16 bytes, the strictest alignment of a struct.
+                    let values: Vec<Vec<u128>> = args.iter().map(|arg| words(&addresses.value(step, arg))).collect();
+                    let mut pointers: Vec<*mut c_void> = values.iter().map(|v| v.as_ptr().cast_mut().cast()).collect();
+                    let [x, y, z] = *grid;
+                    // SAFETY: the lowering gives each kernel arguments of its parameters' types, whose addresses are planned
+                    // memory; the driver copies the values before it returns.
+                    let result = unsafe {
+                        sys::cuLaunchKernel(
+                            function.0,
+                            x,
+                            y,
+                            z,
+                            *threads,
+                            1,
+                            1,
+                            0,
+                            self.device.raw_stream(),
+                            pointers.as_mut_ptr(),
+                            std::ptr::null_mut(),
+                        )
+                    };
+                    check("cuLaunchKernel", result)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Bytes in words, the last filled up with zeros.
+fn words(bytes: &[u8]) -> Vec<u128> {
+    let word = |chunk: &[u8]| {
+        let mut whole = [0; 16];
+        whole[..chunk.len()].copy_from_slice(chunk);
+        u128::from_le_bytes(whole)
+    };
+    bytes.chunks(16).map(word).collect()
+}
+
+pub(super) struct CudaExecutable(pub(super) Arc<Program>);
+
+impl CudaExecutable {
+    /// Compiles and loads the kernels of every launch of `plan`, one launch for each node of the graph.
+    pub(super) fn new(device: Arc<Device>, plan: Plan, launches: Vec<Launch>, checks: bool) -> Result<CudaExecutable> {
+        let kernels: Vec<_> = launches
+            .iter()
+            .flat_map(|l| &l.actions)
+            .filter_map(|a| if let Action::Kernel(k) = a { Some(k) } else { None })
+            .collect();
+        let sources: Vec<_> = kernels.iter().map(|k| &k.source).collect();
+        let modules = device.modules(&sources)?;
+        let functions = kernels.iter().zip(&modules).map(|(k, module)| {
+            Ok(Function(module.get_function(k.name).map_err(failed("cuModuleGetFunction"))?.to_raw()))
+        });
+        let mut functions = functions.collect::<Result<Vec<_>>>()?.into_iter();
+        let mut bound: Vec<Option<(Vec<Bound>, Option<Rejects>)>> = Vec::with_capacity(launches.len());
+        for launch in launches {
+            let actions = launch.actions.into_iter().map(|action| match action {
+                Action::Clear { at, bytes } => Bound::Clear { at, bytes },
+                Action::Kernel(k) => Bound::Kernel {
+                    function: functions.next().unwrap_or_else(|| unreachable!("a function for each kernel")),
+                    grid: k.grid.map(|n| n as u32),
+                    threads: k.threads,
+                    args: k.args,
+                },
+            });
+            bound.push(Some((actions.collect(), launch.rejects)));
+        }
+        let states = states(&plan);
+        let work = (plan.steps().iter().enumerate())
+            .map(|(at, step)| match *step {
+                Step::Run { node, scratch, scratch_bytes } => {
+                    let places = of_step(&plan, &states, at, node, (scratch, scratch_bytes));
+                    let taken = bound[node.index()].take();
+                    let (actions, rejects) = taken.unwrap_or_else(|| unreachable!("a node is run once"));
+                    Work::Launch(Launched { node, number: at as i32 + 1, places, rejects, actions })
+                }
+                Step::Copy { state, new } => Work::Copy {
+                    from: place(&plan, &states, new),
+                    to: place(&plan, &states, state),
+                    bytes: plan.graph().ty(state).bytes(),
+                },
+            })
+            .collect();
+        Ok(CudaExecutable(Arc::new(Program { device, plan, work, states, checks, _modules: modules })))
+    }
+}
+
+impl Executable for CudaExecutable {
+    fn plan(&self) -> &Plan {
+        &self.0.plan
+    }
+
+    fn instantiate(&self) -> Result<Box<dyn Instance>> {
+        let (device, plan) = (&self.0.device, &self.0.plan);
+        let graph = plan.graph();
+        let arena = Memory::zeroed(device, plan.arena_bytes(), || "the arena of a plan".into())?;
+        {
+            let _held = device.hold();
+            for node in graph.nodes() {
+                if let (Op::Constant(constant), Storage::Arena(at)) = (&node.op, plan.storage(node.results[0])) {
+                    device.upload(arena.start() + at as u64, &constant.tensor().to_bytes())?;
+                }
+            }
+        }
+        let kept = graph
+            .outputs()
+            .iter()
+            .filter(|(_, v)| matches!(plan.storage(*v), Storage::State(_)))
+            .map(|(name, v)| Ok((*v, Memory::zeroed(device, graph.ty(*v).bytes(), || format!("output {name:?}"))?)))
+            .collect::<Result<_>>()?;
+        let fault = Memory::zeroed(device, 8, || "the record of rejected values".into())?;
+        Ok(Box::new(CudaInstance::new(Arc::clone(&self.0), arena, kept, fault)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_hold_the_bytes_and_zeros() {
+        assert_eq!(words(&[1, 2]), [0x0201]);
+        assert_eq!(words(&[0xff; 17]), [u128::MAX, 0xff]);
+        assert!(words(&[]).is_empty());
+    }
+}

@@ -1,0 +1,319 @@
+//! Carries out a plan on a GPU. The first run puts every kernel on the stream one by one; from the second run on, the whole plan
+//! is one graph of the driver, recorded once and replayed.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use cust::event::{Event, EventFlags};
+use cust::memory::LockedBuffer;
+use moebius_ir::{DType, NodeId, Storage, Value};
+
+use super::driver::failed;
+use super::executable::{Addresses, Launched, Program, Work};
+use super::memory::{CudaStore, Memory, check_bytes};
+use super::{BACKEND, recording::Recording};
+use crate::places::{POISON, place};
+use crate::{Error, Instance, NonFinite, Result, Store};
+
+/// Memory of the host that the GPU copies a feed from, and the event after the last such copy.
+struct Staging {
+    buffer: LockedBuffer<u8>,
+    copied: Event,
+}
+
+pub(super) struct CudaInstance {
+    program: Arc<Program>,
+    recording: Option<Recording>,
+    /// Whether the plan has run with the present addresses, so that it may be recorded.
+    tried: bool,
+    arena: Memory,
+    /// Copies of the outputs that lie in stored tensors: those may change, move or go before they are read.
+    kept: Vec<(Value, Memory)>,
+    /// What kernels reject: the step's number and the value.
+    fault: Memory,
+    staging: BTreeMap<String, Staging>,
+    /// Where the stored tensors lie, as of store version `located`.
+    states: Vec<u64>,
+    located: u64,
+}
+
+impl CudaInstance {
+    pub(super) fn new(
+        program: Arc<Program>,
+        arena: Memory,
+        kept: Vec<(Value, Memory)>,
+        fault: Memory,
+    ) -> Result<CudaInstance> {
+        let mut staging = BTreeMap::new();
+        let graph = program.plan.graph();
+        for (name, value) in graph.inputs() {
+            if let Storage::Arena(_) = program.plan.storage(*value) {
+                let bytes = graph.ty(*value).bytes().max(1);
+                let buffer = LockedBuffer::new(&0, bytes).map_err(failed("cuMemAllocHost"))?;
+                let copied = Event::new(EventFlags::DISABLE_TIMING).map_err(failed("cuEventCreate"))?;
+                staging.insert(name.clone(), Staging { buffer, copied });
+            }
+        }
+        let states = vec![0; program.states.len()];
+        Ok(CudaInstance { program, recording: None, tried: false, arena, kept, fault, staging, states, located: 0 })
+    }
+
+    fn addresses(&self) -> Addresses<'_> {
+        Addresses { arena: self.arena.start(), states: &self.states, fault: self.fault.start() }
+    }
+
+    /// Looks up the stored tensors, if they may have moved.
+    fn locate(&mut self, store: &mut dyn Store) -> Result<()> {
+        let foreign = || Error::ForeignStore { backend: BACKEND };
+        let store = store.as_any_mut().downcast_mut::<CudaStore>().ok_or_else(foreign)?;
+        if !store.is_on(&self.program.device) {
+            return Err(foreign());
+        }
+        if self.located == store.version() {
+            return Ok(());
+        }
+        let graph = self.program.plan.graph();
+        for (slot, &value) in self.states.iter_mut().zip(&self.program.states) {
+            let name = graph.input_of(value).map_or("", |i| &i.name);
+            *slot = store.locate(name, graph.ty(value))?;
+        }
+        self.located = store.version();
+        // A recording holds addresses.
+        (self.recording, self.tried) = (None, false);
+        Ok(())
+    }
+
+    /// Puts every step on the stream; `before` and `after` see each launch, and `after` may end the run early.
+    fn steps(
+        &self,
+        mut before: impl FnMut(&Launched) -> Result<()>,
+        mut after: impl FnMut(&Launched) -> Result<bool>,
+    ) -> Result<()> {
+        let (program, addresses) = (&*self.program, self.addresses());
+        for work in &program.work {
+            match work {
+                Work::Launch(step) => {
+                    before(step)?;
+                    program.enqueue(step, addresses)?;
+                    if !after(step)? {
+                        return Ok(());
+                    }
+                }
+                Work::Copy { from, to, bytes } => {
+                    program.device.copy(addresses.of(*from), addresses.of(*to), *bytes)?;
+                }
+            }
+        }
+        for (value, memory) in &self.kept {
+            program.device.copy(self.address(*value), memory.start(), memory.len())?;
+        }
+        Ok(())
+    }
+
+    /// Fills what a step may not rely on with NaN, and watches the fences, waiting for each step.
+    fn steps_checked(&self, mut after: impl FnMut(&Launched) -> Result<bool>) -> Result<()> {
+        let (device, arena) = (&self.program.device, self.arena.start());
+        let poison = |step: &Launched| -> Result<()> {
+            for &(at, bytes) in &step.places.fresh {
+                device.fill(arena + at as u64, POISON, bytes)?;
+            }
+            for &(from, to) in &step.places.fences {
+                device.fill(arena + from as u64, POISON, to - from)?;
+            }
+            Ok(())
+        };
+        let watch = |step: &Launched| -> Result<bool> {
+            for &(from, to) in &step.places.fences {
+                let mut fence = vec![0; to - from];
+                device.download(arena + from as u64, &mut fence)?;
+                if fence.iter().any(|&b| b != POISON) {
+                    let node = self.program.plan.graph().node(step.node);
+                    return Err(Error::Fence { op: node.op.name(), site: node.site.clone() });
+                }
+            }
+            after(step)
+        };
+        self.steps(poison, watch)
+    }
+
+    /// Runs every step once, one by one.
+    fn run_steps(&self, after: impl FnMut(&Launched) -> Result<bool>) -> Result<()> {
+        if self.program.checks { self.steps_checked(after) } else { self.steps(|_| Ok(()), after) }
+    }
+
+    /// Where a value lies.
+    fn address(&self, value: Value) -> u64 {
+        self.addresses().of(place(&self.program.plan, &self.program.states, value))
+    }
+
+    /// The error of the first value that a kernel rejected since this was last asked, if there is one.
+    fn rejected(&self) -> Result<()> {
+        let device = &self.program.device;
+        let mut record = [0; 8];
+        device.download(self.fault.start(), &mut record)?;
+        let [step, found] = [&record[..4], &record[4..]].map(|b| i32::from_le_bytes(b.try_into().unwrap_or_default()));
+        if step == 0 {
+            return Ok(());
+        }
+        device.fill(self.fault.start(), 0, record.len())?;
+        let launched = self.program.work.iter().find_map(|work| match work {
+            Work::Launch(launched) if launched.number == step => Some(launched),
+            Work::Launch(_) | Work::Copy { .. } => None,
+        });
+        let Some((launched, rejects)) = launched.and_then(|l| Some((l, l.rejects.as_ref()?))) else { return Ok(()) };
+        let node = self.program.plan.graph().node(launched.node);
+        Err(Error::Kernel {
+            op: node.op.name(),
+            site: node.site.clone(),
+            wanted: rejects.wanted.clone(),
+            found: format!("{} {found}", rejects.found),
+        })
+    }
+
+    /// A value on the host, after everything on the stream.
+    fn value_bytes(&self, value: Value) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; self.program.plan.graph().ty(value).bytes()];
+        self.program.device.download(self.address(value), &mut bytes)?;
+        Ok(bytes)
+    }
+}
+
+impl Instance for CudaInstance {
+    fn write(&mut self, feed: &str, bytes: &[u8]) -> Result<()> {
+        let program = Arc::clone(&self.program);
+        let graph = program.plan.graph();
+        let value = graph.input_named(feed);
+        let at = value.map(|v| program.plan.storage(v));
+        let (Some(value), Some(Storage::Arena(at)), Some(staging)) = (value, at, self.staging.get_mut(feed)) else {
+            let there = self.staging.keys().cloned().collect();
+            return Err(Error::NoSuch { what: "feed", name: feed.into(), there });
+        };
+        check_bytes("feed", feed, graph.ty(value), bytes.len())?;
+        program.device.enter()?;
+        let _held = program.device.hold();
+        // The last copy out of this memory must be over.
+        staging.copied.synchronize().map_err(failed("cuEventSynchronize"))?;
+        staging.buffer.as_mut_slice()[..bytes.len()].copy_from_slice(bytes);
+        program.device.upload_later(self.arena.start() + at as u64, &staging.buffer.as_slice()[..bytes.len()])?;
+        Ok(staging.copied.record(program.device.stream()).map_err(failed("cuEventRecord"))?)
+    }
+
+    fn run(&mut self, store: &mut dyn Store) -> Result<()> {
+        let program = Arc::clone(&self.program);
+        program.device.enter()?;
+        let _held = program.device.hold();
+        self.locate(store)?;
+        if program.checks || !self.tried {
+            // Also loads every kernel, which a recording must not be interrupted by.
+            self.run_steps(|_| Ok(true))?;
+            self.tried = true;
+            return Ok(());
+        }
+        if self.recording.is_none() {
+            self.recording = Some(Recording::of(&program.device, || self.run_steps(|_| Ok(true)))?);
+        }
+        match &self.recording {
+            Some(recording) => Ok(recording.replay(&program.device)?),
+            None => Ok(()),
+        }
+    }
+
+    fn read(&self, output: &str, out: &mut [u8]) -> Result<()> {
+        let graph = self.program.plan.graph();
+        let Some(value) = graph.output_named(output) else {
+            let there = graph.outputs().iter().map(|(n, _)| n.clone()).collect();
+            return Err(Error::NoSuch { what: "output", name: output.into(), there });
+        };
+        check_bytes("output", output, graph.ty(value), out.len())?;
+        let device = &self.program.device;
+        device.enter()?;
+        let _held = device.hold();
+        self.rejected()?;
+        let from = match self.kept.iter().find(|(v, _)| *v == value) {
+            Some((_, copy)) => copy.start(),
+            None => self.address(value),
+        };
+        Ok(device.download(from, out)?)
+    }
+
+    fn first_non_finite(&mut self, store: &mut dyn Store) -> Result<Option<NonFinite>> {
+        let program = Arc::clone(&self.program);
+        program.device.enter()?;
+        let _held = program.device.hold();
+        self.locate(store)?;
+        let mut found = None;
+        let graph = program.plan.graph();
+        self.run_steps(|step| {
+            let node = graph.node(step.node);
+            for &value in &node.results {
+                if let Some((index, element)) = non_finite(graph.ty(value).dtype, &self.value_bytes(value)?) {
+                    found = Some(NonFinite {
+                        op: node.op.name(),
+                        scope: node.scope.to_string(),
+                        site: node.site.clone(),
+                        ty: graph.ty(value).clone(),
+                        index,
+                        value: element,
+                    });
+                    return Ok(false);
+                }
+            }
+            Ok(true)
+        })?;
+        self.rejected()?;
+        Ok(found)
+    }
+
+    fn profile(&mut self, store: &mut dyn Store) -> Result<Vec<(NodeId, f64)>> {
+        let program = Arc::clone(&self.program);
+        program.device.enter()?;
+        let _held = program.device.hold();
+        self.locate(store)?;
+        let event = || -> Result<Event> {
+            let event = Event::new(EventFlags::DEFAULT).map_err(failed("cuEventCreate"))?;
+            event.record(program.device.stream()).map_err(failed("cuEventRecord"))?;
+            Ok(event)
+        };
+        let mut events = vec![event()?];
+        let mut nodes = Vec::with_capacity(program.work.len());
+        self.run_steps(|step| {
+            nodes.push(step.node);
+            events.push(event()?);
+            Ok(true)
+        })?;
+        program.device.synchronize()?;
+        let seconds = |pair: &[Event]| -> Result<f64> {
+            let milliseconds = pair[1].elapsed_time_f32(&pair[0]).map_err(failed("cuEventElapsedTime"))?;
+            Ok(f64::from(milliseconds) / 1e3)
+        };
+        nodes.into_iter().zip(events.windows(2)).map(|(node, pair)| Ok((node, seconds(pair)?))).collect()
+    }
+}
+
+/// Index and value of the first element that is not finite.
+fn non_finite(dtype: DType, bytes: &[u8]) -> Option<(usize, f32)> {
+    let at = |n: usize, value: &dyn Fn(&[u8]) -> f32| {
+        bytes.chunks_exact(n).map(value).enumerate().find(|(_, v)| !v.is_finite())
+    };
+    let half = |b: &[u8]| u16::from_le_bytes([b[0], b[1]]);
+    match dtype {
+        DType::F32 => at(4, &|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
+        DType::Bf16 => at(2, &|b| half::bf16::from_bits(half(b)).to_f32()),
+        DType::F16 => at(2, &|b| half::f16::from_bits(half(b)).to_f32()),
+        DType::I32 | DType::U32 | DType::Bool => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_value_that_is_not_finite_is_found_in_every_float_type() {
+        let f32s: Vec<u8> = [1.0f32, f32::NAN, f32::INFINITY].iter().flat_map(|v| v.to_le_bytes()).collect();
+        assert!(non_finite(DType::F32, &f32s).is_some_and(|(i, v)| i == 1 && v.is_nan()));
+        let halves: Vec<u8> = [0x3c00u16, 0x0000, 0xfc00].iter().flat_map(|v| v.to_le_bytes()).collect();
+        assert_eq!(non_finite(DType::F16, &halves), Some((2, f32::NEG_INFINITY)));
+        assert_eq!((non_finite(DType::Bf16, &halves), non_finite(DType::I32, &f32s)), (None, None));
+    }
+}

@@ -1,0 +1,100 @@
+// What every kernel starts from: types, the three float formats, and sums over a warp and a block in a fixed order.
+//
+// Kernels compute in f32 whatever is stored. T, where a file uses it, is defined as float, bf16 or f16; U as the type of an
+// element that is only moved.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+#define KERNEL extern "C" __global__ void
+
+/// The upper half of a binary32.
+struct bf16 { u16 bits; };
+/// IEEE binary16.
+struct f16 { u16 bits; };
+
+#define NAN_F __uint_as_float(0x7fc00000u)
+#define INF_F __uint_as_float(0x7f800000u)
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float((u32)x.bits << 16); }
+#ifdef MOEBIUS_EMULATOR
+__device__ __forceinline__ float to_float(f16 x) { return emulated_half_to_float(x.bits); }
+__device__ __forceinline__ u16 half_bits(float x) { return emulated_float_to_half(x); }
+#else
+__device__ __forceinline__ float to_float(f16 x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+    return y;
+}
+__device__ __forceinline__ u16 half_bits(float x) {
+    u16 bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+}
+#endif
+
+/// Rounded to nearest even.
+__device__ __forceinline__ u16 bf16_bits(float x) {
+    u32 bits = __float_as_uint(x);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return (u16)((bits >> 16) | 0x40u);
+    return (u16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+template <typename Float> __device__ __forceinline__ Float from_float(float x);
+template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) { bf16 y; y.bits = bf16_bits(x); return y; }
+template <> __device__ __forceinline__ f16 from_float<f16>(float x) { f16 y; y.bits = half_bits(x); return y; }
+
+/// A value a kernel rejected: the step's number (0: none) and the value.
+struct Fault { int step; int found; };
+
+/// Notes a rejected value; the first one stays.
+__device__ __forceinline__ void reject(Fault* fault, int step, int found) {
+    if (atomicCAS(&fault->step, 0, step) == 0) fault->found = found;
+}
+
+__device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__device__ __forceinline__ i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+__device__ __forceinline__ float max_nan(float a, float b) { return (a > b || a != a) ? a : b; }
+
+#define WHOLE_WARP 0xffffffffu
+
+// Every lane gets the result. Halves are exchanged, so that all lanes add the same pairs: the same bits in each.
+__device__ __forceinline__ float warp_sum(float x) {
+    for (int step = 16; step > 0; step >>= 1) x += __shfl_xor_sync(WHOLE_WARP, x, step);
+    return x;
+}
+__device__ __forceinline__ double warp_sum(double x) {
+    for (int step = 16; step > 0; step >>= 1) x += __shfl_xor_sync(WHOLE_WARP, x, step);
+    return x;
+}
+/// The largest; NaN if any is.
+__device__ __forceinline__ float warp_max(float x) {
+    for (int step = 16; step > 0; step >>= 1) x = max_nan(x, __shfl_xor_sync(WHOLE_WARP, x, step));
+    return x;
+}
+
+// Sums and maxima over a block of COUNT threads, for all threads. `room` is shared memory for one value a warp; it may be
+// used again at once.
+template <int COUNT, typename Number> __device__ __forceinline__ Number block_sum(Number x, Number* room) {
+    x = warp_sum(x);
+    if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = x;
+    __syncthreads();
+    Number sum = room[0];
+    for (int w = 1; w < COUNT / 32; w++) sum += room[w];
+    __syncthreads();
+    return sum;
+}
+template <int COUNT> __device__ __forceinline__ float block_max(float x, float* room) {
+    x = warp_max(x);
+    if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = x;
+    __syncthreads();
+    float greatest = room[0];
+    for (int w = 1; w < COUNT / 32; w++) greatest = max_nan(greatest, room[w]);
+    __syncthreads();
+    return greatest;
+}

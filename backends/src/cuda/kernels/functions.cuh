@@ -1,0 +1,100 @@
+// The functions of elementwise chains, on f32 unless they say otherwise. NaN in gives NaN out.
+
+#define GELU_C 0.79788456080286536f
+#define GELU_A 0.044715f
+
+/// x, but not below `least`; NaN stays.
+__device__ __forceinline__ float at_least(float x, float least) { return x < least ? least : x; }
+__device__ __forceinline__ float at_most(float x, float most) { return x > most ? most : x; }
+__device__ __forceinline__ float within(float x, float bound) { return at_most(at_least(x, -bound), bound); }
+
+/// 1 / (1 + e^-x), with full relative precision on the negative side too.
+__device__ __forceinline__ float fn_sigmoid(float x) {
+    float e = expf(-fabsf(x)), large = 1.0f / (1.0f + e);
+    return x < 0.0f ? e * large : large;
+}
+__device__ __forceinline__ float gelu_inner(float x) { return 2.0f * GELU_C * (x + GELU_A * x * x * x); }
+__device__ __forceinline__ float normal_distribution(float x) { return 0.5f * erfcf(-x * 0.70710678118654752f); }
+
+__device__ __forceinline__ float fn_neg(float x) { return -x; }
+__device__ __forceinline__ float fn_exp(float x) { return expf(x); }
+__device__ __forceinline__ float fn_ln(float x) { return logf(x); }
+__device__ __forceinline__ float fn_sqrt(float x) { return sqrtf(x); }
+__device__ __forceinline__ float fn_rsqrt(float x) { return 1.0f / sqrtf(x); }
+__device__ __forceinline__ float fn_reciprocal(float x) { return 1.0f / x; }
+__device__ __forceinline__ float fn_tanh(float x) { return tanhf(x); }
+// In the gated functions -inf would meet a gate of 0; a large negative number gives the limit.
+__device__ __forceinline__ float fn_gelu_tanh(float x) { return at_least(x, -1e30f) * fn_sigmoid(gelu_inner(x)); }
+__device__ __forceinline__ float fn_gelu_erf(float x) { return at_least(x, -1e30f) * normal_distribution(x); }
+__device__ __forceinline__ float fn_silu(float x) { return at_least(x, -1e30f) * fn_sigmoid(x); }
+__device__ __forceinline__ float fn_relu(float x) { return x < 0.0f ? 0.0f : x; }
+__device__ __forceinline__ float fn_abs(float x) { return fabsf(x); }
+__device__ __forceinline__ float fn_sign(float x) { return x != x ? x : (float)(x > 0.0f) - (float)(x < 0.0f); }
+__device__ __forceinline__ float fn_square(float x) { return x * x; }
+__device__ __forceinline__ float fn_sin(float x) { return sinf(x); }
+__device__ __forceinline__ float fn_cos(float x) { return cosf(x); }
+__device__ __forceinline__ float fn_floor(float x) { return floorf(x); }
+__device__ __forceinline__ u8 fn_is_finite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
+__device__ __forceinline__ u8 fn_not(u8 x) { return x ^ 1; }
+
+// Integers wrap: their sums and products are those of u32.
+__device__ __forceinline__ float fn_add(float a, float b) { return a + b; }
+__device__ __forceinline__ u32 fn_add(u32 a, u32 b) { return a + b; }
+__device__ __forceinline__ int fn_add(int a, int b) { return (int)((u32)a + (u32)b); }
+__device__ __forceinline__ float fn_sub(float a, float b) { return a - b; }
+__device__ __forceinline__ u32 fn_sub(u32 a, u32 b) { return a - b; }
+__device__ __forceinline__ int fn_sub(int a, int b) { return (int)((u32)a - (u32)b); }
+__device__ __forceinline__ float fn_mul(float a, float b) { return a * b; }
+__device__ __forceinline__ u32 fn_mul(u32 a, u32 b) { return a * b; }
+__device__ __forceinline__ int fn_mul(int a, int b) { return (int)((u32)a * (u32)b); }
+__device__ __forceinline__ float fn_div(float a, float b) { return a / b; }
+__device__ __forceinline__ float fn_max(float a, float b) { return max_nan(a, b); }
+__device__ __forceinline__ float fn_min(float a, float b) { return (a < b || a != a) ? a : b; }
+__device__ __forceinline__ int fn_max(int a, int b) { return a > b ? a : b; }
+__device__ __forceinline__ int fn_min(int a, int b) { return a < b ? a : b; }
+__device__ __forceinline__ u32 fn_max(u32 a, u32 b) { return a > b ? a : b; }
+__device__ __forceinline__ u32 fn_min(u32 a, u32 b) { return a < b ? a : b; }
+__device__ __forceinline__ float fn_pow(float a, float b) { return powf(a, b); }
+
+// Of x and the cotangent: the derivative times it. Beyond the bounds the derivatives are 0 or 1, and infinities would meet zeros.
+__device__ __forceinline__ float fn_gelu_tanh_grad(float x, float dy) {
+    x = within(x, 30.0f);
+    float u = gelu_inner(x), s = fn_sigmoid(u), c = fn_sigmoid(-u);
+    return dy * (s + x * s * c * (2.0f * GELU_C) * (1.0f + 3.0f * GELU_A * x * x));
+}
+__device__ __forceinline__ float fn_gelu_erf_grad(float x, float dy) {
+    x = within(x, 20.0f);
+    return dy * (normal_distribution(x) + x * (0.39894228040143268f * expf(-0.5f * x * x)));
+}
+__device__ __forceinline__ float fn_silu_grad(float x, float dy) {
+    x = within(x, 110.0f);
+    float s = fn_sigmoid(x), c = fn_sigmoid(-x);
+    return dy * (s + x * s * c);
+}
+__device__ __forceinline__ float fn_relu_grad(float x, float dy) { return x > 0.0f ? dy : 0.0f; }
+
+// Conversions; from a float to an integer truncated and saturated, NaN gives 0.
+__device__ __forceinline__ int to_int(float x) {
+    if (x != x) return 0;
+    if (x >= 2147483648.0f) return 2147483647;
+    return x < -2147483648.0f ? (int)0x80000000u : (int)x;
+}
+__device__ __forceinline__ int to_int(int x) { return x; }
+__device__ __forceinline__ int to_int(u32 x) { return (int)x; }
+__device__ __forceinline__ int to_int(u8 x) { return x; }
+__device__ __forceinline__ u32 to_uint(float x) {
+    if (!(x > 0.0f)) return 0u;
+    return x >= 4294967296.0f ? 0xffffffffu : (u32)x;
+}
+__device__ __forceinline__ u32 to_uint(int x) { return (u32)x; }
+__device__ __forceinline__ u32 to_uint(u32 x) { return x; }
+__device__ __forceinline__ u32 to_uint(u8 x) { return x; }
+template <typename Number> __device__ __forceinline__ u8 to_bool(Number x) { return x != (Number)0; }
+__device__ __forceinline__ float to_f32(float x) { return x; }
+__device__ __forceinline__ float to_f32(int x) { return (float)x; }
+__device__ __forceinline__ float to_f32(u32 x) { return (float)x; }
+__device__ __forceinline__ float to_f32(u8 x) { return (float)x; }
+
+// Rounded as if stored in the narrower format.
+__device__ __forceinline__ float round_bf16(float x) { return to_float(from_float<bf16>(x)); }
+__device__ __forceinline__ float round_f16(float x) { return to_float(from_float<f16>(x)); }

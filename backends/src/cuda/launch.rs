@@ -1,0 +1,194 @@
+//! A node's work on the GPU as plain data: which kernels, over which grids, with which arguments.
+
+use super::source::Source;
+
+/// What a kernel is given. Addresses are known when an instance is made.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Arg {
+    /// Address of an operand.
+    Operand(usize),
+    /// Address this many bytes into an operand.
+    OperandAt(usize, usize),
+    /// Address of a result.
+    Result(usize),
+    /// Address this many bytes into a result.
+    ResultAt(usize, usize),
+    /// Address this many bytes into the node's scratch memory.
+    Scratch(usize),
+    /// A null address.
+    Null,
+    /// Address of the record in which a kernel notes a value it rejects.
+    Fault,
+    /// The number under which the node's rejections are noted.
+    Step,
+    /// A number.
+    I32(i32),
+    /// A number.
+    U32(u32),
+    /// A number.
+    I64(i64),
+    /// A number.
+    F32(f32),
+    /// A struct by value.
+    Bytes(Vec<u8>),
+}
+
+impl Arg {
+    /// A size as a 64-bit number.
+    pub(crate) fn size(n: usize) -> Arg {
+        Arg::I64(n as i64)
+    }
+}
+
+/// One kernel with its arguments.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Kernel {
+    /// Where its text is.
+    pub(crate) source: Source,
+    /// Its name there.
+    pub(crate) name: &'static str,
+    /// Blocks along x, y and z.
+    pub(crate) grid: [usize; 3],
+    /// Threads of a block.
+    pub(crate) threads: u32,
+    /// In the order of the kernel's parameters.
+    pub(crate) args: Vec<Arg>,
+}
+
+/// One thing to put on the stream.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Action {
+    /// Launch a kernel; one without blocks is left out.
+    Kernel(Kernel),
+    /// Set bytes to zero.
+    Clear {
+        /// The first one.
+        at: Arg,
+        /// How many.
+        bytes: usize,
+    },
+}
+
+/// How a node that may reject a value words that.
+pub(crate) struct Rejects {
+    /// What it wants.
+    pub(crate) wanted: String,
+    /// What the noted number was.
+    pub(crate) found: &'static str,
+}
+
+/// The work of a node.
+#[derive(Default)]
+pub(crate) struct Launch {
+    /// Bytes of scratch memory.
+    pub(crate) scratch: usize,
+    /// In order.
+    pub(crate) actions: Vec<Action>,
+    /// If kernels of it note rejected values.
+    pub(crate) rejects: Option<Rejects>,
+}
+
+/// The most blocks along y or z of a grid.
+const MOST_YZ: usize = 65_535;
+/// The most blocks along x of a grid.
+const MOST_X: usize = i32::MAX as usize;
+
+impl Launch {
+    /// Work without scratch memory.
+    pub(crate) fn of(actions: Vec<Action>) -> Launch {
+        Launch { scratch: 0, actions, rejects: None }
+    }
+
+    /// One kernel without scratch memory.
+    pub(crate) fn one(source: Source, name: &'static str, grid: [usize; 3], threads: u32, args: Vec<Arg>) -> Launch {
+        Launch::of(vec![kernel(source, name, grid, threads, args)])
+    }
+
+    /// With this much scratch memory.
+    #[must_use]
+    pub(crate) fn with_scratch(mut self, bytes: usize) -> Launch {
+        self.scratch = bytes;
+        self
+    }
+
+    /// Whose kernels note values they reject.
+    #[must_use]
+    pub(crate) fn rejecting(mut self, wanted: String, found: &'static str) -> Launch {
+        self.rejects = Some(Rejects { wanted, found });
+        self
+    }
+
+    /// The launch itself, if every grid is one that a GPU takes.
+    ///
+    /// # Errors
+    /// What is wanted instead.
+    pub(crate) fn checked(mut self) -> Result<Launch, String> {
+        for action in &self.actions {
+            let Action::Kernel(k) = action else { continue };
+            let [x, y, z] = k.grid;
+            if x > MOST_X || y > MOST_YZ || z > MOST_YZ {
+                return Err(format!(
+                    "sizes for which {} has at most {MOST_X} x {MOST_YZ} x {MOST_YZ} blocks, not {x} x {y} x {z}",
+                    k.name
+                ));
+            }
+        }
+        self.actions.retain(|action| match action {
+            Action::Kernel(k) => k.grid.iter().all(|&n| n > 0),
+            Action::Clear { bytes, .. } => *bytes > 0,
+        });
+        Ok(self)
+    }
+}
+
+/// A kernel as an action.
+pub(crate) fn kernel(source: Source, name: &'static str, grid: [usize; 3], threads: u32, args: Vec<Arg>) -> Action {
+    Action::Kernel(Kernel { source, name, grid, threads, args })
+}
+
+/// Places in scratch memory handed out one after another, each at a multiple of 128 bytes.
+#[derive(Default)]
+pub(crate) struct Scratch {
+    used: usize,
+}
+
+impl Scratch {
+    /// `bytes` more.
+    pub(crate) fn take(&mut self, bytes: usize) -> Arg {
+        let at = self.used;
+        self.used += bytes.next_multiple_of(128);
+        Arg::Scratch(at)
+    }
+
+    /// All of them together.
+    pub(crate) fn bytes(&self) -> usize {
+        self.used
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn empty_work_is_left_out_and_too_large_grids_are_refused() {
+        let with = |grid| {
+            let source = Source::generated("test.cu", &[], String::new());
+            Launch::one(source, "f", grid, 32, vec![]).checked()
+        };
+        assert_eq!(with([3, 0, 1]).map(|l| l.actions.len()), Ok(0));
+        assert_eq!(with([3, 2, 1]).map(|l| l.actions.len()), Ok(1));
+        let Err(wanted) = with([1, 70_000, 1]) else { panic!("70000 blocks along y") };
+        assert!(wanted.contains("70000"), "{wanted}");
+    }
+
+    #[test]
+    fn parts_of_scratch_memory_do_not_touch() {
+        let mut scratch = Scratch::default();
+        assert_eq!(
+            (scratch.take(5), scratch.take(128), scratch.take(1)),
+            (Arg::Scratch(0), Arg::Scratch(128), Arg::Scratch(256))
+        );
+        assert_eq!(scratch.bytes(), 384);
+    }
+}

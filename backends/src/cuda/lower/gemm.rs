@@ -1,0 +1,307 @@
+//! Launches of everything that is a matrix product: matmul, the expert matmuls and the linear cross entropy.
+
+use moebius_ir::ops::{ExpertMatmul, Matmul};
+use moebius_ir::{DType, Graph, Node, Shape};
+
+use super::{Lowered, dtype, float, int, shapes};
+use crate::cuda::launch::{Action, Arg, Launch, Scratch, kernel};
+use crate::cuda::source::{GEMM, MMA, Source};
+
+const TEXT: &str = include_str!("../kernels/gemm.cu");
+const CROSS_ENTROPY: &str = include_str!("../kernels/cross_entropy.cu");
+/// Rows and columns of the tile of a block: the small one where sizes are small, and where more than the sums is kept.
+const TILE: usize = 64;
+/// The large tile reads each element half as often.
+const LARGE_TILE: usize = 128;
+/// Blocks of the large tile that are enough to keep a GPU busy.
+const ENOUGH_BLOCKS: usize = 96;
+/// The most experts of one product, as in the kernel.
+const MOST_EXPERTS: usize = 1024;
+/// Bytes of the weights of classes that the gradient of the cross entropy holds at a time.
+const CHUNK_BYTES: usize = 32 << 20;
+
+/// The kernels of a file of products for one float type and tile.
+struct Kernels {
+    source: Source,
+    /// Threads of a block.
+    threads: u32,
+    tile: usize,
+}
+
+fn products(file: &'static str, text: &'static str, dtype: DType, tile: usize) -> Result<Kernels, String> {
+    let wide = dtype == DType::F32;
+    let headers: &[_] = if wide { &[GEMM] } else { &[MMA, GEMM] };
+    let source = Source::new(file, headers, text).define("T", float(dtype)?).define("WIDE", u8::from(wide));
+    Ok(Kernels { source: source.define("TILE", tile), threads: if wide { 256 } else { 2 * tile as u32 }, tile })
+}
+
+/// The tile for `batch` products of m rows and n columns.
+fn tile(batch: usize, m: usize, n: usize) -> usize {
+    let blocks = batch.saturating_mul(m.div_ceil(LARGE_TILE)).saturating_mul(n.div_ceil(LARGE_TILE));
+    // Narrow products would leave most of a large tile empty.
+    if m > TILE && n > TILE && blocks >= ENOUGH_BLOCKS { LARGE_TILE } else { TILE }
+}
+
+/// Strides of a matrix, of rows and columns.
+#[derive(Clone, Copy)]
+struct Strides {
+    row: usize,
+    column: usize,
+}
+
+/// A row-major matrix whose stored form has `columns` columns, read transposed if asked.
+fn stored(columns: usize, transpose: bool) -> Strides {
+    if transpose { Strides { row: 1, column: columns } } else { Strides { row: columns, column: 1 } }
+}
+
+/// The struct `Product` of the kernels.
+struct Product {
+    a: Strides,
+    a_batch: usize,
+    b: Strides,
+    b_batch: usize,
+    c_batch: usize,
+    m: usize,
+    n: usize,
+    k: usize,
+    wide_bias: bool,
+}
+
+impl Product {
+    fn arg(&self) -> Result<Arg, String> {
+        let mut bytes = Vec::with_capacity(72);
+        let strides = [self.a.row, self.a.column, self.a_batch, self.b.row, self.b.column, self.b_batch, self.c_batch];
+        strides.iter().for_each(|&s| bytes.extend((s as i64).to_le_bytes()));
+        for n in [self.m, self.n, self.k] {
+            bytes.extend(int(n, "an extent of a product")?.to_le_bytes());
+        }
+        bytes.extend(i32::from(self.wide_bias).to_le_bytes());
+        Ok(Arg::Bytes(bytes))
+    }
+}
+
+/// The bias operand, if there is one, and whether it is f32.
+fn bias(graph: &Graph, node: &Node, i: usize) -> Result<(Arg, bool), String> {
+    if i >= node.operands.len() {
+        return Ok((Arg::Null, false));
+    }
+    let (own, of_bias) = (dtype(graph, node, 0), dtype(graph, node, i));
+    if of_bias != DType::F32 && of_bias != own {
+        return Err(format!("a bias of {own} or f32, not {of_bias}"));
+    }
+    Ok((Arg::Operand(i), of_bias == DType::F32))
+}
+
+/// The product `a b` of one batch as an action.
+fn gemm(dtype: DType, product: &Product, batch: usize, args: [Arg; 6]) -> Result<Action, String> {
+    let of = products("gemm.cu", TEXT, dtype, tile(batch, product.m, product.n))?;
+    let grid = [product.n.div_ceil(of.tile), product.m.div_ceil(of.tile), batch];
+    let args = [&args[..], &[product.arg()?]].concat();
+    Ok(kernel(of.source, "gemm", grid, of.threads, args))
+}
+
+pub(super) fn lower_matmul(graph: &Graph, node: &Node, op: &Matmul) -> Lowered {
+    let [a, b] = shapes(graph, node);
+    let out = &graph.ty(node.results[0]).shape;
+    let (bias, wide_bias) = bias(graph, node, 2)?;
+    let (n, k) = (out.last(), a[a.len() - if op.transpose_a { 2 } else { 1 }]);
+    let rank = out.len();
+    let batch: usize = out[..rank - 2].iter().product();
+    let shared = b.len() == 2;
+    // With one B for the whole batch and A not transposed, the batch is just more rows.
+    let (batch, m) = if shared && !op.transpose_a { (1, batch * out[rank - 2]) } else { (batch, out[rank - 2]) };
+    let product = Product {
+        a: stored(a.last(), op.transpose_a),
+        a_batch: m * k,
+        b: stored(b.last(), op.transpose_b),
+        b_batch: if shared { 0 } else { k * n },
+        c_batch: m * n,
+        m,
+        n,
+        k,
+        wide_bias,
+    };
+    let args = [Arg::Operand(0), Arg::Operand(1), bias, Arg::Null, Arg::Null, Arg::Result(0)];
+    Ok(Launch::of(vec![gemm(dtype(graph, node, 0), &product, batch, args)?]))
+}
+
+/// E, if the kernels can count it.
+fn experts(offsets: &Shape) -> Result<usize, String> {
+    let experts = offsets[0] - 1;
+    if experts > MOST_EXPERTS { Err(format!("at most {MOST_EXPERTS} experts, not {experts}")) } else { Ok(experts) }
+}
+
+pub(super) fn lower_expert_matmul(graph: &Graph, node: &Node, op: &ExpertMatmul) -> Lowered {
+    let [rows, w, offsets] = shapes(graph, node);
+    let (bias, wide_bias) = bias(graph, node, 3)?;
+    let experts = experts(&offsets)?;
+    let (m, k, n) = (rows[0], rows[1], graph.shape(node.results[0])[1]);
+    let product = Product {
+        a: stored(k, false),
+        a_batch: 0,
+        b: stored(w[2], op.transpose),
+        b_batch: k * n,
+        c_batch: 0,
+        m,
+        n,
+        k,
+        wide_bias,
+    };
+    // As if the rows were dealt out evenly.
+    let of = products("gemm.cu", TEXT, dtype(graph, node, 0), tile(experts, m / experts.max(1), n))?;
+    let tiles = if m == 0 { 0 } else { most_tiles(m, experts, of.tile) };
+    let operands = [Arg::Operand(0), Arg::Operand(1), Arg::Operand(2), bias, Arg::Result(0)];
+    let args = [&operands[..], &[Arg::I32(experts as i32), product.arg()?]].concat();
+    Ok(Launch::one(of.source, "gemm_m_grouped", [n.div_ceil(of.tile), tiles, 1], of.threads, args))
+}
+
+pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node) -> Lowered {
+    let [a, b, offsets] = shapes(graph, node);
+    let (s, m, n) = (a[0], a[1], b[1]);
+    let product = Product {
+        a: stored(m, true),
+        a_batch: 0,
+        b: stored(n, false),
+        b_batch: 0,
+        c_batch: m * n,
+        m,
+        n,
+        k: s,
+        wide_bias: false,
+    };
+    let experts = offsets[0] - 1;
+    let of = products("gemm.cu", TEXT, dtype(graph, node, 0), tile(experts, m, n))?;
+    let args = vec![Arg::Operand(0), Arg::Operand(1), Arg::Operand(2), Arg::Result(0), product.arg()?];
+    let grid = [n.div_ceil(of.tile), m.div_ceil(of.tile), experts];
+    Ok(Launch::one(of.source, "gemm_k_grouped", grid, of.threads, args))
+}
+
+/// The most tiles that `rows` rows in the segments of `experts` experts and an unused one can be cut into: each segment has at
+/// most one tile that is not full.
+fn most_tiles(rows: usize, experts: usize, tile: usize) -> usize {
+    rows / tile + experts + 1
+}
+
+/// Extents of a linear cross entropy.
+struct Classes {
+    n: usize,
+    d: usize,
+    classes: usize,
+    tiles: usize,
+}
+
+impl Classes {
+    fn of(graph: &Graph, node: &Node) -> Classes {
+        let [x, w] = shapes(graph, node);
+        Classes { n: x[0], d: x[1], classes: w[0], tiles: w[0].div_ceil(TILE) }
+    }
+
+    /// The struct `Classes` of the kernels.
+    fn arg(&self) -> Result<Arg, String> {
+        let mut bytes = Vec::with_capacity(16);
+        for n in [self.n, self.d, self.classes, self.tiles] {
+            bytes.extend(int(n, "an extent of a product")?.to_le_bytes());
+        }
+        Ok(Arg::Bytes(bytes))
+    }
+
+    fn rejected(&self, launch: Launch) -> Launch {
+        launch.rejecting(format!("targets below {}, the classes", self.classes), "a target of")
+    }
+}
+
+pub(super) fn lower_linear_cross_entropy(graph: &Graph, node: &Node) -> Lowered {
+    let s = Classes::of(graph, node);
+    let Kernels { source, threads, .. } = products("cross_entropy.cu", CROSS_ENTROPY, dtype(graph, node, 0), TILE)?;
+    let mut scratch = Scratch::default();
+    let [largest, sum] = std::array::from_fn(|_| scratch.take(4 * s.n * s.tiles));
+    let of_target = scratch.take(4 * s.n);
+    let found = [largest, sum, of_target];
+    let tiles = [&[0, 1, 2].map(Arg::Operand)[..], &found, &[s.arg()?]].concat();
+    let ends = [Arg::Operand(2), Arg::Result(0), Arg::Result(1), s.arg()?, Arg::Fault, Arg::Step];
+    let rows = [&found[..], &ends].concat();
+    let actions = vec![
+        kernel(source.clone(), "cross_entropy_tiles", [s.tiles, s.n.div_ceil(TILE), 1], threads, tiles),
+        kernel(source, "cross_entropy_rows", [s.n.div_ceil(4), 1, 1], 128, rows),
+    ];
+    Ok(s.rejected(Launch::of(actions).with_scratch(scratch.bytes())))
+}
+
+pub(super) fn lower_linear_cross_entropy_grad(graph: &Graph, node: &Node) -> Lowered {
+    let s = Classes::of(graph, node);
+    let ty = dtype(graph, node, 0);
+    let of = products("cross_entropy.cu", CROSS_ENTROPY, ty, TILE)?;
+    let chunk = chunk_of_classes(s.n, s.classes, ty.bytes());
+    let chunks = s.classes.div_ceil(chunk);
+    let mut scratch = Scratch::default();
+    let c = scratch.take(ty.bytes() * s.n * chunk);
+    // dx of several chunks is added up in f32: in place where dx is f32.
+    let sum = match (chunks > 1, ty == DType::F32) {
+        (false, _) => Arg::Null,
+        (true, true) => Arg::Result(0),
+        (true, false) => scratch.take(4 * s.n * s.d),
+    };
+    let mut actions = Vec::with_capacity(3 * chunks);
+    for i in 0..chunks {
+        let class0 = i * chunk;
+        let width = chunk.min(s.classes - class0);
+        let operands = [0, 1, 2, 3, 4].map(Arg::Operand);
+        let sizes = [Arg::I32(int(class0, "classes")?), Arg::I32(int(width, "classes")?), s.arg()?];
+        let args = [&operands[..], std::slice::from_ref(&c), &sizes, &[Arg::Fault, Arg::Step]].concat();
+        let grid = [width.div_ceil(TILE), s.n.div_ceil(TILE), 1];
+        actions.push(kernel(of.source.clone(), "cross_entropy_grad", grid, of.threads, args));
+        // The rows of w, and of dw, that belong to the chunk.
+        let bytes = class0 * s.d * ty.bytes();
+        let product = |a, b, m, n, k| Product { a, a_batch: 0, b, b_batch: 0, c_batch: 0, m, n, k, wide_bias: false };
+        let of_w = product(stored(width, true), stored(s.d, false), width, s.d, s.n);
+        let args = [c.clone(), Arg::Operand(0), Arg::Null, Arg::Null, Arg::Null, Arg::ResultAt(1, bytes)];
+        actions.push(gemm(ty, &of_w, 1, args)?);
+        let of_x = product(stored(width, false), stored(s.d, false), s.n, s.d, width);
+        let add = if i == 0 { Arg::Null } else { sum.clone() };
+        let to = if i + 1 == chunks { Arg::Null } else { sum.clone() };
+        let args = [c.clone(), Arg::OperandAt(1, bytes), Arg::Null, add, to, Arg::Result(0)];
+        actions.push(gemm(ty, &of_x, 1, args)?);
+    }
+    Ok(s.rejected(Launch::of(actions).with_scratch(scratch.bytes())))
+}
+
+/// How many classes the gradient takes at a time: a multiple of a tile, and all of them where they fit.
+fn chunk_of_classes(n: usize, classes: usize, element: usize) -> usize {
+    let fit = CHUNK_BYTES / (n.max(1) * element) / TILE * TILE;
+    fit.clamp(TILE, classes.max(TILE)).min(classes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_of_classes_fit_and_cover() {
+        assert_eq!(chunk_of_classes(9, 517, 4), 517);
+        assert_eq!(chunk_of_classes(16_384, 50_257, 2), 1024);
+        // Many rows: one tile at a time, however much that is.
+        assert_eq!(chunk_of_classes(1 << 22, 300, 4), 64);
+        assert_eq!(chunk_of_classes(0, 3, 4), 3);
+    }
+
+    #[test]
+    fn there_is_a_block_for_every_tile_of_every_segment() {
+        for tile in [TILE, LARGE_TILE] {
+            for m in [1usize, 63, 64, 65, 1000] {
+                for experts in [1usize, 2, 7, 64] {
+                    let most = most_tiles(m, experts, tile);
+                    // One row in each segment but the last is the worst there is; all rows in one is the other end.
+                    let ones = experts.min(m);
+                    assert!(ones + (m - ones).div_ceil(tile) <= most, "{m} rows, {experts} experts");
+                    assert!(m.div_ceil(tile) <= most);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn large_tiles_are_for_large_products() {
+        assert_eq!((tile(1, 4096, 4096), tile(64, 256, 512)), (LARGE_TILE, LARGE_TILE));
+        assert_eq!((tile(1, 512, 512), tile(1000, 4096, 16), tile(4096, 1, 4096)), (TILE, TILE, TILE));
+    }
+}

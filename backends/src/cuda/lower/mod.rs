@@ -1,0 +1,107 @@
+//! From a node to its kernels. This one function is also the support check: a node it gives no launch for is refused.
+//!
+//! The files beside this one hold the launches, grouped as the kernels are; each decides from the graph alone, so that what is
+//! said here of a machine with a GPU can be tested on one without.
+
+mod attention;
+mod elementwise;
+mod embedding;
+mod gemm;
+mod movement;
+mod norm;
+mod optimizer;
+mod reduce;
+mod sparse;
+
+use moebius_ir::{DType, Graph, Node, NodeId, Op, Shape};
+
+use super::launch::Launch;
+use super::source::{Header, Source};
+
+/// A launch, or what the CUDA backend wants instead of the node.
+type Lowered = Result<Launch, String>;
+
+/// The kernels' name of a float type.
+fn float(dtype: DType) -> Result<&'static str, String> {
+    match dtype {
+        DType::F32 => Ok("float"),
+        DType::Bf16 => Ok("bf16"),
+        DType::F16 => Ok("f16"),
+        DType::I32 | DType::U32 | DType::Bool => Err(format!("a float, not {dtype}")),
+    }
+}
+
+/// A file of kernels for one float type.
+fn typed(file: &'static str, headers: &'static [Header], body: &'static str, dtype: DType) -> Result<Source, String> {
+    Ok(Source::new(file, headers, body).define("T", float(dtype)?))
+}
+
+/// A size that kernels count in 32 bits.
+fn int(n: usize, what: &str) -> Result<i32, String> {
+    i32::try_from(n).map_err(|_| format!("{what} of at most {}, not {n}", i32::MAX))
+}
+
+/// The shapes of a node's first `N` operands.
+fn shapes<const N: usize>(graph: &Graph, node: &Node) -> [Shape; N] {
+    std::array::from_fn(|i| graph.ty(node.operands[i]).shape.clone())
+}
+
+/// The dtype of an operand.
+fn dtype(graph: &Graph, node: &Node, i: usize) -> DType {
+    graph.ty(node.operands[i]).dtype
+}
+
+/// The launch of a node.
+///
+/// # Errors
+/// What the backend wants instead.
+pub(crate) fn lower(graph: &Graph, id: NodeId) -> Lowered {
+    let node = graph.node(id);
+    let launch = match &node.op {
+        // Nothing to run: these are places in memory, settled by the plan.
+        Op::Input(_) | Op::Constant(_) | Op::Reshape(_) => Ok(Launch::default()),
+
+        Op::Random(op) => movement::lower_random(graph, node, op),
+        Op::Transpose(op) => movement::lower_transpose(graph, node, op),
+        Op::Broadcast(_) => movement::lower_broadcast(graph, node),
+        Op::Slice(op) => movement::lower_slice(graph, node, op),
+        Op::Pad(op) => movement::lower_pad(graph, node, op),
+        Op::Concat(op) => movement::lower_concat(graph, node, op),
+
+        Op::Unary(_) | Op::Binary(_) | Op::Compare(_) | Op::Select(_) | Op::Cast(_) => {
+            Err("elementwise work in fused form, as the fusion pass leaves it".into())
+        }
+        Op::Elementwise(op) => elementwise::lower_elementwise(graph, node, op),
+
+        Op::Reduce(op) => reduce::lower_reduce(graph, node, op),
+        Op::Softmax(_) => norm::lower_softmax(graph, node),
+        Op::SoftmaxGrad(_) => norm::lower_softmax_grad(graph, node),
+        Op::LayerNorm(op) => norm::lower_layer_norm(graph, node, op.eps),
+        Op::LayerNormGrad(_) => norm::lower_layer_norm_grad(graph, node),
+        Op::RmsNorm(op) => norm::lower_rms_norm(graph, node, op.eps),
+        Op::RmsNormGrad(_) => norm::lower_rms_norm_grad(graph, node),
+
+        Op::Matmul(op) => gemm::lower_matmul(graph, node, op),
+        Op::Attention(op) => attention::lower_attention(graph, node, op),
+        Op::AttentionGrad(op) => attention::lower_attention_grad(graph, node, op),
+        Op::AttentionCached(op) => attention::lower_attention_cached(graph, node, op),
+        Op::Embedding(_) => embedding::lower_embedding(graph, node),
+        Op::EmbeddingGrad(_) => embedding::lower_embedding_grad(graph, node),
+        Op::LinearCrossEntropy(_) => gemm::lower_linear_cross_entropy(graph, node),
+        Op::LinearCrossEntropyGrad(_) => gemm::lower_linear_cross_entropy_grad(graph, node),
+
+        Op::Route(op) => sparse::lower_route(graph, node, op),
+        Op::RouteGrad(op) => sparse::lower_route_grad(graph, node, op),
+        Op::Assign(op) => sparse::lower_assign(graph, node, op),
+        Op::Dispatch(_) => sparse::lower_dispatch(graph, node),
+        Op::Combine(op) => sparse::lower_combine(graph, node, *op),
+        Op::GateGrad(_) => sparse::lower_gate_grad(graph, node),
+        Op::SegmentSum(_) => sparse::lower_segment_sum(graph, node),
+        Op::ExpertMatmul(op) => gemm::lower_expert_matmul(graph, node, op),
+        Op::ExpertMatmulWgrad(_) => gemm::lower_expert_matmul_wgrad(graph, node),
+
+        Op::GlobalNorm(_) => optimizer::lower_global_norm(graph, node),
+        Op::Adamw(op) => optimizer::lower_adamw(graph, node, op),
+    };
+    launch?.checked()
+}

@@ -1,0 +1,84 @@
+//! Launches of softmax and norms, a block for each row.
+
+use moebius_ir::{Graph, Node};
+
+use super::{Lowered, dtype, int, typed};
+use crate::cuda::launch::{Action, Arg, Launch, Scratch, kernel};
+use crate::cuda::source::Source;
+
+const TEXT: &str = include_str!("../kernels/norm.cu");
+const THREADS: usize = 128;
+/// Rows whose parts of dgamma one thread adds up.
+const CHUNK: usize = 64;
+
+/// The kernels for the node's first operand, its rows, and its columns.
+fn parts(graph: &Graph, node: &Node) -> Result<(Source, usize, usize), String> {
+    let shape = &graph.ty(node.operands[0]).shape;
+    let source = typed("norm.cu", &[], TEXT, dtype(graph, node, 0))?;
+    int(shape.last(), "a last axis")?;
+    int(shape.rows(), "rows")?;
+    Ok((source, shape.rows(), shape.last()))
+}
+
+fn by_row(source: Source, name: &'static str, rows: usize, args: Vec<Arg>) -> Action {
+    kernel(source, name, [rows, 1, 1], THREADS as u32, args)
+}
+
+pub(super) fn lower_softmax(graph: &Graph, node: &Node) -> Lowered {
+    let (source, rows, d) = parts(graph, node)?;
+    let args = vec![Arg::Operand(0), Arg::I32(d as i32), Arg::Result(0)];
+    Ok(Launch::of(vec![by_row(source, "softmax", rows, args)]))
+}
+
+pub(super) fn lower_softmax_grad(graph: &Graph, node: &Node) -> Lowered {
+    let (source, rows, d) = parts(graph, node)?;
+    let args = vec![Arg::Operand(0), Arg::Operand(1), Arg::I32(d as i32), Arg::Result(0)];
+    Ok(Launch::of(vec![by_row(source, "softmax_grad", rows, args)]))
+}
+
+pub(super) fn lower_layer_norm(graph: &Graph, node: &Node, eps: f32) -> Lowered {
+    let (source, rows, d) = parts(graph, node)?;
+    let operands = [Arg::Operand(0), Arg::Operand(1), Arg::Operand(2), Arg::I32(d as i32), Arg::F32(eps)];
+    let args = [&operands[..], &[Arg::Result(0), Arg::Result(1), Arg::Result(2)]].concat();
+    Ok(Launch::of(vec![by_row(source, "layer_norm", rows, args)]))
+}
+
+pub(super) fn lower_rms_norm(graph: &Graph, node: &Node, eps: f32) -> Lowered {
+    let (source, rows, d) = parts(graph, node)?;
+    let operands = [Arg::Operand(0), Arg::Operand(1), Arg::I32(d as i32), Arg::F32(eps)];
+    let args = [&operands[..], &[Arg::Result(0), Arg::Result(1)]].concat();
+    Ok(Launch::of(vec![by_row(source, "rms_norm", rows, args)]))
+}
+
+/// The gradient of either norm; `mean`, `rstd` and `dy` are operands, the mean only of layer_norm.
+fn lower_grad(graph: &Graph, node: &Node, mean: Option<usize>, rstd: usize, dy: usize) -> Lowered {
+    let (source, rows, d) = parts(graph, node)?;
+    let mean = mean.map_or(Arg::Null, Arg::Operand);
+    let has_mean = mean != Arg::Null;
+    let (rstd, dy, width) = (Arg::Operand(rstd), Arg::Operand(dy), Arg::I32(d as i32));
+    let chunks = rows.div_ceil(CHUNK);
+    let mut scratch = Scratch::default();
+    let gamma = scratch.take(4 * chunks * d);
+    let beta = if has_mean { scratch.take(4 * chunks * d) } else { Arg::Null };
+    let dbeta = if has_mean { Arg::Result(2) } else { Arg::Null };
+    let columns = d.div_ceil(THREADS);
+    let x = Arg::Operand(0);
+    let of_x = vec![x.clone(), Arg::Operand(1), mean.clone(), rstd.clone(), dy.clone(), width.clone(), Arg::Result(0)];
+    let sizes = [Arg::I32(rows as i32), width.clone(), Arg::I32(CHUNK as i32)];
+    let of_weights = [&[x, mean, rstd, dy][..], &sizes, &[gamma.clone(), beta.clone()]].concat();
+    let of_chunks = vec![gamma, beta, Arg::I32(int(chunks, "chunks")?), width, Arg::Result(1), dbeta];
+    let actions = vec![
+        by_row(source.clone(), "norm_grad", rows, of_x),
+        kernel(source.clone(), "norm_weights", [columns, chunks, 1], THREADS as u32, of_weights),
+        kernel(source, "norm_weights_finish", [columns, 1, 1], THREADS as u32, of_chunks),
+    ];
+    Ok(Launch::of(actions).with_scratch(scratch.bytes()))
+}
+
+pub(super) fn lower_layer_norm_grad(graph: &Graph, node: &Node) -> Lowered {
+    lower_grad(graph, node, Some(2), 3, 4)
+}
+
+pub(super) fn lower_rms_norm_grad(graph: &Graph, node: &Node) -> Lowered {
+    lower_grad(graph, node, None, 2, 3)
+}

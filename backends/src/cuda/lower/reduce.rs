@@ -1,0 +1,64 @@
+//! Launches of reductions: reduced axes that lie side by side are one axis between an outer and an inner one.
+
+use moebius_ir::ops::{Reduce, ReduceFn};
+use moebius_ir::{Graph, Node};
+
+use super::{Lowered, dtype, int, typed};
+use crate::cuda::launch::{Arg, Launch, Scratch, kernel};
+
+const TEXT: &str = include_str!("../kernels/reduce.cu");
+const THREADS: usize = 256;
+/// Elements of a row that one block takes.
+const ROW_CHUNK: usize = 16_384;
+/// Elements of a column that one thread takes, where there are few columns.
+const COLUMN_CHUNK: usize = 256;
+/// From this many columns on there are enough threads without cutting the columns.
+const MANY_COLUMNS: usize = 1 << 17;
+/// The most chunks: blocks along y.
+const MOST_CHUNKS: usize = 4096;
+
+pub(super) fn lower_reduce(graph: &Graph, node: &Node, op: &Reduce) -> Lowered {
+    let x = &graph.ty(node.operands[0]).shape;
+    let (first, last) = (op.axes[0], op.axes[op.axes.len() - 1]);
+    // An axis of one element may lie anywhere without changing the order of the elements.
+    let between = (first..=last).filter(|axis| !op.axes.contains(axis) && x[*axis] != 1).count();
+    if between > 0 {
+        return Err("reduced axes that lie side by side".into());
+    }
+    let outer: usize = x[..first].iter().product();
+    let n: usize = x[first..=last].iter().product();
+    let inner: usize = x[last + 1..].iter().product();
+    let function = match op.function {
+        ReduceFn::Sum => 0,
+        ReduceFn::Mean => 1,
+        ReduceFn::Max => 2,
+    };
+    let source = typed("reduce.cu", &[], TEXT, dtype(graph, node, 0))?.define("FUNCTION", function);
+    let results = outer * inner;
+    let rows = inner == 1;
+    let wanted = match (rows, results >= MANY_COLUMNS) {
+        (true, _) => n.div_ceil(ROW_CHUNK),
+        (false, true) => 1,
+        (false, false) => n.div_ceil(COLUMN_CHUNK),
+    };
+    let chunks = wanted.clamp(1, MOST_CHUNKS);
+    let chunk = n.div_ceil(chunks).max(1);
+    let mut scratch = Scratch::default();
+    let partial = if chunks > 1 { scratch.take(4 * chunks * results) } else { Arg::Null };
+    let size = Arg::size;
+    let (name, blocks, args) = if rows {
+        let args = vec![Arg::Operand(0), size(outer), size(n), size(chunk), partial.clone(), Arg::Result(0)];
+        ("reduce_rows", outer, args)
+    } else {
+        let sizes = [size(outer), size(n), size(inner), size(chunk)];
+        let args = [vec![Arg::Operand(0)], sizes.to_vec(), vec![partial.clone(), Arg::Result(0)]].concat();
+        ("reduce_columns", results.div_ceil(THREADS), args)
+    };
+    let mut actions = vec![kernel(source.clone(), name, [blocks, chunks, 1], THREADS as u32, args)];
+    if chunks > 1 {
+        let args = vec![partial, size(results), Arg::I32(int(chunks, "chunks")?), size(n), Arg::Result(0)];
+        let blocks = results.div_ceil(THREADS);
+        actions.push(kernel(source, "reduce_finish", [blocks, 1, 1], THREADS as u32, args));
+    }
+    Ok(Launch::of(actions).with_scratch(scratch.bytes()))
+}

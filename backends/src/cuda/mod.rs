@@ -1,0 +1,161 @@
+//! The CUDA backend: every op on an NVIDIA GPU of compute capability 8.0 or newer.
+//!
+//! Nothing of CUDA is linked. [`driver`] loads the driver when a GPU is asked for, [`compiler`] NVRTC, which compiles the
+//! kernels of `kernels/` at first use; [`cache`] keeps them on disk. [`lower`](lower::lower) turns a node into kernels with
+//! their arguments (and is the support check), `executable` binds them to a plan, `instance` runs it: as one recorded graph
+//! that is replayed. The host reads nothing back between steps; rejected values are noted on the GPU and told when an output
+//! is read.
+
+mod cache;
+mod compiler;
+mod device;
+mod driver;
+mod error;
+mod executable;
+mod instance;
+mod launch;
+mod lower;
+mod memory;
+mod recording;
+mod source;
+
+use std::sync::Arc;
+
+use moebius_ir::{Fences, Graph, NodeId, Plan};
+
+use crate::{Backend, Error, Executable, Refusal, Result, Store};
+
+pub use compiler::Compiler;
+pub use error::CudaError;
+
+const BACKEND: &str = "cuda";
+
+/// The CUDA backend on one GPU.
+pub struct Cuda {
+    device: Arc<device::Device>,
+    checks: bool,
+}
+
+/// A kernel's text as NVRTC takes it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct KernelText {
+    /// Its file, and what was defined.
+    pub title: String,
+    /// The whole text.
+    pub text: String,
+    /// The compiler's options.
+    pub options: Vec<&'static str>,
+}
+
+impl Cuda {
+    /// How many GPUs the driver shows.
+    ///
+    /// # Errors
+    /// [`CudaError::NoDriver`], [`CudaError::OldDriver`], [`CudaError::Driver`].
+    pub fn count() -> Result<usize, CudaError> {
+        device::count()
+    }
+
+    /// The GPU of this number, from 0.
+    ///
+    /// # Errors
+    /// [`CudaError::NoDevice`], [`CudaError::OldDevice`], [`CudaError::NoCompiler`] and those of [`Cuda::count`].
+    pub fn open(ordinal: usize) -> Result<Cuda, CudaError> {
+        Ok(Cuda { device: Arc::new(device::Device::open(ordinal)?), checks: false })
+    }
+
+    /// Whether every buffer gets a fence that is looked at after each step, and is filled with NaN before it is written. Then
+    /// steps are waited for one by one.
+    #[must_use]
+    pub fn with_checks(mut self, checks: bool) -> Cuda {
+        self.checks = checks;
+        self
+    }
+
+    /// Number of the GPU, from 0.
+    pub fn ordinal(&self) -> usize {
+        self.device.ordinal
+    }
+
+    /// The kernels that an optimised graph needs, each once. Needs no GPU.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`].
+    pub fn kernels(graph: &Graph) -> Result<Vec<KernelText>> {
+        let mut texts = Vec::new();
+        for launch in launches(graph)? {
+            for action in launch.actions {
+                if let launch::Action::Kernel(k) = action {
+                    let (title, text, options) = (k.source.title(), k.source.text(), k.source.options().to_vec());
+                    texts.push(KernelText { title, text, options });
+                }
+            }
+        }
+        texts.sort();
+        texts.dedup();
+        Ok(texts)
+    }
+}
+
+/// The launch of every node, or all refusals.
+fn launches(graph: &Graph) -> Result<Vec<launch::Launch>> {
+    let mut launches = Vec::with_capacity(graph.nodes().len());
+    let mut refusals = Vec::new();
+    for (id, node) in graph.nodes_with_ids() {
+        match lower::lower(graph, id) {
+            Ok(launch) => launches.push(launch),
+            Err(wanted) => refusals.push(Refusal {
+                op: node.op.name(),
+                operands: node.operands.iter().map(|&v| graph.ty(v).clone()).collect(),
+                wanted,
+                site: node.site.clone(),
+            }),
+        }
+    }
+    if refusals.is_empty() { Ok(launches) } else { Err(Error::Unsupported { backend: BACKEND, refusals }) }
+}
+
+impl Backend for Cuda {
+    fn name(&self) -> &'static str {
+        BACKEND
+    }
+
+    fn describe(&self) -> String {
+        let (device, (major, minor)) = (&self.device, self.device.capability);
+        let nvrtc = device.compiler_version();
+        format!(
+            "{}, compute capability {major}.{minor}, {:.1} GB, NVRTC {}.{}",
+            device.name,
+            device.total as f64 / 1e9,
+            nvrtc.0,
+            nvrtc.1
+        )
+    }
+
+    fn plan(&self, graph: Graph) -> Result<Plan> {
+        let scratch: Vec<usize> = launches(&graph)?.iter().map(|l| l.scratch).collect();
+        let fences = if self.checks { Fences::On } else { Fences::Off };
+        Ok(Plan::new(graph, &|_, node: NodeId| scratch[node.index()], fences)?)
+    }
+
+    fn compile(&self, plan: Plan) -> Result<Arc<dyn Executable>> {
+        let launches = launches(plan.graph())?;
+        Ok(Arc::new(executable::CudaExecutable::new(Arc::clone(&self.device), plan, launches, self.checks)?))
+    }
+
+    fn free_memory(&self) -> Option<u64> {
+        self.device.free().ok()
+    }
+
+    fn take_notes(&self) -> Vec<String> {
+        self.device.take_notes()
+    }
+
+    fn checked(&self) -> Option<Arc<dyn Backend>> {
+        Some(Arc::new(Cuda { device: Arc::clone(&self.device), checks: true }))
+    }
+
+    fn new_store(&self) -> Box<dyn Store> {
+        Box::new(memory::CudaStore::new(Arc::clone(&self.device)))
+    }
+}

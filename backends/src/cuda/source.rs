@@ -1,0 +1,80 @@
+//! The text of a kernel: its file, the headers it needs, and what is defined for it.
+
+use std::borrow::Cow;
+
+/// A text that NVRTC compiles by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Source {
+    /// The file, or what a generated text is.
+    pub(crate) file: &'static str,
+    headers: &'static [Header],
+    body: Cow<'static, str>,
+    defines: Vec<(&'static str, String)>,
+    exact: bool,
+}
+
+/// A header: name and text.
+pub(crate) type Header = (&'static str, &'static str);
+
+macro_rules! header {
+    ($name:ident, $file:literal) => {
+        #[doc = concat!("`kernels/", $file, "`.")]
+        pub(crate) const $name: Header = ($file, include_str!(concat!("kernels/", $file)));
+    };
+}
+
+header!(COMMON, "common.cuh");
+header!(MMA, "mma.cuh");
+header!(GEMM, "gemm.cuh");
+header!(FUNCTIONS, "functions.cuh");
+header!(ROUTER, "router.cuh");
+
+impl Source {
+    /// A file of `kernels/` with its headers; [`COMMON`] comes before them by itself.
+    pub(crate) fn new(file: &'static str, headers: &'static [Header], body: &'static str) -> Source {
+        Source { file, headers, body: Cow::Borrowed(body), defines: Vec::new(), exact: false }
+    }
+
+    /// A text made for one node.
+    pub(crate) fn generated(what: &'static str, headers: &'static [Header], body: String) -> Source {
+        Source { file: what, headers, body: Cow::Owned(body), defines: Vec::new(), exact: false }
+    }
+
+    /// With this name defined.
+    #[must_use]
+    pub(crate) fn define(mut self, name: &'static str, value: impl ToString) -> Source {
+        self.defines.push((name, value.to_string()));
+        self
+    }
+
+    /// Without the compiler joining a product and a sum: each operation rounds as it is written.
+    #[must_use]
+    pub(crate) fn exact(mut self) -> Source {
+        self.exact = true;
+        self
+    }
+
+    /// The whole text.
+    pub(crate) fn text(&self) -> String {
+        let mut text = String::new();
+        for (name, value) in &self.defines {
+            text.push_str(&format!("#define {name} {value}\n"));
+        }
+        for (name, header) in [COMMON].iter().chain(self.headers) {
+            text.push_str(&format!("#line 1 \"{name}\"\n{header}\n"));
+        }
+        text.push_str(&format!("#line 1 \"{}\"\n{}\n", self.file, self.body));
+        text
+    }
+
+    /// The file and what is defined, for errors.
+    pub(crate) fn title(&self) -> String {
+        let defines: Vec<String> = self.defines.iter().map(|(n, v)| format!("{n}={v}")).collect();
+        if defines.is_empty() { self.file.into() } else { format!("{} ({})", self.file, defines.join(", ")) }
+    }
+
+    /// The compiler's options.
+    pub(crate) fn options(&self) -> &'static [&'static str] {
+        if self.exact { &["--std=c++17", "--fmad=false"] } else { &["--std=c++17"] }
+    }
+}

@@ -1,0 +1,82 @@
+//! Every kind of CUDA kernel that the op cases need becomes machine code for two kinds of GPU: compiled by NVRTC, which needs no
+//! GPU. Where there is no NVRTC, the test says so and checks only that each case has kernels.
+#![cfg(feature = "cuda")]
+
+use std::collections::BTreeSet;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use moebius_backends::cuda::{Compiler, Cuda, KernelText};
+use moebius_ir::passes;
+use moebius_tests::cases;
+
+/// The oldest GPU that is supported, and one whose code is made with the features of its chip.
+const ARCHITECTURES: [&str; 2] = ["sm_80", "sm_90a"];
+
+/// The kernels of all cases in all dtypes, forward and backward, each once.
+fn kernels() -> Vec<KernelText> {
+    let mut all = BTreeSet::new();
+    for (_, cases) in cases::groups() {
+        for case in cases {
+            for &dtype in case.dtypes {
+                let mut sketch = case.sketch(dtype);
+                if sketch.differentiable() {
+                    sketch.differentiate().unwrap_or_else(|e| panic!("{}: {e}", case.title(dtype)));
+                }
+                let graph = passes::optimise(&sketch.graph).unwrap_or_else(|e| panic!("{e}"));
+                all.extend(Cuda::kernels(&graph).unwrap_or_else(|e| panic!("{}: {e}", case.title(dtype))));
+            }
+        }
+    }
+    all.into_iter().collect()
+}
+
+/// A kernel's title without the extents that only change how often its loops run.
+fn kind(title: &str) -> String {
+    let extents = ["EXPERTS=", "K=", "COUNTED=", "KEEP=", "HEAD=", "JITTER="];
+    let word = |w: &str| match extents.iter().find(|e| w.trim_start_matches('(').starts_with(**e)) {
+        Some(extent) => (*extent).to_owned(),
+        None => w.trim_end_matches([',', ')']).to_owned(),
+    };
+    title.split(' ').map(word).collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+#[expect(clippy::print_stdout, reason = "what was compiled, or that nothing was, is the result")]
+fn every_kernel_compiles() {
+    let kernels = kernels();
+    assert!(kernels.len() > 100, "only {} kernels", kernels.len());
+    let compiler = match Compiler::find() {
+        Ok(compiler) => compiler,
+        Err(why) => {
+            println!("{} kernels are not compiled: {why}", kernels.len());
+            return;
+        }
+    };
+    let mut work: Vec<(&str, &KernelText)> = Vec::new();
+    let mut kinds = BTreeSet::new();
+    for kernel in &kernels {
+        if kernel.title.starts_with("elementwise.cu") {
+            // Generated chains are many and plain: one GPU is enough.
+            work.push((ARCHITECTURES[0], kernel));
+        } else if kinds.insert(kind(&kernel.title)) {
+            work.extend(ARCHITECTURES.map(|arch| (arch, kernel)));
+        }
+    }
+    let (next, failures) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                while let Some((arch, kernel)) = work.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    if let Err(e) = compiler.compile(&kernel.title, &kernel.text, arch, &kernel.options) {
+                        failures.lock().unwrap_or_else(|e| panic!("{e}")).push(e.to_string());
+                    }
+                }
+            });
+        }
+    });
+    let failures = failures.into_inner().unwrap_or_else(|e| panic!("{e}"));
+    assert!(failures.is_empty(), "{} of {} fail:\n{}", failures.len(), work.len(), failures.join("\n"));
+    println!("{} kernels compiled by {}", work.len(), compiler.path().display());
+}
