@@ -19,7 +19,7 @@ fn kernels() -> Vec<KernelText> {
     for (_, cases) in cases::groups() {
         for case in cases {
             for &dtype in case.dtypes {
-                let mut sketch = case.sketch(dtype);
+                let mut sketch = case.sketch(dtype).unwrap_or_else(|e| panic!("{}: {e}", case.title(dtype)));
                 if sketch.differentiable() {
                     sketch.differentiate().unwrap_or_else(|e| panic!("{}: {e}", case.title(dtype)));
                 }

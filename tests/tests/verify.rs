@@ -160,7 +160,7 @@ impl Backend for Refusing {
     }
 
     fn take_notes(&self) -> Vec<String> {
-        self.0.take_notes()
+        self.inner.take_notes()
     }
 
     fn new_store(&self) -> Box<dyn Store> {
