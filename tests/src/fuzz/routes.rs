@@ -71,7 +71,7 @@ pub(super) fn target() -> io::Result<Target> {
             let again = again.clone();
             let length = input.len();
             // A file that is written is synced, which takes far longer than all the rest.
-            let written_again = xxh3_64(input) % 64 == 0;
+            let written_again = xxh3_64(input).is_multiple_of(64);
             Some(Box::new(move || {
                 let text = |e: moebius_models::routes::RouteError| format!("an accepted file: {e}");
                 let header = reader.header().clone();
