@@ -16,7 +16,6 @@
 
 mod error;
 mod mapped;
-#[cfg(feature = "cuda")]
 mod places;
 
 pub mod cpu;

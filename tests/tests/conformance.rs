@@ -4,6 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 
 use moebius_ir::reference::Precision;
 use moebius_ir::{DType, Op, Tensor, passes};
+use moebius_tests::Sketch;
 use moebius_tests::cases::{self, Case};
 use moebius_tests::device::{self, Live, devices};
 use moebius_tests::tolerance::{Class, Tolerance, difference, rms, tolerance};
@@ -114,6 +115,39 @@ macro_rules! groups {
 }
 
 groups! { elementwise, movement, norms, dense, router, sparse, optimizer }
+
+/// What a kernel rejects is an error of the run, or of reading after it, and is forgotten with that.
+#[test]
+fn values_that_kernels_reject_are_errors_on_every_device() {
+    for device in devices() {
+        let mut s = Sketch::new(DType::F32);
+        let (table, x) = (s.float([3, 2], |x| x), s.float([2, 4], |x| x));
+        let w = s.float([5, 4], |x| x);
+        let (ids, targets) = (s.ints([2], &[0, 1]), s.ints([2], &[4, 0]));
+        let (ids_name, targets_name) = ("x3", "x4");
+        let rows = s.graph.embedding(table.unwrap(), ids.unwrap()).unwrap();
+        let loss = s.graph.linear_cross_entropy(x.unwrap(), w.unwrap(), targets.unwrap()).unwrap();
+        s.aux(rows).unwrap();
+        s.aux(loss).unwrap();
+        let mut live = Live::new(device.backend.as_ref(), &s.graph).unwrap();
+        let right = live.run(&s.inputs).unwrap_or_else(|e| panic!("{}: {e}", device.name));
+        for (name, op, value) in
+            [(ids_name, "embedding", 3), (ids_name, "embedding", -1), (targets_name, "linear_cross_entropy", 5)]
+        {
+            let mut inputs = s.inputs.clone();
+            inputs.insert(name.into(), Tensor::i32([2], &[0, value]));
+            match live.run(&inputs) {
+                Err(moebius_backends::Error::Kernel { op: at, found, .. }) => {
+                    assert!(at == op && found.contains(&value.to_string()), "{}: {at}: {found}", device.name);
+                }
+                Err(other) => panic!("{}: {other}", device.name),
+                Ok(_) => panic!("{}: {op} takes {value}", device.name),
+            }
+            let again = live.run(&s.inputs).unwrap_or_else(|e| panic!("{}: {e}", device.name));
+            assert!(device::same_bits(&right, &again), "{}: after {op} rejected {value}", device.name);
+        }
+    }
+}
 
 #[test]
 fn every_group_and_every_op_is_tested() {

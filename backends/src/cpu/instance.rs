@@ -4,34 +4,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use moebius_ir::{DType, Fences, NodeId, Op, Plan, Step, Storage, Value};
+use moebius_ir::{DType, NodeId, Op, Plan, Step, Storage, Value};
 
 use super::BACKEND;
 use super::element::Element;
 use super::lower::{Args, Launch};
 use super::memory::{Buffer, CpuStore, copy};
+use crate::places::{POISON, Place, StepPlaces, of_step, place, states};
 use crate::{Error, Executable, Instance, NonFinite, Result, Store};
-
-/// What a fresh buffer and a fence are filled with: NaN in every float type, -1 in the integers.
-const POISON: u8 = 0xff;
-
-/// Where a step finds a value: in the arena or in the table of stored tensors.
-#[derive(Clone, Copy)]
-pub(crate) enum Place {
-    Arena(usize),
-    State(usize),
-}
 
 struct Launched {
     node: NodeId,
     launch: Launch,
-    operands: Vec<Place>,
-    results: Vec<Place>,
-    scratch: (usize, usize),
-    /// Arena ranges that hold nothing before the step: results that overwrite no operand, and scratch.
-    fresh: Vec<(usize, usize)>,
-    /// Arena ranges that nobody may write during the step: the fences of the buffers that are alive then.
-    fences: Vec<(usize, usize)>,
+    places: StepPlaces,
 }
 
 enum Work {
@@ -52,58 +37,23 @@ pub(crate) struct CpuExecutable(Arc<Program>);
 
 impl CpuExecutable {
     pub(crate) fn new(plan: Plan, launches: Vec<Launch>, pool: Arc<rayon::ThreadPool>, checks: bool) -> Self {
-        let graph = plan.graph();
-        let states: Vec<Value> =
-            graph.inputs().iter().map(|&(_, v)| v).filter(|&v| matches!(plan.storage(v), Storage::State(_))).collect();
-        let place = |v: Value| match plan.storage(v) {
-            Storage::Arena(offset) => Place::Arena(offset),
-            Storage::State(s) => {
-                Place::State(states.iter().position(|&t| t == s).unwrap_or_else(|| unreachable!("listed above")))
-            }
-        };
+        let states = states(&plan);
         let mut launches: Vec<Option<Launch>> = launches.into_iter().map(Some).collect();
         let work = plan
             .steps()
             .iter()
             .enumerate()
             .map(|(at, step)| match *step {
-                Step::Run { node: id, scratch, scratch_bytes } => {
-                    let node = graph.node(id);
-                    let operands: Vec<Place> = node.operands.iter().map(|&v| place(v)).collect();
-                    let results: Vec<Place> = node.results.iter().map(|&v| place(v)).collect();
-                    let offsets: Vec<usize> = operands
-                        .iter()
-                        .filter_map(|p| if let Place::Arena(at) = p { Some(*at) } else { None })
-                        .collect();
-                    let mut fresh = vec![(scratch, scratch_bytes)];
-                    for (&value, place) in node.results.iter().zip(&results) {
-                        if let Place::Arena(at) = *place
-                            && !offsets.contains(&at)
-                        {
-                            fresh.push((at, graph.ty(value).bytes()));
-                        }
-                    }
-                    let alive = plan.lifetimes().iter().filter(|l| l.first <= at && at <= l.last);
-                    let fences = match plan.fences() {
-                        Fences::Off => Vec::new(),
-                        Fences::On => {
-                            alive.map(|l| (l.offset + l.bytes - moebius_ir::FENCE_BYTES, l.offset + l.bytes)).collect()
-                        }
-                    };
-                    let launch = launches[id.index()].take().unwrap_or_else(|| unreachable!("a node is run once"));
-                    Work::Launch(Launched {
-                        node: id,
-                        launch,
-                        operands,
-                        results,
-                        scratch: (scratch, scratch_bytes),
-                        fresh,
-                        fences,
-                    })
+                Step::Run { node, scratch, scratch_bytes } => {
+                    let places = of_step(&plan, &states, at, node, (scratch, scratch_bytes));
+                    let launch = launches[node.index()].take().unwrap_or_else(|| unreachable!("a node is run once"));
+                    Work::Launch(Launched { node, launch, places })
                 }
-                Step::Copy { state, new } => {
-                    Work::Copy { from: place(new), to: place(state), bytes: graph.ty(state).bytes() }
-                }
+                Step::Copy { state, new } => Work::Copy {
+                    from: place(&plan, &states, new),
+                    to: place(&plan, &states, state),
+                    bytes: plan.graph().ty(state).bytes(),
+                },
             })
             .collect();
         CpuExecutable(Arc::new(Program { plan, work, states, pool, checks }))
@@ -183,13 +133,13 @@ impl CpuInstance {
                     Work::Launch(l) => {
                         if program.checks {
                             // SAFETY: planned ranges of the arena that hold no live value during this step.
-                            l.fresh.iter().for_each(|&(at, n)| unsafe { arena.add(at).write_bytes(POISON, n) });
+                            l.places.fresh.iter().for_each(|&(at, n)| unsafe { arena.add(at).write_bytes(POISON, n) });
                             // SAFETY: fences belong to no value.
-                            l.fences.iter().for_each(|&(from, to)| unsafe {
+                            l.places.fences.iter().for_each(|&(from, to)| unsafe {
                                 arena.add(from).write_bytes(POISON, to - from);
                             });
                         }
-                        let args = Args::new(arena, states, &l.operands, &l.results, l.scratch);
+                        let args = Args::new(arena, states, &l.places.operands, &l.places.results, l.places.scratch);
                         let node = program.plan.graph().node(l.node);
                         (l.launch.run)(&args).map_err(|e| Error::Kernel {
                             op: node.op.name(),
@@ -202,7 +152,7 @@ impl CpuInstance {
                             let fence = unsafe { std::slice::from_raw_parts(arena.add(from), to - from) };
                             fence.iter().all(|&b| b == POISON)
                         };
-                        if program.checks && !l.fences.iter().all(intact) {
+                        if program.checks && !l.places.fences.iter().all(intact) {
                             return Err(Error::Fence { op: node.op.name(), site: node.site.clone() });
                         }
                         if !after(me, l) {

@@ -2,7 +2,7 @@
 
 use bytemuck::Pod;
 
-use crate::cpu::instance::Place;
+use crate::places::Place;
 
 /// A value a kernel rejected.
 pub(crate) struct Rejected {

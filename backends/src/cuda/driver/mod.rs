@@ -34,7 +34,7 @@ pub(crate) fn load() -> Result<()> {
 fn fill(path: &Path) -> Result<()> {
     let none = |why: String| CudaError::NoDriver { looked_for: path.display().to_string(), why };
     // SAFETY: the driver's initialisers have no conditions.
-    let library = unsafe { libloading::Library::new(path) }.map_err(|e| none(e.to_string()))?;
+    let library = unsafe { libloading::Library::new(path) }.map_err(|e| none(why(&e)))?;
     let mut found = Vec::with_capacity(trampolines::NAMES.len());
     let mut missing = Vec::new();
     for name in trampolines::NAMES {
@@ -72,6 +72,11 @@ fn fill(path: &Path) -> Result<()> {
         });
     }
     Ok(())
+}
+
+/// What the loader says.
+fn why(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
 }
 
 /// The CUDA version that the loaded driver supports, as the driver counts.
