@@ -25,7 +25,7 @@ fn run(backend: impl Backend + 'static, only: &[&str], seed: u32) -> Report {
 
 fn faulty(op: &'static str, dtype: Option<DType>, factor: f64, only: &[&str]) -> Report {
     let fault = Fault { op, dtype, factor, unchecked_only: false };
-    run(Faulty::new(Arc::new(device::cpu(2).with_checks(false)), fault), only, 0)
+    run(Faulty::new(Arc::new(device::cpu(1).with_checks(false)), fault), only, 0)
 }
 
 fn verdict(report: &Report, op: &str, pass: Pass) -> Option<Verdict> {
@@ -89,10 +89,10 @@ fn a_small_fault_is_found_in_its_dtype_only() {
     for (dtype, factor, sort) in
         [(DType::F32, 1.0 + 1e-5, Sort::F32), (DType::Bf16, 1.03, Sort::Bf16), (DType::F16, 1.004, Sort::F16)]
     {
-        for op in ["softmax", "matmul", "expert_matmul", "layer_norm", "attention"] {
+        for op in ["softmax", "layer_norm", "attention", "expert_matmul_wgrad"] {
             let report = faulty(op, Some(dtype), factor, &[op, "transpose"]);
             assert_eq!(report.failed_subjects(), [op], "{op} in {dtype}");
-            // The others outputs of norms and attention, which are f32 in any case, fail with f32.
+            // The other outputs of norms and attention, which are f32 in any case, fail with f32.
             let wrong = report.failures.iter().find(|f| f.dtype != dtype && dtype != DType::F32);
             assert!(wrong.is_none(), "{wrong:?}");
             let row = report.rows.iter().find(|r| r.op == op && r.pass == Pass::Forward).unwrap();
