@@ -57,13 +57,13 @@ KERNEL norm_grad(const T* x, const float* gamma, const float* mean, const float*
     float m = mean ? mean[blockIdx.x] : 0.0f, r = rstd[blockIdx.x];
     float sum_g = 0.0f, sum_gh = 0.0f;
     for (int i = threadIdx.x; i < d; i += THREADS) {
-        float h = (to_float(x[row + i]) - m) * r, g = to_float(dy[row + i]) * gamma[i];
+        float h = (to_float(x[row + i]) - m) * r, g = __fmul_rn(to_float(dy[row + i]), gamma[i]);
         sum_g += g, sum_gh += g * h;
     }
     float mean_gh = block_sum<THREADS>(sum_gh, room) / (float)d;
     float mean_g = mean ? block_sum<THREADS>(sum_g, room) / (float)d : 0.0f;
     for (int i = threadIdx.x; i < d; i += THREADS) {
-        float h = (to_float(x[row + i]) - m) * r, g = to_float(dy[row + i]) * gamma[i];
+        float h = (to_float(x[row + i]) - m) * r, g = __fmul_rn(to_float(dy[row + i]), gamma[i]);
         dx[row + i] = from_float<T>(r * (g - mean_g - h * mean_gh));
     }
 }
