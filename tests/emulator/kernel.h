@@ -71,6 +71,7 @@ inline unsigned __ballot_sync(unsigned, bool flag) {
 
 inline unsigned __float_as_uint(float x) { unsigned u; memcpy(&u, &x, 4); return u; }
 inline float __uint_as_float(unsigned u) { float x; memcpy(&x, &u, 4); return x; }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int atomicCAS(int* at, int old, int now) { int was = *at; if (was == old) *at = now; return was; }
 inline int atomicAdd(int* at, int n) { int was = *at; *at += n; return was; }
