@@ -2,8 +2,9 @@
 
 use std::borrow::Cow;
 
+use half::{bf16, f16};
 use moebius_backends::Store;
-use moebius_ir::{Graph, Role, TensorType, passes};
+use moebius_ir::{DType, Graph, Role, TensorType, passes};
 
 use crate::element::Element;
 use crate::engine::Engine;
@@ -73,6 +74,16 @@ impl Session {
             }
         }
         Program::new(backend.compile(plan)?)
+    }
+
+    /// [`Session::compile`] for a graph whose parameters are not trained any more: one that the graph reads in a single narrower
+    /// float alone is kept in that dtype, so that it takes less memory and is not converted in every run. Give such
+    /// parameters their values by [`Session::write_rounded`]; results have the bits they would have with wider ones.
+    ///
+    /// # Errors
+    /// As [`Session::compile`].
+    pub fn compile_frozen(&mut self, graph: &Graph) -> Result<Program> {
+        self.compile(&passes::narrow_parameters(graph)?)
     }
 
     /// Runs a program of this session once.
@@ -171,6 +182,24 @@ impl Session {
     /// [`Error::Backend`] for an unknown name or a wrong length.
     pub fn write_bytes(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
         Ok(self.store.write(name, bytes)?)
+    }
+
+    /// Overwrites a tensor of any float dtype, rounding to nearest even.
+    ///
+    /// # Errors
+    /// [`Error::ElementType`] if the tensor does not hold floats; [`Error::Backend`] for an unknown name or a wrong length.
+    pub fn write_rounded(&mut self, name: &str, values: &[f32]) -> Result<()> {
+        match self.store.ty(name).map(|ty| ty.dtype) {
+            Some(DType::Bf16) => {
+                let rounded: Vec<bf16> = values.iter().map(|&v| bf16::from_f32(v)).collect();
+                self.write(name, &rounded)
+            }
+            Some(DType::F16) => {
+                let rounded: Vec<f16> = values.iter().map(|&v| f16::from_f32(v)).collect();
+                self.write(name, &rounded)
+            }
+            Some(DType::F32 | DType::I32 | DType::U32 | DType::Bool) | None => self.write(name, values),
+        }
     }
 
     /// The bytes of a tensor, without a copy where the device's memory is the host's.

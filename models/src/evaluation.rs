@@ -28,27 +28,33 @@ pub struct Evaluator {
 }
 
 impl Evaluator {
-    /// Compiles the evaluation of `batch` sequences at a time; the session must hold the model's parameters.
+    /// Compiles the evaluation of `batch` sequences at a time beside a training step, whose parameters it reads.
     ///
     /// # Errors
     /// As [`Session::compile`].
     pub fn new(session: &mut Session, config: &ModelConfig, batch: usize) -> moebius::Result<Evaluator> {
-        Evaluator::with_routes(session, config, batch, Routes::default())
+        let program = session.compile(&gpt::evaluation(config, batch)?)?;
+        Ok(Evaluator::of(program, batch * config.sequence))
     }
 
-    /// The same for [`Evaluator::run_with`] a tap that wants these routes.
+    /// Compiles the evaluation of a model that is not trained in this session, for [`Evaluator::run_with`] a tap that wants these
+    /// routes. The parameters are added as zeros in the dtype that the model computes in ([`Session::compile_frozen`]): write
+    /// them after this, by [`Session::write_rounded`].
     ///
     /// # Errors
     /// As [`Session::compile`].
-    pub fn with_routes(
+    pub fn frozen(
         session: &mut Session,
         config: &ModelConfig,
         batch: usize,
         routes: Routes,
     ) -> moebius::Result<Evaluator> {
-        let program = session.compile(&gpt::evaluation_with(config, batch, routes)?)?;
-        let n = batch * config.sequence;
-        Ok(Evaluator { program, tokens: vec![0; n], targets: vec![0; n], losses: vec![0.0; n] })
+        let program = session.compile_frozen(&gpt::evaluation_with(config, batch, routes)?)?;
+        Ok(Evaluator::of(program, batch * config.sequence))
+    }
+
+    fn of(program: Program, n: usize) -> Evaluator {
+        Evaluator { program, tokens: vec![0; n], targets: vec![0; n], losses: vec![0.0; n] }
     }
 
     /// The mean loss over all windows.

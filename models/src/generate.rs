@@ -89,25 +89,39 @@ pub struct Generator {
     text: Vec<i32>,
     logits: Vec<f32>,
     config: ModelConfig,
+    frozen: bool,
     tap: RouteTap,
 }
 
 impl Generator {
-    /// Compiles the decoding step; the session must hold the model's parameters.
+    /// Compiles the decoding step beside a training step, whose parameters it reads.
     ///
     /// # Errors
     /// [`gpt::DecodingError::FutureTokens`] for a router in which experts choose tokens; else as [`Session::compile`].
     pub fn new(session: &mut Session, config: &ModelConfig) -> Result<Generator, GenerateError> {
-        Generator::with_routes(session, config, RouteTap::default())
+        Generator::compiled(session, config, false, RouteTap::default())
     }
 
-    /// [`Generator::new`] whose routes are recorded or forced: those of all tokens in the order in which they are run.
+    /// Compiles the decoding step of a model that is not trained in this session. The parameters are added as zeros in the dtype
+    /// that the model computes in ([`Session::compile_frozen`]): write them after this, by [`Session::write_rounded`].
+    /// Routes are recorded or forced by `tap`: those of all tokens in the order in which they are run.
     ///
     /// # Errors
     /// As [`Generator::new`].
-    pub fn with_routes(session: &mut Session, config: &ModelConfig, tap: RouteTap) -> Result<Generator, GenerateError> {
-        let decode = session.compile(&gpt::decoding_with(config, 1, tap.routes())?)?;
+    pub fn frozen(session: &mut Session, config: &ModelConfig, tap: RouteTap) -> Result<Generator, GenerateError> {
+        Generator::compiled(session, config, true, tap)
+    }
+
+    fn compiled(
+        session: &mut Session,
+        config: &ModelConfig,
+        frozen: bool,
+        tap: RouteTap,
+    ) -> Result<Generator, GenerateError> {
+        let graph = gpt::decoding_with(config, 1, tap.routes())?;
+        let decode = if frozen { session.compile_frozen(&graph)? } else { session.compile(&graph)? };
         Ok(Generator {
+            frozen,
             sequence: config.sequence,
             chunk: CHUNK.min(config.sequence),
             prefill: None,
@@ -170,7 +184,8 @@ impl Generator {
     fn run_all(&mut self, session: &mut Session, tokens: &[i32]) -> Result<(), GenerateError> {
         if tokens.len() >= self.chunk && self.prefill.is_none() {
             let graph = gpt::decoding_with(&self.config, self.chunk, self.tap.routes())?;
-            self.prefill = Some(session.compile(&graph)?);
+            let frozen = self.frozen;
+            self.prefill = Some(if frozen { session.compile_frozen(&graph)? } else { session.compile(&graph)? });
         }
         let mut rest = tokens;
         while !rest.is_empty() {

@@ -4,11 +4,13 @@ mod constant_folding;
 mod cse;
 mod dce;
 mod fusion;
+mod narrow;
 
 pub use constant_folding::fold_constants;
 pub use cse::eliminate_common_subexpressions;
 pub use dce::eliminate_dead_code;
 pub use fusion::fuse_elementwise;
+pub use narrow::narrow_parameters;
 
 use crate::error::Result;
 use crate::graph::Graph;

@@ -54,20 +54,42 @@ pub fn initialise<E>(
         match &parameter.start {
             Start::Zero => values.resize(elements, 0.0),
             Start::One => values.resize(elements, 1.0),
-            Start::Normal { std } => values.extend((0..elements).map(|i| normal(stream, *std, i))),
-            Start::Uniform { bound } => values.extend((0..elements).map(|i| {
+            Start::Normal { std } => draw(&mut values, elements, |i| normal(stream, *std, i)),
+            Start::Uniform { bound } => draw(&mut values, elements, |i| {
                 let u = f64::from(philox::uniform(key, stream, i as u64));
                 ((2.0 * u - 1.0) * bound) as f32
-            })),
+            }),
             Start::Shared { source, elements: length, std } => {
                 // The draw is that of the first parameter that shares it.
                 let shares = |p: &Parameter| matches!(&p.start, Start::Shared { source: s, .. } if s == source);
                 let stream = list.iter().position(shares).map_or(stream, |first| first as u32);
-                let draw: Vec<f32> = (0..*length).map(|i| normal(stream, *std, i)).collect();
-                values.extend(draw.iter().cycle().take(elements));
+                let mut once = Vec::new();
+                draw(&mut once, *length, |i| normal(stream, *std, i));
+                values.extend(once.iter().cycle().take(elements));
             }
         }
         set(parameter, &values)?;
     }
     Ok(())
+}
+
+/// Below this many values a thread takes longer to start than to draw its share.
+const SHARE: usize = 1 << 16;
+
+/// Fills `values` with `value(0)`, `value(1)`, .. up to `elements`, on all cores: the largest models have tens of billions.
+fn draw(values: &mut Vec<f32>, elements: usize, value: impl Fn(usize) -> f32 + Sync) {
+    values.resize(elements, 0.0);
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let share = elements.div_ceil(threads).max(SHARE);
+    std::thread::scope(|scope| {
+        let value = &value;
+        for (part, values) in values.chunks_mut(share).enumerate() {
+            let mut fill = move || values.iter_mut().enumerate().for_each(|(i, v)| *v = value(part * share + i));
+            if elements <= share {
+                fill();
+            } else {
+                scope.spawn(fill);
+            }
+        }
+    });
 }

@@ -6,6 +6,7 @@ use moebius::{Engine, Optimizer, StepTime, Trainer};
 use moebius_models::config::Config;
 use moebius_models::generate::Generator;
 use moebius_models::gpt;
+use moebius_models::routes::RouteTap;
 use serde_json::{Value, json};
 
 use crate::cli::{BenchArgs, BenchKind};
@@ -115,8 +116,8 @@ fn step(args: &BenchArgs, config: &Config, engine: &Engine) -> Result<Value, Fai
 fn decode(args: &BenchArgs, config: &Config, engine: &Engine) -> Result<Value, Failure> {
     let tokens = args.steps.unwrap_or(128).max(1);
     let mut session = engine.session();
-    let mut generator = Generator::new(&mut session, &config.model)?;
-    gpt::initialise(&config.model, config.train.seed, |p, values| session.write(&p.name, values))?;
+    let mut generator = Generator::frozen(&mut session, &config.model, RouteTap::default())?;
+    gpt::initialise(&config.model, config.train.seed, |p, values| session.write_rounded(&p.name, values))?;
     let mut times = Vec::with_capacity(tokens);
     let mut next = 0i32;
     for i in 0..tokens + WARM_UP {

@@ -29,7 +29,8 @@ pub(crate) fn run(args: &EvalArgs) -> Result<(), Failure> {
     }
     let windows = Windows::new(&corpus.train, batch, sequence, None)?;
     let mut tap = RouteTap::open(&model.config, args.record_routes.as_deref(), args.replay_routes.as_deref())?;
-    let mut evaluator = Evaluator::with_routes(&mut model.session, &model.config.model, batch, tap.routes())?;
+    let mut evaluator = Evaluator::frozen(&mut model.session, &model.config.model, batch, tap.routes())?;
+    model.load()?;
     crate::text::notes(model.session.engine());
     let found = evaluator.run_with(&mut model.session, &windows, &mut tap)?;
     if args.json {

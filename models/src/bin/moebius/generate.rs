@@ -22,7 +22,8 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<(), Failure> {
     }
     let mut model = model::open(&args.model, &args.device)?;
     let tap = RouteTap::open(&model.config, args.record_routes.as_deref(), args.replay_routes.as_deref())?;
-    let mut generator = Generator::with_routes(&mut model.session, &model.config.model, tap)?;
+    let mut generator = Generator::frozen(&mut model.session, &model.config.model, tap)?;
+    model.load()?;
     crate::text::notes(model.session.engine());
     stream(&mut model.session, &mut generator, &model.tokenizer, &args.prompt, args.tokens, &sampling)?;
     Ok(generator.finish()?)

@@ -11,11 +11,28 @@ use moebius_models::training::{self, TOKENIZER_FILE};
 use crate::failure::Failure;
 use crate::text::note;
 
-/// A trained model on a device.
+/// A trained model and the device it is to run on. Its programs are compiled before [`Model::load`], which only then knows in
+/// which dtypes they want the parameters, and that there is memory for them.
 pub(crate) struct Model {
     pub(crate) config: Config,
     pub(crate) tokenizer: Tokenizer,
     pub(crate) session: Session,
+    checkpoint: Checkpoint,
+}
+
+impl Model {
+    /// Reads every parameter that a program of the session wants from the checkpoint.
+    pub(crate) fn load(&mut self) -> Result<(), Failure> {
+        let mut values: Vec<f32> = Vec::new();
+        for info in training::parameter_infos(&self.config) {
+            if self.session.ty(&info.name).is_some() {
+                values.resize(info.shape.iter().product(), 0.0);
+                self.checkpoint.model.load_into(&info.name, bytemuck::cast_slice_mut(&mut values))?;
+                self.session.write_rounded(&info.name, &values)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// A checkpoint and the folder of its run.
@@ -50,10 +67,10 @@ pub(crate) fn find(path: &Path) -> Result<Found, Failure> {
     }
 }
 
-/// Loads a model's weights onto a device.
+/// Opens a model and a device, and looks whether the checkpoint is one of that model.
 pub(crate) fn open(path: &Path, device: &str) -> Result<Model, Failure> {
     let engine = Engine::open(device)?;
-    let Found { mut checkpoint, folder } = find(path)?;
+    let Found { checkpoint, folder } = find(path)?;
     let config = Config::from_toml(&checkpoint.state.config, "the checkpoint's configuration")?;
     let tokenizer = if checkpoint.state.tokenizer_hash == Tokenizer::Bytes.fingerprint() {
         Tokenizer::Bytes
@@ -64,16 +81,6 @@ pub(crate) fn open(path: &Path, device: &str) -> Result<Model, Failure> {
         let (wanted, found) = (checkpoint.state.tokenizer.clone(), tokenizer.name().to_owned());
         return Err(training::TrainingError::OtherTokenizer { path: folder, wanted, found }.into());
     }
-    let mut session = engine.session();
-    let infos = training::parameter_infos(&config);
-    checkpoint.model.expect(&infos)?;
-    let mut bytes = Vec::new();
-    for info in infos {
-        let ty = moebius::ir::TensorType::f32(info.shape.clone());
-        bytes.resize(ty.bytes(), 0);
-        checkpoint.model.load_into(&info.name, &mut bytes)?;
-        session.insert(&info.name, &ty)?;
-        session.write_bytes(&info.name, &bytes)?;
-    }
-    Ok(Model { config, tokenizer, session })
+    checkpoint.model.expect(&training::parameter_infos(&config))?;
+    Ok(Model { config, tokenizer, session: engine.session(), checkpoint })
 }
