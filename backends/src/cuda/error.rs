@@ -71,7 +71,10 @@ pub enum CudaError {
         log: String,
     },
     /// The GPU has too little memory.
-    #[error("the GPU has too little memory: {what} needs {}, {} of {} are free", gigabytes(*bytes), gigabytes(*free), gigabytes(*total))]
+    #[error(
+        "the GPU has too little memory: {what} needs {}, {} of {} are free",
+        gigabytes(*bytes), gigabytes(*free), gigabytes(*total)
+    )]
     OutOfMemory {
         /// What it was for.
         what: String,

@@ -30,35 +30,36 @@ struct GemmRoom {
 /// Part of a stage on its way from global to shared memory.
 struct Carried { float element[CARRIED]; };
 
-/// Row and column of element i: neighbouring threads go along the axis that lies together in memory.
-__device__ __forceinline__ void element_at(bool along_k, int i, int& r, int& c) {
-    r = along_k ? i / DEPTH : i % TILE;
-    c = along_k ? i % DEPTH : i / TILE;
-}
+/// Where a thread's first element is, row and column, and how far the next is from it: neighbouring threads go along the axis
+/// that lies together in memory.
+struct Walk {
+    int r, c, dr, dc;
+    __device__ __forceinline__ Walk(bool along_k) {
+        r = along_k ? threadIdx.x / DEPTH : threadIdx.x % TILE, dr = along_k ? GEMM_THREADS / DEPTH : 0;
+        c = along_k ? threadIdx.x % DEPTH : threadIdx.x / TILE, dc = along_k ? 0 : GEMM_THREADS / TILE;
+    }
+};
 
 /// Loads rows `row0..` and columns `k0..` of m (rows x k).
 __device__ __forceinline__ Carried fetch(const Matrix& m, int row0, int rows, int k0, int k) {
     Carried carried;
-    bool along_k = m.column == 1;
+    Walk w(m.column == 1);
+    int r = row0 + w.r, c = k0 + w.c;
+    const T* from = m.at + r * m.row + c * m.column;
+    i64 step = w.dr * m.row + w.dc * m.column;
 #pragma unroll
     for (int i = 0; i < CARRIED; i++) {
-        int r, c;
-        element_at(along_k, threadIdx.x + i * GEMM_THREADS, r, c);
-        bool inside = row0 + r < rows && k0 + c < k;
-        carried.element[i] = inside ? m.at[(i64)(row0 + r) * m.row + (i64)(k0 + c) * m.column] : 0.0f;
+        bool inside = r + i * w.dr < rows && c + i * w.dc < k;
+        carried.element[i] = inside ? from[i * step] : 0.0f;
     }
     return carried;
 }
 
 /// Puts what was loaded into `to[k][row]`.
 __device__ __forceinline__ void place(float (*to)[TILE + 4], const Matrix& m, const Carried& carried) {
-    bool along_k = m.column == 1;
+    Walk w(m.column == 1);
 #pragma unroll
-    for (int i = 0; i < CARRIED; i++) {
-        int r, c;
-        element_at(along_k, threadIdx.x + i * GEMM_THREADS, r, c);
-        to[c][r] = carried.element[i];
-    }
+    for (int i = 0; i < CARRIED; i++) to[w.c + i * w.dc][w.r + i * w.dr] = carried.element[i];
 }
 
 /// The elements of one row of shared memory that belong to place `at` of 16.
@@ -130,34 +131,38 @@ struct GemmRoom {
 /// Part of a stage on its way from global to shared memory.
 struct Carried { uint4 segment[SEGMENTS]; };
 
-/// Row and column of the first element of segment s: segments go along the axis that lies together in memory.
-__device__ __forceinline__ void segment_at(bool along_k, int s, int& r, int& c) {
-    r = along_k ? s / (DEPTH / 8) : s % (TILE / 8) * 8;
-    c = along_k ? s % (DEPTH / 8) * 8 : s / (TILE / 8);
-}
+/// Where a thread's first segment begins, row and column, and how far the next is from it: segments go along the axis that lies
+/// together in memory.
+struct Walk {
+    int r, c, dr, dc;
+    __device__ __forceinline__ Walk(bool along_k) {
+        r = along_k ? threadIdx.x / (DEPTH / 8) : threadIdx.x % (TILE / 8) * 8, dr = along_k ? GEMM_THREADS / (DEPTH / 8) : 0;
+        c = along_k ? threadIdx.x % (DEPTH / 8) * 8 : threadIdx.x / (TILE / 8), dc = along_k ? 0 : GEMM_THREADS / (TILE / 8);
+    }
+};
 
 /// Loads rows `row0..` and columns `k0..` of m (rows x k).
 __device__ __forceinline__ Carried fetch(const Matrix& m, int row0, int rows, int k0, int k) {
     Carried carried;
     bool along_k = m.column == 1;
-    i64 across = along_k ? m.row : m.column;
-    bool aligned = ((u64)m.at % 16 == 0) && across % 8 == 0;
+    bool aligned = ((u64)m.at % 16 == 0) && (along_k ? m.row : m.column) % 8 == 0;
+    Walk w(along_k);
+    int r = row0 + w.r, c = k0 + w.c;
+    const T* at = m.at + r * m.row + c * m.column;
+    i64 step = w.dr * m.row + w.dc * m.column;
 #pragma unroll
-    for (int i = 0; i < SEGMENTS; i++) {
-        int r, c;
-        segment_at(along_k, threadIdx.x + i * GEMM_THREADS, r, c);
-        r += row0, c += k0;
-        const T* from = m.at + (i64)r * m.row + (i64)c * m.column;
-        bool whole = along_k ? r < rows && c + 8 <= k : r + 8 <= rows && c < k;
-        if (whole && aligned) {
+    for (int i = 0; i < SEGMENTS; i++, r += w.dr, c += w.dc) {
+        const T* from = at + i * step;
+        // How many of the 8 elements are there: they go on along k, or along the rows.
+        int there = along_k ? (r < rows ? k - c : 0) : (c < k ? rows - r : 0);
+        if (there >= 8 && aligned) {
             carried.segment[i] = *(const uint4*)from;
             continue;
         }
         u32 words[4];
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-            bool inside = along_k ? r < rows && c + j < k : r + j < rows && c < k;
-            u32 bits = inside ? from[j].bits : 0;
+            u32 bits = j < there ? from[j].bits : 0;
             if (j % 2 == 0) words[j / 2] = bits;
             else words[j / 2] |= bits << 16;
         }
@@ -169,10 +174,10 @@ __device__ __forceinline__ Carried fetch(const Matrix& m, int row0, int rows, in
 /// Puts what was loaded into `to[row][k]`.
 __device__ __forceinline__ void place(u16 (*to)[PITCH], const Matrix& m, const Carried& carried) {
     bool along_k = m.column == 1;
+    Walk w(along_k);
 #pragma unroll
     for (int i = 0; i < SEGMENTS; i++) {
-        int r, c;
-        segment_at(along_k, threadIdx.x + i * GEMM_THREADS, r, c);
+        int r = w.r + i * w.dr, c = w.c + i * w.dc;
         uint4 segment = carried.segment[i];
         if (along_k) {
             *(uint4*)&to[r][c] = segment;
