@@ -241,6 +241,16 @@ pub enum ComputeDtype {
     Bf16,
 }
 
+impl ComputeDtype {
+    /// Bytes of one number.
+    pub const fn bytes(self) -> usize {
+        match self {
+            ComputeDtype::F32 => 4,
+            ComputeDtype::Bf16 => 2,
+        }
+    }
+}
+
 /// How the learning rate comes down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -61,7 +61,12 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
             println!("{:.2} GB/s of active weights", number("weight_gb_per_s"));
         }
     }
-    println!("peak memory {}", text::bytes(number("peak_rss_bytes")));
+    println!(
+        "on the device {} of parameters and state, {} of activations and scratch; this process held at most {}",
+        text::bytes(number("state_bytes")),
+        text::bytes(number("arena_bytes")),
+        text::bytes(number("peak_rss_bytes"))
+    );
     Ok(())
 }
 
@@ -102,8 +107,11 @@ fn step(args: &BenchArgs, config: &Config, engine: &Engine) -> Result<Value, Fai
     }
     let seconds = median(times);
     let flops = config.flops_per_token().total as f64;
+    let plan = trainer.program().plan();
     Ok(json!({
         "bench": "step",
+        "state_bytes": plan.state_bytes(),
+        "arena_bytes": plan.arena_bytes(),
         "steps": steps,
         "tokens": tokens,
         "step_ms": seconds * 1e3,
@@ -133,9 +141,12 @@ fn decode(args: &BenchArgs, config: &Config, engine: &Engine) -> Result<Value, F
         print_profile(&session.profile(generator.program(), 20)?);
     }
     let seconds = median(times);
-    let weights = config.parameters().active * 4;
+    let weights = config.parameters().active * config.model.dtype.bytes() as u64;
+    let plan = generator.program().plan();
     Ok(json!({
         "bench": "decode",
+        "state_bytes": plan.state_bytes(),
+        "arena_bytes": plan.arena_bytes(),
         "tokens": tokens,
         "decode_ms": seconds * 1e3,
         "tokens_per_s": 1.0 / seconds,
