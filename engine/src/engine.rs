@@ -11,6 +11,22 @@ use moebius_ir::{Graph, passes};
 use crate::error::{Error, Result};
 use crate::session::Session;
 
+/// Bytes that a program takes on its device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// Parameters and state.
+    pub state: u64,
+    /// Everything else: activations, gradients, feeds, outputs, scratch memory.
+    pub arena: u64,
+}
+
+impl Memory {
+    /// Both together.
+    pub fn total(&self) -> u64 {
+        self.state.saturating_add(self.arena)
+    }
+}
+
 /// A device that graphs can be compiled for.
 #[derive(Clone)]
 pub struct Engine {
@@ -116,6 +132,20 @@ impl Engine {
     pub fn checked(&self) -> Result<Engine> {
         let backend = self.backend.checked().ok_or(Error::NoChecks { device: self.name() })?;
         Ok(Engine { backend })
+    }
+
+    /// The memory that `graph` takes on the device, from its plan. Allocates nothing on the device.
+    ///
+    /// # Errors
+    /// [`Error::Graph`] or [`Error::Backend`] if the graph is refused.
+    pub fn memory(&self, graph: &Graph) -> Result<Memory> {
+        let plan = self.backend.plan(passes::optimise(graph)?)?;
+        Ok(Memory { state: plan.state_bytes() as u64, arena: plan.arena_bytes() as u64 })
+    }
+
+    /// Bytes that can be allocated on the device now, where that can be told.
+    pub fn free_memory(&self) -> Option<u64> {
+        self.backend.free_memory()
     }
 
     /// Every node of `graph`, as the passes leave it, that the device cannot run; none if [`Session::compile`] would take it.

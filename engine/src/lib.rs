@@ -14,11 +14,11 @@ mod program;
 mod session;
 mod trainer;
 
-pub use moebius_backends::{MappedFile, Refusal};
+pub use moebius_backends::{Error as BackendError, MappedFile, Refusal};
 pub use moebius_ir as ir;
 
 pub use element::Element;
-pub use engine::{DeviceReport, Engine};
+pub use engine::{DeviceReport, Engine, Memory};
 pub use error::{Error, Result};
 pub use program::Program;
 pub use session::{Session, StepTime};

@@ -5,6 +5,7 @@
 //! counter-based generators, so a run that was killed and resumed gives the same bits as one that was not.
 
 mod error;
+mod memory;
 mod state;
 
 use std::io::Write;
@@ -24,6 +25,7 @@ use crate::metrics::{AlarmRecord, EvalRecord, MetricsWriter, Record, TrainRecord
 use crate::tokenizer::Tokenizer;
 
 pub use error::TrainingError;
+pub use memory::{largest_batch, memory};
 use state::newest_intact;
 
 /// File with the run's configuration.
@@ -141,7 +143,13 @@ impl Run {
             weight_decay: train.weight_decay as f32,
             clip: train.clip as f32,
         };
-        let trainer = Trainer::new(&mut session, graph.graph, graph.loss, &optimizer)?;
+        let trainer = match Trainer::new(&mut session, graph.graph, graph.loss, &optimizer) {
+            Err(moebius::Error::Backend(source @ moebius::BackendError::TooLarge { free, .. })) => {
+                let largest = largest_batch(engine, &config, free)?;
+                return Err(TrainingError::TooLarge { source, largest });
+            }
+            made => made?,
+        };
         let evaluator = Evaluator::new(&mut session, &config.model, train.batch)?;
 
         // Only now, so that a model that does not fit the device leaves nothing behind.

@@ -44,6 +44,14 @@ pub enum TrainingError {
         /// The system's answer.
         source: std::io::Error,
     },
+    /// A step takes more memory than the device has.
+    #[error("{source}; {}", advice(*largest))]
+    TooLarge {
+        /// What it takes, and what there is.
+        source: moebius::BackendError,
+        /// The largest batch that fits; 0 if none does.
+        largest: usize,
+    },
     /// A fresh run would overwrite an older one.
     #[error("{} already holds a training run: go on with it by --resume, or choose another folder with --out", path.display())]
     RunExists {
@@ -92,4 +100,12 @@ pub enum TrainingError {
         /// What is wrong with the newest.
         newest: CheckpointError,
     },
+}
+
+/// What to do about a step that is too large.
+fn advice(largest: usize) -> String {
+    match largest {
+        0 => "not even a batch of 1 fits".into(),
+        largest => format!("the largest batch that fits is {largest} (--set train.batch={largest})"),
+    }
 }

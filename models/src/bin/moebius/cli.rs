@@ -174,6 +174,9 @@ pub(crate) struct InspectArgs {
     /// Batch size for the memory of activations [default: the preset's]
     #[arg(long, value_name = "B")]
     pub(crate) batch: Option<usize>,
+    /// Device whose memory training is held against: auto, cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    pub(crate) device: String,
     /// Change one setting, as in `--set model.experts=[4,8]`
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,

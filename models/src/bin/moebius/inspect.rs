@@ -1,8 +1,8 @@
 //! `moebius inspect`: what a model is and what it takes, without allocating it.
 
-use moebius::{Engine, Optimizer, training_step};
+use moebius::Engine;
 use moebius_models::config::Config;
-use moebius_models::gpt;
+use moebius_models::training;
 use serde_json::json;
 
 use crate::cli::InspectArgs;
@@ -31,7 +31,14 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
     config.validate()?;
     let (parameters, flops, bytes) = (config.parameters(), config.flops_per_token(), config.training_bytes());
     let batch = config.train.batch;
-    let activations = activation_bytes(&config)?;
+    let engine = Engine::open(&args.device)?;
+    let memory = training::memory(&engine, &config)?;
+    let activations = memory.arena;
+    let free = engine.free_memory();
+    let largest = match free {
+        Some(free) if memory.total() > free => Some(training::largest_batch(&engine, &config, free)?),
+        Some(_) | None => None,
+    };
     if args.json {
         let layers: Vec<_> = parameters
             .per_layer
@@ -56,6 +63,10 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
             "batch": batch,
             "sequence": config.model.sequence,
             "activation_bytes": activations,
+            "device": engine.name(),
+            "peak_bytes": memory.total(),
+            "free_bytes": free,
+            "largest_batch": largest.unwrap_or(batch),
             "router": config.model.routing().to_string(),
             "top_k": config.model.top_k(),
             "token_embedding": parameters.token_embedding,
@@ -108,21 +119,23 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
     println!("  gradients    {:>10}", text::bytes(bytes.gradients as f64));
     println!("  optimizer    {:>10}", text::bytes(bytes.optimizer as f64));
     println!(
-        "  activations  {:>10}  (with gradients in the CPU's arena: {})",
+        "  activations  {:>10}  (with gradients in the device's arena: {})",
         text::bytes(activations.saturating_sub(bytes.gradients) as f64),
         text::bytes(activations as f64)
     );
+    let total = text::bytes(memory.total() as f64);
+    print!("  on {:<9} {total:>10}", engine.name());
+    match (free, largest) {
+        (Some(free), None) => println!("  of {} that are free", text::bytes(free as f64)),
+        (Some(free), Some(0)) => {
+            println!("  of {} that are free: not even a batch of 1 fits", text::bytes(free as f64))
+        }
+        (Some(free), Some(batch)) => {
+            println!("  of {} that are free: the largest batch that fits is {batch}", text::bytes(free as f64));
+        }
+        (None, _) => println!(),
+    }
     Ok(())
-}
-
-/// Bytes of the arena of a training step, from its plan: activations, gradients and scratch memory.
-fn activation_bytes(config: &Config) -> Result<u64, Failure> {
-    let training = gpt::training(&config.model, config.train.batch)?;
-    let mut graph = training.graph;
-    training_step(&mut graph, training.loss, &Optimizer::default())?;
-    let graph = moebius::ir::passes::optimise(&graph)?;
-    let plan = Engine::cpu(None)?.backend().plan(graph).map_err(moebius::Error::from)?;
-    Ok(plan.arena_bytes() as u64)
 }
 
 fn list(as_json: bool) -> Result<(), Failure> {

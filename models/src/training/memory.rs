@@ -1,0 +1,56 @@
+//! What a run takes of a device's memory, known before it starts.
+
+use moebius::{Engine, Memory, Optimizer, training_step};
+
+use crate::config::Config;
+use crate::gpt;
+
+/// The memory of a training step of this configuration on a device, from its plan. Allocates nothing on the device.
+///
+/// # Errors
+/// As [`Engine::memory`].
+pub fn memory(engine: &Engine, config: &Config) -> moebius::Result<Memory> {
+    let training = gpt::training(&config.model, config.train.batch)?;
+    let mut graph = training.graph;
+    training_step(&mut graph, training.loss, &Optimizer::default())?;
+    engine.memory(&graph)
+}
+
+/// The largest batch up to the configuration's of which a training step takes at most `free` bytes; 0 if there is none.
+///
+/// # Errors
+/// As [`Engine::memory`].
+pub fn largest_batch(engine: &Engine, config: &Config, free: u64) -> moebius::Result<usize> {
+    let mut config = config.clone();
+    // `most` is too large, or one more than what was asked for; `fits` fits, or is 0.
+    let (mut fits, mut most) = (0, config.train.batch + 1);
+    while most - fits > 1 {
+        config.train.batch = fits.midpoint(most);
+        if memory(engine, &config)?.total() <= free {
+            fits = config.train.batch;
+        } else {
+            most = config.train.batch;
+        }
+    }
+    Ok(fits)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_largest_batch_fits_and_the_next_does_not() {
+        let engine = Engine::cpu(Some(1)).unwrap();
+        let mut config = Config::preset("tiny-pr-moe").unwrap();
+        let mut at = |batch: usize| {
+            config.train.batch = batch;
+            memory(&engine, &config).unwrap().total()
+        };
+        let (one, five, six, eight) = (at(1), at(5), at(6), at(8));
+        assert!(one < five && five < six && six < eight);
+        let largest = |free: u64| largest_batch(&engine, &config, free).unwrap();
+        assert_eq!([largest(eight), largest(u64::MAX)], [8, 8]);
+        assert_eq!([largest(six - 1), largest(five), largest(one), largest(one - 1), largest(0)], [5, 5, 1, 0, 0]);
+    }
+}
