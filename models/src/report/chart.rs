@@ -100,7 +100,12 @@ impl Chart {
         let lines = self.lines.iter().flat_map(|line| &line.points).map(|point| point.1);
         let all: Vec<f64> = lines.chain(self.raw.iter().map(|point| point.1)).collect();
         let (low, high) = all.iter().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), &v| (l.min(v), h.max(v)));
-        (if self.from_zero { low.min(0.0) } else { low }, high)
+        match self.from_zero {
+            // Nothing but zeros stands on the axis, not in the middle of a chart that reaches below it.
+            true if low == 0.0 && high == 0.0 => (0.0, 1.0),
+            true => (low.min(0.0), high),
+            false => (low, high),
+        }
     }
 
     /// A logarithmic axis where the values span so much that a linear one would squash most of them.
