@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
+#include <vector>
 
 #define MOEBIUS_EMULATOR 1
 #define __global__
@@ -101,6 +102,35 @@ inline void emulated_mma(float (&c)[4], const unsigned (&a)[4], const unsigned (
         }
         c[q] += sum;
     }
+}
+
+/// The four 8 x 8 matrices of ldmatrix, whose rows the lanes name.
+inline void emulated_ldmatrix(unsigned& a, unsigned& b, unsigned& c, unsigned& d, const void* row, bool transposed) {
+    uint64_t address = (uint64_t)row;
+    uint64_t (*all)[8] = exchange(&address, sizeof address);
+    int lane = moebius_emulator->now->lane, group = lane / 4, pair = lane % 4;
+    unsigned* to[4] = {&a, &b, &c, &d};
+    for (int m = 0; m < 4; m++) {
+        auto element = [&](int r, int c) { return (unsigned)((const uint16_t*)all[8 * m + r][0])[c]; };
+        *to[m] = transposed ? element(2 * pair, group) | element(2 * pair + 1, group) << 16
+                            : element(group, 2 * pair) | element(group, 2 * pair + 1) << 16;
+    }
+}
+
+/// Copies that a thread has started: they happen when it waits for them, so that reading too early shows.
+struct Copy { void* to; const void* from; bool real; };
+inline std::vector<Copy>& emulated_copies() {
+    static std::vector<Copy> all[1024];
+    return all[threadIdx.x];
+}
+inline void emulated_copy_async(void* to, const void* from, bool real) { emulated_copies().push_back({to, from, real}); }
+inline void emulated_copies_end() {}
+inline void emulated_copies_wait() {
+    for (const Copy& copy : emulated_copies()) {
+        if (copy.real) memcpy(copy.to, copy.from, 16);
+        else memset(copy.to, 0, 16);
+    }
+    emulated_copies().clear();
 }
 
 template <typename... A, size_t... I> void emulated_call(void (*kernel)(A...), void** p, std::index_sequence<I...>) {

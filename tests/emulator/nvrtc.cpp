@@ -45,8 +45,8 @@ int nvrtcCompileProgram(Program* p, int, const char**) {
         text += "extern \"C\" void " + k + "__sizes(size_t* s) { emulated_sizes(" + k + ", s); }\n";
     }
     std::ofstream(base + ".cpp") << text;
-    // Products and sums are not joined: fmaf is written where it is meant.
-    std::string command = "g++ -std=c++17 -O1 -w -fPIC -shared -Bsymbolic -ffp-contract=off -include " + folder() +
+    // Products and sums are not joined: fmaf is written where it is meant. Shared memory of a template is each module's own.
+    std::string command = "g++ -std=c++17 -O1 -w -fPIC -shared -Bsymbolic -fno-gnu-unique -ffp-contract=off -include " + folder() +
                           "/kernel.h " + base + ".cpp -o " + base + ".so 2> " + base + ".log";
     int result = system(command.c_str());
     p->log = content(base + ".log");

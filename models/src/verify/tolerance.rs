@@ -11,6 +11,8 @@ pub enum Class {
     Element,
     /// Sums, products and chains: errors compare with the size of the whole result.
     Sum,
+    /// A mean of values by weights that a device may round to the dtype first, as the tensor cores want them.
+    Weighted,
     /// A gradient: a chain of several ops.
     Gradient,
     /// A whole layer or its gradient: some dozens of ops, each with a rounding.
@@ -75,6 +77,8 @@ pub fn tolerance(class: Class, dtype: DType) -> Tolerance {
         // size in f16 are the error of f32 and two of its smallest numbers.
         Class::Element => (if wide { 16.0 } else { 1.0 }, if wide { 1.0 } else { 2.5e-4 }),
         Class::Sum => (if wide { 16.0 } else { 1.0 }, if wide { 16.0 } else { 0.02 }),
+        // A rounding of each weight is half a spacing of it; their sum has about the size of one, a few times that at its worst.
+        Class::Weighted => (if wide { 16.0 } else { 1.0 }, if wide { 16.0 } else { 1.5 }),
         Class::Gradient => (if wide { 64.0 } else { 2.0 }, if wide { 64.0 } else { 4.0 }),
         Class::Layer => (if wide { 128.0 } else { 4.0 }, if wide { 128.0 } else { 16.0 }),
     };

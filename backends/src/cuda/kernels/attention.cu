@@ -12,20 +12,6 @@
 /// Keys (queries) of one thread; where there are more threads than keys, some have none.
 #define OTHERS ((BLOCK + LANES - 1) / LANES)
 
-/// Extents of the packed qkv [batch, tokens, (heads + 2 kv_heads) HEAD].
-struct Heads {
-    int batch, tokens, heads, kv_heads, causal;
-    float scale;
-
-    __device__ __forceinline__ i64 pitch() const { return (i64)(heads + 2 * kv_heads) * HEAD; }
-    __device__ __forceinline__ i64 query(int b, int h) const { return (i64)b * tokens * pitch() + (i64)h * HEAD; }
-    __device__ __forceinline__ i64 key(int b, int g) const { return query(b, heads + g); }
-    __device__ __forceinline__ i64 value(int b, int g) const { return query(b, heads + kv_heads + g); }
-    __device__ __forceinline__ i64 result(int b, int h) const { return ((i64)b * tokens * heads + h) * HEAD; }
-    __device__ __forceinline__ i64 result_pitch() const { return (i64)heads * HEAD; }
-    __device__ __forceinline__ i64 row(int b, int h) const { return ((i64)b * heads + h) * tokens; }
-};
-
 /// Rows `from..from + BLOCK` of a matrix whose rows are `pitch` apart, 0 beyond the last.
 __device__ __forceinline__ void load(float (*to)[PITCH], const T* m, i64 pitch, int from, int rows) {
     for (int i = threadIdx.x; i < BLOCK * HEAD; i += THREADS) {

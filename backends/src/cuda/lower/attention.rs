@@ -1,13 +1,15 @@
 //! Launches of attention, its gradient, and attention over a cache.
 
 use moebius_ir::ops::{Attention, AttentionCached, AttentionGrad};
-use moebius_ir::{Graph, Node};
+use moebius_ir::{DType, Graph, Node};
 
 use super::{Lowered, dtype, int, shapes, typed};
 use crate::cuda::launch::{Arg, Launch, Scratch, kernel};
-use crate::cuda::source::Source;
+use crate::cuda::source::{HEADS, MMA, Source, TILES};
 
 const TEXT: &str = include_str!("../kernels/attention.cu");
+const FAST: &str = include_str!("../kernels/attention_mma.cu");
+const FAST_GRAD: &str = include_str!("../kernels/attention_grad_mma.cu");
 const CACHED: &str = include_str!("../kernels/attention_cached.cu");
 const THREADS: usize = 128;
 /// The widest head: four blocks of rows must fit shared memory.
@@ -23,6 +25,36 @@ fn block(head: usize) -> Result<usize, String> {
     }
 }
 
+/// Rows of the blocks of the tensor cores' kernels, by the width of a head, so that two blocks of others at a time and the own
+/// rows fit 48 KB of shared memory, and a warp's sums its registers.
+#[derive(Clone, Copy)]
+struct Fast {
+    /// Rows of 16 queries that a warp has, forward.
+    tall: usize,
+    /// Keys of a block, forward.
+    keys: usize,
+    /// Rows of a block that the own rows meet, backward.
+    others: usize,
+    /// Backward, the own rows stay in registers.
+    held: bool,
+}
+
+/// Warps of a block of the tensor cores' kernels.
+const WARPS: usize = 4;
+/// Own rows of a block, backward.
+const OWN: usize = 16 * WARPS;
+
+impl Fast {
+    /// The rule that says what the tensor cores' kernels take: floats of 16 bits, and heads of a width that they are made for.
+    fn of(dtype: DType, head: usize) -> Option<Fast> {
+        match (dtype, head) {
+            (DType::Bf16 | DType::F16, 32 | 64) => Some(Fast { tall: 2, keys: 64, others: 32, held: true }),
+            (DType::Bf16 | DType::F16, 128) => Some(Fast { tall: 1, keys: 32, others: 16, held: false }),
+            (DType::Bf16 | DType::F16 | DType::F32 | DType::I32 | DType::U32 | DType::Bool, _) => None,
+        }
+    }
+}
+
 /// Extents of packed queries, keys and values.
 struct Packed {
     batch: usize,
@@ -30,14 +62,14 @@ struct Packed {
     heads: usize,
     kv_heads: usize,
     head: usize,
-    block: usize,
+    dtype: DType,
 }
 
 impl Packed {
-    fn of(graph: &Graph, node: &Node, heads: usize, kv_heads: usize) -> Result<Packed, String> {
+    fn of(graph: &Graph, node: &Node, heads: usize, kv_heads: usize) -> Packed {
         let [qkv] = shapes(graph, node);
         let head = qkv[2] / (heads + 2 * kv_heads);
-        Ok(Packed { batch: qkv[0], tokens: qkv[1], heads, kv_heads, head, block: block(head)? })
+        Packed { batch: qkv[0], tokens: qkv[1], heads, kv_heads, head, dtype: dtype(graph, node, 0) }
     }
 
     /// The struct `Heads` of the kernels.
@@ -50,26 +82,48 @@ impl Packed {
         Ok(Arg::Bytes(bytes))
     }
 
-    fn source(&self, graph: &Graph, node: &Node) -> Result<Source, String> {
-        let source = typed("attention.cu", &[], TEXT, dtype(graph, node, 0))?;
-        Ok(source.define("HEAD", self.head).define("BLOCK", self.block))
+    /// The plain kernels, and the rows of their blocks.
+    fn plain(&self) -> Result<(Source, usize), String> {
+        let block = block(self.head)?;
+        let source = typed("attention.cu", &[HEADS], TEXT, self.dtype)?;
+        Ok((source.define("HEAD", self.head).define("BLOCK", block), block))
     }
 
-    /// A block for each block of rows of each of `heads` heads.
-    fn grid(&self, heads: usize) -> [usize; 3] {
-        [self.tokens.div_ceil(self.block), heads, self.batch]
+    /// A file of the tensor cores' kernels.
+    fn fast(&self, file: &'static str, text: &'static str) -> Result<Source, String> {
+        Ok(typed(file, &[MMA, HEADS, TILES], text, self.dtype)?.define("HEAD", self.head))
+    }
+
+    /// A block for each block of `rows` rows of each of `heads` heads.
+    fn grid(&self, heads: usize, rows: usize) -> [usize; 3] {
+        [self.tokens.div_ceil(rows), heads, self.batch]
     }
 }
 
 pub(super) fn lower_attention(graph: &Graph, node: &Node, op: &Attention) -> Lowered {
-    let p = Packed::of(graph, node, op.heads, op.kv_heads)?;
+    let p = Packed::of(graph, node, op.heads, op.kv_heads);
     let args = vec![Arg::Operand(0), Arg::Result(0), Arg::Result(1), p.arg(op.causal, op.scale)?];
-    Ok(Launch::one(p.source(graph, node)?, "attention", p.grid(op.heads), THREADS as u32, args))
+    let (source, name, rows) = if let Some(fast) = Fast::of(p.dtype, p.head) {
+        let source = p.fast("attention_mma.cu", FAST)?.define("TALL", fast.tall).define("KEYS", fast.keys);
+        (source, "attention_mma", 16 * fast.tall * WARPS)
+    } else {
+        let (source, block) = p.plain()?;
+        (source, "attention", block)
+    };
+    Ok(Launch::one(source, name, p.grid(op.heads, rows), THREADS as u32, args))
 }
 
 pub(super) fn lower_attention_grad(graph: &Graph, node: &Node, op: &AttentionGrad) -> Lowered {
-    let p = Packed::of(graph, node, op.heads, op.kv_heads)?;
-    let (source, extents) = (p.source(graph, node)?, p.arg(op.causal, op.scale)?);
+    let p = Packed::of(graph, node, op.heads, op.kv_heads);
+    let extents = p.arg(op.causal, op.scale)?;
+    // The kernels of both files have the same names and arguments.
+    let (source, block, lanes) = if let Some(fast) = Fast::of(p.dtype, p.head) {
+        let source = p.fast("attention_grad_mma.cu", FAST_GRAD)?;
+        (source.define("OTHERS", fast.others).define("HELD", u8::from(fast.held)), OWN, p.head / 8)
+    } else {
+        let (source, block) = p.plain()?;
+        (source, block, 32)
+    };
     let rows = p.batch * p.heads * p.tokens;
     let mut scratch = Scratch::default();
     let delta = scratch.take(4 * rows);
@@ -77,9 +131,9 @@ pub(super) fn lower_attention_grad(graph: &Graph, node: &Node, op: &AttentionGra
     let args = vec![Arg::Operand(0), Arg::Operand(2), Arg::Operand(3), delta, Arg::Result(0), extents];
     let threads = THREADS as u32;
     let actions = vec![
-        kernel(source.clone(), "attention_delta", [rows.div_ceil(THREADS / 32), 1, 1], threads, of_rows),
-        kernel(source.clone(), "attention_grad_query", p.grid(op.heads), threads, args.clone()),
-        kernel(source, "attention_grad_key", p.grid(op.kv_heads), threads, args),
+        kernel(source.clone(), "attention_delta", [rows.div_ceil(THREADS / lanes), 1, 1], threads, of_rows),
+        kernel(source.clone(), "attention_grad_query", p.grid(op.heads, block), threads, args.clone()),
+        kernel(source, "attention_grad_key", p.grid(op.kv_heads, block), threads, args),
     ];
     Ok(Launch::of(actions).with_scratch(scratch.bytes()))
 }
