@@ -1,5 +1,5 @@
 // Attention of new tokens over a cache of keys and values: the new rows are written first, then a block attends for each
-// query. HEAD is the width of a head.
+// query and chunk of CHUNK keys. HEAD is the width of a head.
 
 #define THREADS 128
 #define WARPS (THREADS / 32)
@@ -24,18 +24,25 @@ KERNEL cache_rows(const T* qkv, const int* start, T* k_cache, T* v_cache, Cached
     for (int i = threadIdx.x; i < width; i += THREADS) k_cache[to + i] = from[i], v_cache[to + i] = from[width + i];
 }
 
-/// Grid: heads, tokens of the batch. The keys are dealt out to the warps, whose results are joined in order.
-KERNEL attend_cache(const T* qkv, const int* start, const T* k_cache, const T* v_cache, T* out, Cached s) {
+/// What the keys of one chunk give a query: the greatest score, and relative to it the sum of weights and of weighted values.
+struct Part {
+    float greatest, sum, mixed[HEAD];
+};
+
+/// Grid: heads, tokens of the batch, chunks of CHUNK keys. The keys of a chunk are dealt out to the warps, whose results are
+/// joined in order. A single chunk gives the result, else each gives its part; those behind the last visible key give none.
+KERNEL attend_cache(const T* qkv, const int* start, const T* k_cache, const T* v_cache, Part* parts, T* out, Cached s) {
     __shared__ float query[HEAD];
     __shared__ float greatest_of[WARPS], sum_of[WARPS], acc_of[WARPS][HEAD];
     int h = blockIdx.x, b = blockIdx.y / s.tokens, t = blockIdx.y % s.tokens, g = h / (s.heads / s.kv_heads);
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, width = s.kv_heads * HEAD;
+    int visible = start_of(start, s) + t + 1, first = (int)blockIdx.z * CHUNK, end = min(visible, first + CHUNK);
+    if (first >= visible) return;
     const T* from = qkv + ((i64)blockIdx.y * (s.heads + 2 * s.kv_heads) + h) * HEAD;
     for (int c = threadIdx.x; c < HEAD; c += THREADS) query[c] = to_float(from[c]);
     __syncthreads();
-    int visible = start_of(start, s) + t + 1;
     float greatest = -INF_F, sum = 0.0f, acc[COLUMNS] = {};
-    for (int row = warp; row < visible; row += WARPS) {
+    for (int row = first + warp; row < end; row += WARPS) {
         i64 at = ((i64)b * s.room + row) * width + (i64)g * HEAD;
         float score = 0.0f;
         for (int c = lane; c < HEAD; c += 32) score = fmaf(query[c], to_float(k_cache[at + c]), score);
@@ -59,9 +66,28 @@ KERNEL attend_cache(const T* qkv, const int* start, const T* k_cache, const T* v
         share[w] = sum_of[w] == 0.0f ? 0.0f : expf(greatest_of[w] - most);
         total += share[w] * sum_of[w];
     }
+    i64 place = (i64)blockIdx.y * s.heads + h;
+    Part* part = gridDim.z > 1 ? parts + place * gridDim.z + blockIdx.z : 0;
+    if (part && threadIdx.x == 0) part->greatest = most, part->sum = total;
     for (int c = threadIdx.x; c < HEAD; c += THREADS) {
         float mixed = 0.0f;
         for (int w = 0; w < WARPS; w++) mixed += share[w] * acc_of[w][c];
-        out[((i64)blockIdx.y * s.heads + h) * HEAD + c] = from_float<T>(mixed / total);
+        if (part) part->mixed[c] = mixed;
+        else out[place * HEAD + c] = from_float<T>(mixed / total);
+    }
+}
+
+/// Joins the parts of `chunks` chunks in order. Grid: heads, tokens of the batch.
+KERNEL join_cache(const Part* parts, const int* start, T* out, Cached s, int chunks) {
+    int t = blockIdx.y % s.tokens, used = ceil_div(start_of(start, s) + t + 1, CHUNK);
+    i64 place = (i64)blockIdx.y * s.heads + blockIdx.x;
+    const Part* mine = parts + place * chunks;
+    float most = -INF_F, total = 0.0f;
+    for (int i = 0; i < used; i++) most = max_nan(most, mine[i].greatest);
+    for (int i = 0; i < used; i++) total += expf(mine[i].greatest - most) * mine[i].sum;
+    for (int c = threadIdx.x; c < HEAD; c += THREADS) {
+        float mixed = 0.0f;
+        for (int i = 0; i < used; i++) mixed += expf(mine[i].greatest - most) * mine[i].mixed[c];
+        out[place * HEAD + c] = from_float<T>(mixed / total);
     }
 }

@@ -28,11 +28,13 @@ KERNEL reduce_columns(const T* x, i64 outer, i64 n, i64 inner, i64 chunk, float*
     i64 from = (i64)blockIdx.y * chunk, to = from + chunk < n ? from + chunk : n;
     const T* column = x + at / inner * n * inner + at % inner;
     float acc = start();
-    // Sums of 16 first: a long sum in one go loses digits.
+    // Sums of 16 first, whose loads do not wait for each other: a long sum in one go loses digits.
     for (i64 i = from; i < to; i += 16) {
-        float part = start();
-        i64 stop = i + 16 < to ? i + 16 : to;
-        for (i64 j = i; j < stop; j++) part = join(part, to_float(column[j * inner]));
+        float elements[16], part = start();
+#pragma unroll
+        for (int j = 0; j < 16; j++) elements[j] = i + j < to ? to_float(column[(i + j) * inner]) : start();
+#pragma unroll
+        for (int j = 0; j < 16; j++) part = join(part, elements[j]);
         acc = join(acc, part);
     }
     if (partial) partial[blockIdx.y * outer * inner + at] = acc;
@@ -44,6 +46,7 @@ KERNEL reduce_finish(const float* partial, i64 results, int chunks, i64 n, T* y)
     i64 at = (i64)blockIdx.x * THREADS + threadIdx.x;
     if (at >= results) return;
     float acc = start();
+#pragma unroll 16
     for (int c = 0; c < chunks; c++) acc = join(acc, partial[c * results + at]);
     y[at] = from_float<T>(end(acc, n));
 }

@@ -45,17 +45,30 @@ KERNEL gate_grad(const T* rows, const T* y, const int* choice_slot, int slots, i
     if (lane == 0) out[c] = dot;
 }
 
-/// out[e] = sum of the rows of its segment; a thread for each column, a block along y for each expert.
+#define WARPS (THREADS / 32)
+/// Rows whose loads do not wait for each other; their sum is made first, as one long sum loses digits.
+#define SLICE 16
+
+/// out[e] = sum of the rows of its segment. Grid: blocks of 32 columns, experts. The slices of a segment are dealt out to the
+/// warps, whose sums are added in order.
 KERNEL segment_sum(const T* rows, const int* offsets, int width, T* out) {
-    int column = blockIdx.x * THREADS + threadIdx.x;
+    __shared__ float sum_of[WARPS][32];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = blockIdx.x * 32 + lane;
     i64 e = blockIdx.y;
-    if (column >= width) return;
-    int from = offsets[e], to = offsets[e + 1];
+    int from = offsets[e], to = column < width ? offsets[e + 1] : from;
     float sum = 0.0f;
-    for (int s = from; s < to; s += 16) {
-        float part = 0.0f;
-        for (int r = s; r < min(s + 16, to); r++) part += to_float(rows[(i64)r * width + column]);
+    for (int s = from + SLICE * warp; s < to; s += SLICE * WARPS) {
+        const T* at = rows + (i64)s * width + column;
+        float x[SLICE], part = 0.0f;
+#pragma unroll
+        for (int r = 0; r < SLICE; r++) x[r] = s + r < to ? to_float(at[(i64)r * width]) : 0.0f;
+#pragma unroll
+        for (int r = 0; r < SLICE; r++) part += x[r];
         sum += part;
     }
+    sum_of[warp][lane] = sum;
+    __syncthreads();
+    if (warp > 0 || column >= width) return;
+    for (int w = 1; w < WARPS; w++) sum += sum_of[w][lane];
     out[e * width + column] = from_float<T>(sum);
 }

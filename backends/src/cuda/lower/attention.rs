@@ -15,6 +15,9 @@ const THREADS: usize = 128;
 /// The widest head: four blocks of rows must fit shared memory.
 const MOST_HEAD: usize = 256;
 
+/// Keys of a cache that a block takes, whatever the room: the order of the sums depends on the keys alone.
+const CHUNK: usize = 128;
+
 /// Queries and keys of a block, so that four blocks of rows and two of scores fit 48 KB of shared memory.
 fn block(head: usize) -> Result<usize, String> {
     match head {
@@ -150,18 +153,28 @@ pub(super) fn lower_attention_cached(graph: &Graph, node: &Node, op: &AttentionC
     }
     bytes.extend(op.scale.to_le_bytes());
     let extents = Arg::Bytes(bytes);
-    let source = typed("attention_cached.cu", &[], CACHED, dtype(graph, node, 0))?.define("HEAD", head);
-    let rows = batch * tokens;
+    let source = typed("attention_cached.cu", &[], CACHED, dtype(graph, node, 0))?;
+    let source = source.define("HEAD", head).define("CHUNK", CHUNK);
+    let (rows, chunks) = (batch * tokens, room.div_ceil(CHUNK));
     // The caches are results 1 and 2, in the storage of operands 1 and 2.
     let caches = [Arg::Result(1), Arg::Result(2)];
     let from = [Arg::Operand(0), Arg::Operand(3)];
     let write = [&from[..], &caches, &[extents.clone(), Arg::Fault, Arg::Step]].concat();
-    let attend = [&from[..], &caches, &[Arg::Result(0), extents]].concat();
-    let actions = vec![
-        kernel(source.clone(), "cache_rows", [rows, 1, 1], THREADS as u32, write),
-        kernel(source, "attend_cache", [op.heads, rows, 1], THREADS as u32, attend),
+    let mut scratch = Scratch::default();
+    // A part is the greatest score, the sum of the weights, and a row.
+    let parts = if chunks > 1 { scratch.take(4 * rows * op.heads * chunks * (head + 2)) } else { Arg::Null };
+    let attend = [&from[..], &caches, &[parts.clone(), Arg::Result(0), extents.clone()]].concat();
+    let threads = THREADS as u32;
+    let mut actions = vec![
+        kernel(source.clone(), "cache_rows", [rows, 1, 1], threads, write),
+        kernel(source.clone(), "attend_cache", [op.heads, rows, chunks], threads, attend),
     ];
+    if chunks > 1 {
+        let chunks = Arg::I32(int(chunks, "chunks of a cache")?);
+        let join = vec![parts, Arg::Operand(3), Arg::Result(0), extents, chunks];
+        actions.push(kernel(source, "join_cache", [op.heads, rows, 1], threads, join));
+    }
     let wanted =
         format!("a start of at most {}, so that {tokens} tokens fit the {room} rows of the cache", room - tokens);
-    Ok(Launch::of(actions).rejecting(wanted, "a start of"))
+    Ok(Launch::of(actions).with_scratch(scratch.bytes()).rejecting(wanted, "a start of"))
 }

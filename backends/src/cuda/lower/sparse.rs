@@ -18,6 +18,8 @@ const TOKENS: usize = 64;
 const MOST_EXPERTS: usize = 1024;
 /// Threads of a block of the kernels on rows.
 const THREADS: usize = 128;
+/// Columns of one block of the sum over segments, as in the kernel.
+const SUM_COLUMNS: usize = 32;
 
 fn counted(balance: Balance, k: usize) -> usize {
     match balance {
@@ -170,5 +172,5 @@ pub(super) fn lower_segment_sum(graph: &Graph, node: &Node) -> Lowered {
     let (width, experts) = (rows[1], offsets[0] - 1);
     let args = vec![Arg::Operand(0), Arg::Operand(1), Arg::I32(int(width, "a width")?), Arg::Result(0)];
     let source = typed("rows.cu", &[], ROWS, dtype(graph, node, 0))?;
-    Ok(Launch::one(source, "segment_sum", [width.div_ceil(THREADS), experts, 1], THREADS as u32, args))
+    Ok(Launch::one(source, "segment_sum", [width.div_ceil(SUM_COLUMNS), experts, 1], THREADS as u32, args))
 }

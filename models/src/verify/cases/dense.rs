@@ -105,9 +105,14 @@ fn attention() -> Vec<Case> {
             }));
         }
     }
-    for (b, t, room, start, h, g, d) in
-        [(1, 1, 1, 0, 1, 1, 4), (2, 1, 70, 66, 4, 2, 8), (2, 5, 40, 0, 2, 2, 5), (1, 6, 20, 14, 3, 1, 16)]
-    {
+    for (b, t, room, start, h, g, d) in [
+        (1, 1, 1, 0, 1, 1, 4),
+        (2, 1, 70, 66, 4, 2, 8),
+        (2, 5, 40, 0, 2, 2, 5),
+        (1, 6, 20, 14, 3, 1, 16),
+        // More keys than one block of a GPU takes, and room behind them.
+        (2, 3, 400, 255, 2, 1, 20),
+    ] {
         let name = format!("batch {b}, {t} tokens from {start} of {room}, heads {h}/{g} of {d}");
         cases.push(case("attention_cached", name, Class::Sum, FLOATS, move |s| {
             let qkv = s.float([b, t, (h + 2 * g) * d], |x| x)?;

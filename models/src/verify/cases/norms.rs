@@ -19,7 +19,8 @@ fn reduce() -> Vec<Case> {
         let name = format!("{f:?} of long rows and columns").to_lowercase();
         cases.push(case("reduce", name, Class::Sum, FLOATS, move |s| {
             let (x, one) = (s.float([3, 2050], |x| x + 0.1)?, s.float([1, 1], |x| x)?);
-            for (v, axis) in [(x, 0), (x, 1), (one, 0)] {
+            let tall = s.float([611, 5], |x| x + 0.1)?;
+            for (v, axis) in [(x, 0), (x, 1), (one, 0), (tall, 0)] {
                 let y = s.graph.reduce(f, v, &[axis])?;
                 s.out(y)?;
             }

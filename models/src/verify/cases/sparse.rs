@@ -251,6 +251,19 @@ fn products(r: &Routing) -> Vec<Case> {
     cases
 }
 
+/// Segments of more rows, and more columns, than a warp of a GPU takes at a time.
+fn long_segments() -> Case {
+    case("segment_sum", "long segments", Class::Sum, FLOATS, |s| {
+        let choices: Vec<i32> = (0..210).map(|t| if t < 130 { 0 } else { 2 }).collect();
+        let r = Routing { name: "", tokens: 210, k: 1, experts: 3, capacity: None, expert_index: choices };
+        let [_, _, offsets] = assigned(s, &r)?;
+        let rows = s.float([210, 45], |x| x)?;
+        s.wrt.clear();
+        let y = s.graph.segment_sum(rows, offsets)?;
+        s.aux(y)
+    })
+}
+
 /// A product large enough for several tiles and panels.
 fn large() -> Case {
     case("expert_matmul", "several tiles an expert", Class::Sum, FLOATS, |s| {
@@ -295,7 +308,7 @@ pub(super) fn cases() -> Vec<Case> {
         cases.extend(movement(&r));
         cases.extend(products(&r));
     }
-    cases.push(large());
+    cases.extend([large(), long_segments()]);
     cases.extend(larger());
     cases
 }
