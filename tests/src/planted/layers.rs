@@ -3,7 +3,7 @@
 use moebius_ir::ops::Route;
 use moebius_ir::{Node, Op, Tensor, Value};
 
-use super::Check::{Golden, Values};
+use super::Check::{Golden, OneHotForm, Values};
 use super::{Bug, Launch};
 
 pub(super) const BUGS: &[Bug] = &[
@@ -21,7 +21,11 @@ pub(super) const BUGS: &[Bug] = &[
             let of_router = l.value(producer(l, logits).operands[0]);
             Some(l.with(0, &Tensor { ty: l.operands()[0].ty.clone(), ..of_router.clone() }))
         },
-        noticed_by: &[Golden("layer", "residual_top1_jitter"), Values("published_routers", "switch, dropless")],
+        noticed_by: &[
+            OneHotForm,
+            Golden("layer", "residual_top1_jitter"),
+            Values("published_routers", "switch, dropless"),
+        ],
     },
     Bug {
         name: "renormalised before dropping",
@@ -35,6 +39,7 @@ pub(super) const BUGS: &[Bug] = &[
             Some(l.with(slots, &all))
         },
         noticed_by: &[
+            OneHotForm,
             Golden("gating", "top2_argmax_cf0.5"),
             Golden("gating", "top3k_probs_cf0.75"),
             Golden("layer", "standard_top3_cf0.5"),
@@ -48,6 +53,7 @@ pub(super) const BUGS: &[Bug] = &[
         op: "route",
         wrong: balance_after_dropping,
         noticed_by: &[
+            OneHotForm,
             Golden("gating", "top2_argmax_cf0.5"),
             Golden("gating", "top2k_probs_cf0.25"),
             Values("moe_layer", "top-2 with capacity"),

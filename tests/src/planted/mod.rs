@@ -24,6 +24,7 @@ pub use cuts::{CUTS, Cut};
 
 use crate::conformance;
 use crate::device::Device;
+use crate::families::check::{Found, one_hot_form, some_draws};
 use crate::goldens::{self, Machine, Set};
 
 /// A wrong meaning of one op.
@@ -49,6 +50,8 @@ pub enum Check {
     Values(&'static str, &'static str),
     /// Its gradients ([`conformance::backward`]).
     Gradients(&'static str, &'static str),
+    /// The one-hot form of some layers of every router family ([`one_hot_form`]).
+    OneHotForm,
     /// A case of a kind that the real DeepSpeed computed ([`goldens::run`]).
     Golden(&'static str, &'static str),
 }
@@ -69,6 +72,14 @@ impl Check {
         match self {
             Check::Values(op, case) => conformance::forward(&named(op, case), DType::F32, &devices()),
             Check::Gradients(op, case) => conformance::backward(&named(op, case), DType::F32, &devices()),
+            Check::OneHotForm => {
+                let backend = planted(true);
+                let found: Result<Vec<Found>, String> =
+                    some_draws().iter().map(|draw| one_hot_form(backend.as_ref(), draw)).collect();
+                let told = found?.into_iter().filter(|f| *f == Found::Agrees).count();
+                assert!(told > 80, "{told} draws tell something");
+                Ok(())
+            }
             Check::Golden(kind, case) => {
                 let mut set =
                     Set::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens")).unwrap_or_else(|e| panic!("{e}"));

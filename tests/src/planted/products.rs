@@ -2,7 +2,7 @@
 
 use moebius_ir::Tensor;
 
-use super::Check::{Golden, Gradients, Values};
+use super::Check::{Golden, Gradients, OneHotForm, Values};
 use super::slots::rows_left;
 use super::{Bug, Launch};
 
@@ -14,6 +14,7 @@ pub(super) const BUGS: &[Bug] = &[
         op: "expert_matmul_wgrad",
         wrong: |l| Some(idle_left(l, 2)),
         noticed_by: &[
+            OneHotForm,
             Values("expert_matmul_wgrad", "an empty expert"),
             Gradients("expert_matmul", "an empty expert, transposed false, no bias"),
             Gradients("moe_layer", "more experts than tokens"),
@@ -26,6 +27,7 @@ pub(super) const BUGS: &[Bug] = &[
         op: "segment_sum",
         wrong: |l| Some(idle_left(l, 1)),
         noticed_by: &[
+            OneHotForm,
             Values("segment_sum", "an empty expert"),
             Gradients("expert_matmul", "an empty expert, transposed true, bias"),
         ],
@@ -54,6 +56,7 @@ pub(super) const BUGS: &[Bug] = &[
             Some(l.with(2, &Tensor::new(offsets.ty.clone(), ends)))
         },
         noticed_by: &[
+            OneHotForm,
             Values("expert_matmul", "an empty expert, transposed false, bias"),
             Values("moe_layer", "more experts than tokens"),
         ],
@@ -79,6 +82,7 @@ pub(super) const BUGS: &[Bug] = &[
             Some(l.with(1, &turned))
         },
         noticed_by: &[
+            OneHotForm,
             Gradients("expert_matmul", "top-1, dropless, transposed false, no bias"),
             Golden("layer", "standard_top3_cf0.5"),
         ],

@@ -3,7 +3,7 @@
 use moebius_ir::ops::{Balance, GroupScore, Groups, Route, Router, Score};
 use moebius_ir::{Op, Tensor, TensorType};
 
-use super::Check::{Golden, Gradients, Values};
+use super::Check::{Golden, Gradients, OneHotForm, Values};
 use super::{Bug, Launch};
 
 pub(super) const BUGS: &[Bug] = &[
@@ -13,7 +13,7 @@ pub(super) const BUGS: &[Bug] = &[
         seen: "DeepSpeed #7986",
         op: "route",
         wrong: |l| softmax_gates(l, |row, x| row[x]),
-        noticed_by: &[Values("route", "top-1, allchoices"), Golden("gating", "top2k_probs_cf0.75")],
+        noticed_by: &[OneHotForm, Values("route", "top-1, allchoices"), Golden("gating", "top2k_probs_cf0.75")],
     },
     Bug {
         name: "softmax twice",
@@ -21,7 +21,7 @@ pub(super) const BUGS: &[Bug] = &[
         seen: "transformers #45120, #45111, #45132",
         op: "route",
         wrong: |l| softmax_gates(l, |row, x| softmax(&softmax(row))[x]),
-        noticed_by: &[Values("route", "k = e, firstchoice"), Golden("gating", "top2_argmax_cf1.25")],
+        noticed_by: &[OneHotForm, Values("route", "k = e, firstchoice"), Golden("gating", "top2_argmax_cf1.25")],
     },
     Bug {
         name: "top-1 renormalised",
@@ -29,7 +29,7 @@ pub(super) const BUGS: &[Bug] = &[
         seen: "Megatron-LM #894",
         op: "route",
         wrong: |l| if route(l)?.router.k == 1 { softmax_gates(l, |_, _| 1.0) } else { None },
-        noticed_by: &[Values("route", "top-1, firstchoice"), Golden("layer", "standard_top1_cf0.5")],
+        noticed_by: &[OneHotForm, Values("route", "top-1, firstchoice"), Golden("layer", "standard_top1_cf0.5")],
     },
     Bug {
         name: "bias in the weights",
@@ -38,6 +38,7 @@ pub(super) const BUGS: &[Bug] = &[
         op: "route",
         wrong: bias_in_weights,
         noticed_by: &[
+            OneHotForm,
             Values("route", "sigmoid, bias"),
             Values("route", "softmax, bias"),
             Values("published_routers", "deepseek-v3, dropless"),
@@ -49,7 +50,11 @@ pub(super) const BUGS: &[Bug] = &[
         seen: "transformers #45440",
         op: "route",
         wrong: group_mask_of_zero,
-        noticed_by: &[Values("route", "softmax, negative groups by two"), Values("route", "sigmoid, all together")],
+        noticed_by: &[
+            OneHotForm,
+            Values("route", "softmax, negative groups by two"),
+            Values("route", "sigmoid, all together"),
+        ],
     },
     Bug {
         name: "ties to the highest index",
@@ -58,6 +63,7 @@ pub(super) const BUGS: &[Bug] = &[
         op: "route",
         wrong: ties_to_the_highest,
         noticed_by: &[
+            OneHotForm,
             Values("route", "ties go to the lowest index"),
             Values("route", "sigmoid, ties go to the lowest index"),
         ],
@@ -78,7 +84,11 @@ pub(super) const BUGS: &[Bug] = &[
             right[3] = l.by(&op.into(), &[&Tensor::new(logits.ty.clone(), data)]).swap_remove(3);
             Some(right)
         },
-        noticed_by: &[Values("route", "top-2, no multiple of a tile, allchoices"), Values("moe_layer", "top-1")],
+        noticed_by: &[
+            OneHotForm,
+            Values("route", "top-2, no multiple of a tile, allchoices"),
+            Values("moe_layer", "top-1"),
+        ],
     },
     Bug {
         name: "padding counts",
@@ -115,7 +125,7 @@ pub(super) const BUGS: &[Bug] = &[
             right[0] = l.by(&op.into(), &[&logits, &given]).swap_remove(0);
             Some(right)
         },
-        noticed_by: &[Values("route", "softmax, noise for all choices"), Golden("gating", "top1_rsample")],
+        noticed_by: &[OneHotForm, Values("route", "softmax, noise for all choices"), Golden("gating", "top1_rsample")],
     },
     Bug {
         name: "severed router gradient",
@@ -127,6 +137,7 @@ pub(super) const BUGS: &[Bug] = &[
             Some(l.with(2, &zero))
         },
         noticed_by: &[
+            OneHotForm,
             Values("route_grad", "top-1, firstchoice"),
             Gradients("moe_layer", "top-2 with capacity"),
             Golden("layer", "residual_top1_cf1"),

@@ -3,7 +3,7 @@
 use moebius_ir::ops::{Assign, Order};
 use moebius_ir::{Op, Tensor};
 
-use super::Check::{Golden, Gradients, Values};
+use super::Check::{Golden, Gradients, OneHotForm, Values};
 use super::{Bug, Launch};
 
 pub(super) const BUGS: &[Bug] = &[
@@ -18,6 +18,7 @@ pub(super) const BUGS: &[Bug] = &[
             Some(l.by(&less.into(), &l.operands()))
         },
         noticed_by: &[
+            OneHotForm,
             Values("assign", "capacity drops some, tokenmajor, priority false"),
             Golden("gating", "top1_fcfs_cf0.5"),
             Golden("ep", "ep4_standard_top2_cf0.5"),
@@ -40,6 +41,7 @@ pub(super) const BUGS: &[Bug] = &[
             Some(l.by(&op.clone().into(), &[index, &priority]))
         },
         noticed_by: &[
+            OneHotForm,
             Values("assign", "capacity drops some, choicemajor, priority false"),
             Golden("gating", "top2_argmax_cf0.5"),
         ],
@@ -66,6 +68,7 @@ pub(super) const BUGS: &[Bug] = &[
         op: "combine",
         wrong: |l| slots_clamped(l, 2),
         noticed_by: &[
+            OneHotForm,
             Values("combine", "capacity drops some, gated true"),
             Gradients("dispatch", "capacity drops some, gated true"),
             Golden("layer", "standard_top1_cf0.5"),
@@ -103,6 +106,7 @@ pub(super) const BUGS: &[Bug] = &[
             Some(l.with(at, &coefficient))
         },
         noticed_by: &[
+            OneHotForm,
             Values("combine", "k = E, with a side, gated true, coefficients true"),
             Values("published_routers", "top1, residual, with capacity"),
         ],
@@ -121,6 +125,7 @@ pub(super) const BUGS: &[Bug] = &[
             Some(l.with(side?, &y))
         },
         noticed_by: &[
+            OneHotForm,
             Values("combine", "one token, with a side, gated true, coefficients false"),
             Values("published_routers", "arctic, dropless"),
         ],
@@ -137,7 +142,7 @@ pub(super) const BUGS: &[Bug] = &[
             gate.data.iter_mut().for_each(|x| *x *= *x);
             Some(l.with(at, &gate))
         },
-        noticed_by: &[Values("combine", "one expert, gated true"), Golden("layer", "residual_top2_nodrop")],
+        noticed_by: &[OneHotForm, Values("combine", "one expert, gated true"), Golden("layer", "residual_top2_nodrop")],
     },
 ];
 
