@@ -1,6 +1,6 @@
 //! Training: one graph per step, with forward, backward, clipping and AdamW in it.
 
-use moebius_ir::{Graph, Role, TensorType, Value, gradients};
+use moebius_ir::{DType, Graph, Role, TensorType, Value, gradients};
 
 use crate::error::{Error, Result};
 use crate::program::Program;
@@ -49,7 +49,7 @@ pub(crate) fn second_moment(parameter: &str) -> String {
 ///
 /// Adds the feeds `learning_rate` and `step` (f32 scalars, steps from 1), states `adam.m/NAME` and `adam.v/NAME` for each
 /// parameter, and the outputs `loss` (unless there) and `grad_norm` (before clipping). If the loss or the gradient norm is
-/// not finite, no parameter and no moment changes.
+/// not finite, no parameter and no moment changes, nor any state that the graph updates.
 ///
 /// # Errors
 /// [`Error::Graph`] if an op on the way from a parameter to the loss has no gradient.
@@ -77,6 +77,10 @@ pub fn training_step(graph: &mut Graph, loss: Value, optimizer: &Optimizer) -> R
         let norm_is_finite = g.is_finite(norm)?;
         let scale = g.select(loss_is_finite, scale, nan)?;
         let scale = g.select(norm_is_finite, scale, nan)?;
+        // What the graph itself keeps from step to step, such as the selection bias of a router.
+        let no = g.splat(TensorType::new(DType::Bool, []), 0.0)?;
+        let finite = g.select(loss_is_finite, norm_is_finite, no)?;
+        g.update_only_if(finite)?;
         for ((name, value), grad) in parameters.iter().zip(grads) {
             let ty = g.ty(*value).clone();
             let m = g.state(first_moment(name), TensorType::f32(ty.shape.clone()))?;
@@ -162,7 +166,7 @@ impl Trainer {
     /// One step with this learning rate.
     ///
     /// # Errors
-    /// [`Error::NonFinite`], with parameters and moments unchanged, if the loss or the gradient is not finite; otherwise
+    /// [`Error::NonFinite`], with every stored tensor unchanged, if the loss or the gradient is not finite; otherwise
     /// as [`Session::run`].
     pub fn step(&mut self, session: &mut Session, learning_rate: f32) -> Result<StepReport> {
         let step = self.step + 1;

@@ -276,6 +276,21 @@ impl Graph {
         Ok(())
     }
 
+    /// The updates there are so far are carried out only in runs in which `condition`, a bool scalar, holds; in others the
+    /// parameters and states keep what they hold.
+    ///
+    /// # Errors
+    /// [`Error::Operands`] if the condition is no bool scalar.
+    #[track_caller]
+    pub fn update_only_if(&mut self, condition: Value) -> Result<()> {
+        let condition = self.reshape(condition, [])?;
+        for i in 0..self.updates.len() {
+            let Update { state, new } = self.updates[i];
+            self.updates[i].new = self.select(condition, new, state)?;
+        }
+        Ok(())
+    }
+
     /// A new graph with some nodes replaced or left out: `rewrite` is called for every node in order with its operands
     /// already translated, and returns the values that stand for the node's results. Outputs and updates are translated;
     /// inputs are kept in any case, so that a pass cannot change what a caller must feed.

@@ -284,8 +284,15 @@ fn a_finite_loss_with_an_infinite_gradient_is_caught_too() {
     let w = g.parameter("w", TensorType::f32([2])).unwrap();
     let root = g.sqrt(w).unwrap();
     let loss = g.sum_all(root).unwrap();
+    // A state that the graph itself updates.
+    let count = g.state("count", TensorType::f32([])).unwrap();
+    let next = g.add_scalar(count, 1.0).unwrap();
+    g.update(count, next).unwrap();
     let mut session = engine(1).session();
     let mut trainer = Trainer::new(&mut session, g, loss, &Optimizer::default()).unwrap();
+    session.write("w", &[4f32, 1.0]).unwrap();
+    trainer.step(&mut session, 0.0).unwrap();
+    assert_eq!(session.read::<f32>("count").unwrap(), [1.0]);
     session.write("w", &[0f32, 1.0]).unwrap();
     let before = everything(&session);
     let refused = trainer.step(&mut session, 1e-2).unwrap_err();

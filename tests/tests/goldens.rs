@@ -75,3 +75,42 @@ fn what_cannot_be_compared_fails() {
     assert!(named("kd/nobody/tensor", "no case in the index owns"), "{failed:?}");
     assert_eq!(failed.len(), 3, "{failed:?}");
 }
+
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let to = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy(&entry.path(), &to);
+        } else {
+            std::fs::copy(entry.path(), &to).unwrap();
+        }
+    }
+}
+
+#[test]
+fn in_a_set_elsewhere_a_case_taken_out_and_one_of_an_unknown_kind_fail_by_name() {
+    let elsewhere = tempfile::tempdir().unwrap();
+    copy(&own(), elsewhere.path());
+    let device = devices().swap_remove(0);
+    let machine = Machine::new(device.name, device.backend);
+    let whole = run(&set(elsewhere.path()), &machine);
+    assert!(whole.failed.is_empty() && whole.agreed.len() >= 59, "{:?}", whole.failed);
+
+    let index = elsewhere.path().join("index.json");
+    let mut json: serde_json::Value = serde_json::from_slice(&std::fs::read(&index).unwrap()).unwrap();
+    let gating = json["gating"].as_array_mut().unwrap();
+    gating.retain(|case| case["name"] != "top2_argmax_cf0.5");
+    json["surprise"] = serde_json::json!([{ "name": "party" }]);
+    std::fs::write(&index, json.to_string()).unwrap();
+    let report = run(&set(elsewhere.path()), &machine);
+    assert_eq!(report.agreed.len() + 1, whole.agreed.len());
+    let named = |name: &str, part: &str| {
+        report.failed.iter().any(|(n, wrong)| n == name && wrong.iter().any(|w| w.contains(part)))
+    };
+    assert!(named("surprise/party", "unknown kind of case `surprise`"), "{:?}", report.failed);
+    assert!(named("gating/top2_argmax_cf0.5/logits", "no case in the index owns"), "{:?}", report.failed);
+    let others = report.failed.iter().filter(|(n, _)| n != "surprise/party" && !n.contains("/top2_argmax_cf0.5/"));
+    assert_eq!(others.count(), 0, "{:?}", report.failed);
+}

@@ -12,7 +12,6 @@ use moebius_tests::device::{self, Live};
 use moebius_tests::layers::{self, Moe, MoeResult};
 use moebius_tests::tolerance::{Tolerance, difference};
 use proptest::prelude::*;
-use proptest::test_runner::RngSeed;
 
 type Results = HashMap<String, Tensor>;
 
@@ -221,16 +220,8 @@ fn gshard(both: &mut Both, layer: Moe, tokens: usize, capacity: usize) -> Result
     Ok((y, balance, g.mean_all(square)?))
 }
 
-/// The same cases at every run, so that a failure is that of a change; `PROPTEST_RNG_SEED` and `PROPTEST_CASES` give others.
 fn config() -> ProptestConfig {
-    let mut config = ProptestConfig { max_shrink_iters: 200, failure_persistence: None, ..ProptestConfig::default() };
-    if std::env::var_os("PROPTEST_CASES").is_none() {
-        config.cases = 64;
-    }
-    if std::env::var_os("PROPTEST_RNG_SEED").is_none() {
-        config.rng_seed = RngSeed::Fixed(2_206_053);
-    }
-    config
+    moebius_tests::cases_of(concat!(env!("CARGO_MANIFEST_DIR"), "/proptest-regressions/properties.txt"))
 }
 
 /// The choices of a random graph.

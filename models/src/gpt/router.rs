@@ -271,12 +271,23 @@ fn priority(
             Ok((drawn, Priority::TokenMajor))
         }
         Order::Batch => {
-            // First gates lie in [0, 1] for every score that has a capacity in practice, so that 2 for each rank keeps the
-            // ranks apart; the difference of two gates in one rank survives to 2^-22 for the ranks that matter.
+            // First gates are moved into [0, 1], so that 2 for each rank keeps the ranks apart whatever the score is; the difference
+            // of two gates in one rank survives to 2^-22 of their range for the ranks that matter.
             let first = g.slice(score, 1, 0, 1)?;
+            let finite = g.is_finite(first)?;
+            let zero = g.scalar(0.0)?;
+            let known = g.select(finite, first, zero)?;
+            let most = g.reduce(ReduceFn::Max, known, &[0, 1])?;
+            let negative = g.neg(known)?;
+            let least = g.reduce(ReduceFn::Max, negative, &[0, 1])?;
+            let range = g.add(most, least)?;
+            let smallest = g.scalar(f64::from(f32::MIN_POSITIVE))?;
+            let range = g.maximum(range, smallest)?;
+            let above = g.add(first, least)?;
+            let first = g.div(above, range)?;
             let rank = g.constant(TensorType::f32([1, k]), (0..k).map(|j| -2.0 * j as f64).collect())?;
             let rank = g.broadcast(rank, [tokens, k])?;
-            Ok((Some(g.add(rank, first)?), Priority::TokenMajor))
+            Ok((Some(g.add(rank, first)?), Priority::ChoiceMajor))
         }
     }
 }

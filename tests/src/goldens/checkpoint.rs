@@ -5,12 +5,12 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use moebius_ir::{DType, Tensor, TensorType};
+use moebius_ir::{Tensor, TensorType};
 
 use super::compare::Case;
 use super::machine::{Machine, Sheet, output};
-use super::moe::{Options, inputs, layer};
-use super::rules::{Function, Given};
+use super::moe::{Names, inner_width, layer};
+use super::rules::{Function, Given, model};
 use super::set::{Problem, bytes};
 use super::torch::{Item, read};
 
@@ -45,22 +45,19 @@ pub(super) fn check(case: &mut Case<'_>, directory: &Path, machine: &Machine) ->
     let mut sheet = Sheet::default();
     let mut x = sheet.input("x", Tensor::new(TensorType::f32([tokens, width]), stored.data.clone()))?;
     let mut losses = Vec::new();
-    for (number, &experts) in experts.iter().enumerate() {
+    let tensor = |name: &str| tensors.get(name).cloned().ok_or_else(|| Problem::Tensor { tensor: name.into() });
+    let mut config = model(Function::Top1, &experts, true, None, Given::default())?;
+    config.width = width;
+    config.ffn = Some(inner_width(&tensor(&format!("layers.0.mlp.{}", NETWORK[1]))?));
+    for number in 0..experts.len() {
         let at = |name: &str| format!("layers.{number}.{name}");
-        let tensor = |name: &str| tensors.get(name).cloned().ok_or_else(|| Problem::Tensor { tensor: name.into() });
-        let names = [
-            at("deepspeed_moe.gate.wg.weight"),
-            at("deepspeed_moe.experts.deepspeed_experts.{}."),
-            at("mlp."),
-            at("coefficient."),
-        ];
-        let names = names.each_ref().map(String::as_str);
-        sheet.prefix = at("");
-        let parameters = inputs(&mut sheet, DType::F32, experts, true, names, NETWORK, &tensor)?;
-        let options = Options { function: Function::Top1, capacity: None, given: Given::default(), jitter: None };
-        let (y, gated) = layer(&mut sheet.graph, x, &parameters.weights, options)?;
-        x = sheet.graph.add(x, y)?;
-        losses.push(gated.load_balancing_loss);
+        let router = at("deepspeed_moe.gate.wg.weight");
+        let expert = at("deepspeed_moe.experts.deepspeed_experts.{}.");
+        let (mlp, coefficient) = (at("mlp."), at("coefficient."));
+        let names = Names { router: &router, expert: &expert, mlp: &mlp, coefficient: &coefficient, network: NETWORK };
+        let made = layer(&mut sheet, &config, number, x, (false, Given::default()), names, &tensor)?;
+        x = sheet.graph.add(x, made.y)?;
+        losses.push(made.statistics.load_balancing_loss);
     }
     sheet.output("y", x)?;
     for (number, loss) in losses.iter().enumerate() {

@@ -2,11 +2,13 @@
 
 use std::collections::HashMap;
 
-use moebius_ir::{Tensor, TensorType, gradients};
+use moebius_ir::ops::CompareFn;
+use moebius_ir::{DType, Tensor, TensorType, gradients};
+use moebius_models::gpt::router;
 
 use super::compare::{Case, difference};
 use super::machine::{Machine, Sheet, output};
-use super::rules::{Function, Given, gate};
+use super::rules::{Capacity, Function, Given, model};
 use super::set::{Fields, Problem};
 
 /// Relative to the largest magnitude of the tensor; integers must be equal.
@@ -41,11 +43,19 @@ pub(super) fn check(case: &mut Case<'_>, fields: &Fields<'_>, machine: &Machine)
     let function = Function::named(fields)?;
     let (tokens, experts, k) = (fields.count("S")?, fields.count("E")?, function.k());
     let drop = fields.flag("drop")?;
-    let capacity = function.capacity(tokens, experts, fields.number("cf")?, fields.count("min_cap")?);
     let mut sheet = Sheet::default();
     let logits = sheet.input("logits", case.tensor("logits")?.clone())?;
-    let mut optional = |name: &str| case.optional(name).map(|t| sheet.input(name, t.clone())).transpose();
-    let given = Given { rts: optional("rts_uniform")?, gumbel: optional("gumbel")?, used: optional("used_token")? };
+    // A tensor that the function has no use for is not asked for, and fails the case.
+    let mut optional = |name: &str, wanted: bool| {
+        let tensor = if wanted { case.optional(name) } else { None };
+        tensor.map(|t| sheet.input(name, t.clone())).transpose()
+    };
+    let given = Given {
+        jitter: None,
+        rts: optional("rts_uniform", function.draws_places())?,
+        gumbel: optional("gumbel", function.draws_choices())?,
+        used: optional("used_token", true)?,
+    };
     for (field, there) in
         [("rts", given.rts.is_some()), ("gum", given.gumbel.is_some()), ("used", given.used.is_some())]
     {
@@ -57,16 +67,26 @@ pub(super) fn check(case: &mut Case<'_>, fields: &Fields<'_>, machine: &Machine)
     let weights = Tensor::new(TensorType::f32([tokens, k]), transposed(&weights.data, k));
     let weights = sheet.input("R", weights)?;
 
-    let gated = gate(&mut sheet.graph, function, drop.then_some(capacity), logits, given)?;
+    let factor = fields.number("cf")?;
+    let capacity = Capacity { training: factor, evaluation: factor, least: fields.count("min_cap")? };
+    let config = model(function, &[experts], false, drop.then_some(capacity), given)?;
+    let capacity = router::capacity(&config, true, tokens, experts);
     let g = &mut sheet.graph;
-    let weighted = g.mul(gated.gate, weights)?;
+    let inputs = given.inputs(g)?;
+    let gated = router::gate(g, &config.routing(), k, capacity, logits, &inputs)?;
+    // DeepSpeed's gate of an evicted choice is 0; here it has no meaning, as no row is weighted by it.
+    let zero = g.splat(TensorType::i32([]), 0.0)?;
+    let kept = g.compare(CompareFn::Ge, gated.choice_slot, zero)?;
+    let kept = g.cast(kept, DType::F32)?;
+    let gates = g.mul(gated.gate, kept)?;
+    let weighted = g.mul(gates, weights)?;
     let sum = g.sum_all(weighted)?;
     let aux = g.mul_scalar(gated.load_balancing_loss, case.set().aux_weight)?;
     let loss = g.add(sum, aux)?;
     let gradient = gradients(g, loss, &[logits])?[0];
     let of_aux = gradients(g, gated.load_balancing_loss, &[logits])?[0];
     for (name, value) in [
-        ("gates", gated.gate),
+        ("gates", gates),
         ("expert_index", gated.expert_index),
         ("choice_slot", gated.choice_slot),
         ("exp_counts", gated.counts),
@@ -83,8 +103,7 @@ pub(super) fn check(case: &mut Case<'_>, fields: &Fields<'_>, machine: &Machine)
     let counts = output(&got, "exp_counts")?;
     case.close("exp_counts", counts, 0.0)?;
     let fullest = counts.iter().fold(0.0f64, |m, &c| m.max(c)) as usize;
-    let capacity = if drop { capacity } else { fullest };
-    case.same("capacity", &capacity, &fields.count("capacity")?);
+    case.same("capacity", &capacity.unwrap_or(fullest), &fields.count("capacity")?);
     if fields.flag("tie_dependent")? {
         // Which of equal tokens stay is not defined by DeepSpeed.
         let undefined = ["R", "gates", "indices", "locations", "l_aux", "grad_logits", "grad_logits_aux"];

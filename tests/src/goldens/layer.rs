@@ -3,16 +3,22 @@
 use std::collections::HashMap;
 
 use moebius_ir::{DType, Tensor, TensorType, gradients};
+use moebius_models::config::ComputeDtype;
 
 use super::compare::{Case, difference};
 use super::machine::{Machine, Sheet, output};
-use super::moe::{Options, inputs, layer};
-use super::rules::{Function, Given};
+use super::moe::{Names, inner_width, layer};
+use super::rules::{Capacity, Function, Given, model};
 use super::set::{Fields, Problem, Set};
 
 /// Where the weights of a layer are among the tensors of `layer`, and their gradients after `grad.`.
-const NAMES: [&str; 4] = ["wg", "experts.{}.", "mlp.", "coefficient."];
-const NETWORK: [&str; 4] = ["fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"];
+const NAMES: Names<'static> = Names {
+    router: "wg",
+    expert: "experts.{}.",
+    mlp: "mlp.",
+    coefficient: "coefficient.",
+    network: ["fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"],
+};
 
 fn dtype(fields: &Fields<'_>) -> Result<(DType, f64), Problem> {
     match fields.text("dtype")? {
@@ -22,20 +28,10 @@ fn dtype(fields: &Fields<'_>) -> Result<(DType, f64), Problem> {
     }
 }
 
-/// The options that fields name; the random numbers are tensors of the case, after `prefix`.
-fn options(
-    case: &Case<'_>,
-    prefix: &str,
-    fields: &Fields<'_>,
-    sheet: &mut Sheet,
-    [tokens, experts]: [usize; 2],
-) -> Result<Options, Problem> {
+/// The random numbers that fields name: tensors of the case, after `prefix`.
+fn given(case: &Case<'_>, prefix: &str, fields: &Fields<'_>, sheet: &mut Sheet) -> Result<Given, Problem> {
     let function = Function::of_layer(fields.count("k")?);
-    let training = fields.flag("train")?;
-    let factor = fields.number(if training { "cf" } else { "eval_cf" })?;
-    let capacity = function.capacity(tokens, experts, factor, fields.count("min_cap")?);
-    let given = |name: &str, wanted: bool, sheet: &mut Sheet| match (wanted, case.optional(&format!("{prefix}{name}")))
-    {
+    let mut given = |name: &str, wanted: bool| match (wanted, case.optional(&format!("{prefix}{name}"))) {
         (true, Some(tensor)) => Ok(Some(sheet.input(name, tensor.clone())?)),
         (true, None) => Err(Problem::Tensor { tensor: format!("{prefix}{name}") }),
         (false, _) => Ok(None),
@@ -43,14 +39,13 @@ fn options(
     // First come, first served is what happens without random numbers; sets of several ranks do not store that ramp.
     let rts = match fields.has("rts").then(|| fields.text("rts")).transpose()? {
         Some("fcfs") if case.optional(&format!("{prefix}rts_uniform")).is_none() => None,
-        Some(_) => given("rts_uniform", true, sheet)?,
+        Some(_) => given("rts_uniform", function.draws_places())?,
         None => None,
     };
     // The noise of the second choice stays on in evaluation, jitter does not (spec 1.0).
-    let gumbel = given("gumbel", fields.flag("sampling")? && function == Function::Top2, sheet)?;
-    let jitter = given("jitter", fields.flag("jitter")? && training, sheet)?;
-    let given = Given { rts, gumbel, used: None };
-    Ok(Options { function, capacity: fields.flag("drop")?.then_some(capacity), given, jitter })
+    let gumbel = given("gumbel", fields.flag("sampling")? && function == Function::Top2)?;
+    let jitter = given("jitter", fields.flag("jitter")? && fields.flag("train")?)?;
+    Ok(Given { jitter, rts, gumbel, used: None })
 }
 
 /// A weight of the case, or of all cases.
@@ -79,23 +74,36 @@ fn run(
     let x = sheet.input("x", Tensor::new(TensorType::new(dtype, [tokens, width]), x.data.clone()))?;
     let weights = sheet.input("R", Tensor::new(TensorType::f32([tokens, width]), weights.data.clone()))?;
     let set = case.set();
-    let residual = fields.flag("residual")?;
-    let parameters = inputs(&mut sheet, dtype, experts, residual, NAMES, NETWORK, &|name| weight(set, name))?;
-    let options = options(case, prefix, fields, &mut sheet, [tokens, experts])?;
+    let (residual, training) = (fields.flag("residual")?, fields.flag("train")?);
+    let given = given(case, prefix, fields, &mut sheet)?;
+    let capacity = Capacity {
+        training: fields.number("cf")?,
+        evaluation: fields.number("eval_cf")?,
+        least: fields.count("min_cap")?,
+    };
+    let capacity = fields.flag("drop")?.then_some(capacity);
+    let mut config = model(Function::of_layer(fields.count("k")?), &[experts], residual, capacity, given)?;
+    config.width = width;
+    config.ffn = Some(inner_width(&weight(set, "experts.0.fc1.bias")?));
+    config.dtype = if dtype == DType::Bf16 { ComputeDtype::Bf16 } else { ComputeDtype::F32 };
+    let made = layer(&mut sheet, &config, 0, x, (training, given), NAMES, &|name| weight(set, name))?;
 
     let g = &mut sheet.graph;
-    let (y, gated) = layer(g, x, &parameters.weights, options)?;
+    let y = made.y;
     let wide = g.cast(y, DType::F32)?;
     let weighted = g.mul(wide, weights)?;
     let sum = g.sum_all(weighted)?;
-    let aux = g.mul_scalar(gated.load_balancing_loss, set.aux_weight)?;
+    let aux = g.mul_scalar(made.statistics.load_balancing_loss, set.aux_weight)?;
     let loss = g.add(sum, aux)?;
     let mut wrt = vec![x];
-    wrt.extend(parameters.parts.iter().map(|(value, _)| *value));
+    wrt.extend(made.parts.iter().map(|part| part.value));
     let grads = gradients(g, loss, &wrt)?;
-    for (name, value) in
-        [("out", y), ("l_aux", gated.load_balancing_loss), ("exp_counts", gated.counts), ("loss", loss)]
-    {
+    for (name, value) in [
+        ("out", y),
+        ("l_aux", made.statistics.load_balancing_loss),
+        ("exp_counts", made.statistics.counts),
+        ("loss", loss),
+    ] {
         sheet.output(name, value)?;
     }
     for (i, grad) in grads.iter().enumerate() {
@@ -107,12 +115,9 @@ fn run(
         results.insert(name.to_owned(), output(&got, name)?.to_vec());
     }
     results.insert("grad_x".into(), output(&got, "gradient 0")?.to_vec());
-    for (i, (_, members)) in parameters.parts.iter().enumerate() {
-        let stacked = got.remove(&format!("gradient {}", i + 1)).unwrap_or_default();
-        let size = stacked.len() / members.len().max(1);
-        for (member, part) in members.iter().zip(stacked.chunks(size.max(1))) {
-            results.insert(format!("grad.{member}"), part.to_vec());
-        }
+    for (i, part) in made.parts.iter().enumerate() {
+        let of_all = got.remove(&format!("gradient {}", i + 1)).unwrap_or_default();
+        results.extend(part.split(&of_all).into_iter().map(|(name, part)| (format!("grad.{name}"), part)));
     }
     Ok(results)
 }

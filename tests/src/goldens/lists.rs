@@ -8,7 +8,8 @@ use super::set::{Fields, Problem};
 /// Both sides compute in f64, by formulas that may differ in the order of their operations.
 const LEARNING_RATE_TOLERANCE: f64 = 1e-12;
 
-fn any_config() -> Result<Config, Problem> {
+/// A small configuration, of which a case changes what it is about.
+pub(super) fn any_config() -> Result<Config, Problem> {
     let text = "[model]\nname = \"golden\"\nvocab = 256\nlayers = 1\nwidth = 8\nheads = 1\nsequence = 8\n\
                 [train]\nbatch = 1\nsteps = 1\nlearning_rate = 1.0\n";
     Config::from_toml(text, "golden").map_err(|e| Problem::Format {

@@ -52,15 +52,13 @@ impl Machine {
     }
 }
 
-/// A graph and the values of its inputs, all of them states.
+/// A graph and the values of its inputs, all of them states or parameters.
 #[derive(Default)]
 pub struct Sheet {
     /// The graph.
     pub graph: Graph,
     /// The inputs by name.
     pub inputs: Vec<(String, Tensor)>,
-    /// What the names of further inputs begin with.
-    pub prefix: String,
 }
 
 impl Sheet {
@@ -69,9 +67,8 @@ impl Sheet {
     /// # Errors
     /// [`Problem::Graph`] for a second input of one name.
     pub fn input(&mut self, name: &str, value: Tensor) -> Result<Value, Problem> {
-        let name = format!("{}{name}", self.prefix);
-        let input = self.graph.state(&name, value.ty.clone())?;
-        self.inputs.push((name, value.rounded()));
+        let input = self.graph.state(name, value.ty.clone())?;
+        self.inputs.push((name.to_owned(), value.rounded()));
         Ok(input)
     }
 

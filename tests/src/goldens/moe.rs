@@ -1,142 +1,154 @@
-//! DeepSpeed's MoE layer in ops, standard and residual (spec 2.1), with weights as DeepSpeed stores them, `[out, in]`.
+//! A layer of DeepSpeed as the layer of the models ([`moe_layer`]), with its tensors under the models' names: DeepSpeed stores
+//! matrices `[out, in]` and each expert by itself, the models `[in, out]` and all experts of a layer together.
 
-use moebius_ir::{DType, Graph, Result, Tensor, TensorType, Value};
+use moebius_ir::{Graph, Role, Tensor, TensorType, Value};
+use moebius_models::config::ModelConfig;
+use moebius_models::gpt::{MoeStatistics, Parameters, Pass, moe_layer};
 
 use super::machine::Sheet;
-use super::rules::{Function, Gated, Given, gate};
+use super::rules::Given;
 use super::set::Problem;
 
-/// Weights of a dense network or of all experts, `[.., F, H]`, `[.., F]`, `[.., H, F]`, `[.., H]`.
+/// Names of a layer's tensors in DeepSpeed.
 #[derive(Clone, Copy)]
-pub(super) struct Network {
-    /// The first product and its bias.
-    pub(super) up: (Value, Value),
-    /// The second product and its bias.
-    pub(super) down: (Value, Value),
+pub(super) struct Names<'a> {
+    /// Of the router's matrix.
+    pub(super) router: &'a str,
+    /// What the names of an expert's tensors begin with, with `{}` for its number.
+    pub(super) expert: &'a str,
+    /// What those of the dense network begin with.
+    pub(super) mlp: &'a str,
+    /// What those of the coefficients begin with.
+    pub(super) coefficient: &'a str,
+    /// How those of a network end: first matrix and bias, second matrix and bias.
+    pub(super) network: [&'static str; 4],
 }
 
-/// Weights of a layer.
-#[derive(Clone, Copy)]
-pub(super) struct Weights {
-    /// `[E,H]`.
-    pub(super) router: Value,
-    /// Of all experts.
-    pub(super) experts: Network,
-    /// The dense network beside them and the coefficients `[2,H]`, `[2]`.
-    pub(super) residual: Option<(Network, (Value, Value))>,
+/// The tensors of DeepSpeed that a parameter of the models is made of.
+struct Source {
+    members: Vec<String>,
+    transposed: bool,
+    stacked: bool,
 }
 
-/// How a layer routes.
-#[derive(Clone, Copy)]
-pub(super) struct Options {
-    /// The gate.
-    pub(super) function: Function,
-    /// Slots of an expert; `None` drops nothing.
-    pub(super) capacity: Option<usize>,
-    /// Random numbers of the gate.
-    pub(super) given: Given,
-    /// f32 `[N,H]`: what the router's copy of the tokens is multiplied by.
-    pub(super) jitter: Option<Value>,
+impl Names<'_> {
+    /// Those of the parameter with this name after `layers.N.moe.`; `None` if DeepSpeed has nothing like it.
+    fn source(&self, parameter: &str, experts: usize) -> Option<Source> {
+        let one = |name: String, transposed| Source { members: vec![name], transposed, stacked: false };
+        let of_network = |part: &str| {
+            let i = ["up.weight", "up.bias", "down.weight", "down.bias"].iter().position(|p| *p == part)?;
+            Some((self.network[i], part.ends_with("weight")))
+        };
+        if parameter == "router.weight" {
+            return Some(one(self.router.into(), false));
+        }
+        if let Some(part) = parameter.strip_prefix("experts.") {
+            let (name, transposed) = of_network(part)?;
+            let members = (0..experts).map(|e| format!("{}{name}", self.expert.replace("{}", &e.to_string())));
+            return Some(Source { members: members.collect(), transposed, stacked: true });
+        }
+        if let Some(part) = parameter.strip_prefix("mlp.") {
+            let (name, transposed) = of_network(part)?;
+            return Some(one(format!("{}{name}", self.mlp), transposed));
+        }
+        parameter.strip_prefix("coefficient.").map(|part| one(format!("{}{part}", self.coefficient), false))
+    }
 }
 
-/// The names and inputs of the weights that a layer was made from, by the name in a case and its place in the input.
-pub(super) struct Inputs {
-    /// Values for [`layer`].
-    pub(super) weights: Weights,
-    /// Differentiated inputs: the value and the names of the tensors that it stacks.
-    pub(super) parts: Vec<(Value, Vec<String>)>,
+/// A parameter of a layer, and the tensors of DeepSpeed that it is made of.
+pub(super) struct Part {
+    /// The parameter, f32.
+    pub(super) value: Value,
+    members: Vec<String>,
+    /// Extents of a member as the models have it, where that is its transpose.
+    transposed: Option<[usize; 2]>,
 }
 
-/// The names of a network's tensors after `prefix`, in the order of [`Network`].
-pub(super) type Names = [&'static str; 4];
+impl Part {
+    /// The members' parts, under their names, of a tensor of the parameter's shape such as its gradient.
+    pub(super) fn split(&self, data: &[f64]) -> Vec<(String, Vec<f64>)> {
+        let size = data.len() / self.members.len().max(1);
+        let parts = self.members.iter().zip(data.chunks(size.max(1)));
+        let back = |part: &[f64]| match self.transposed {
+            Some([rows, columns]) => transposed(part, rows, columns),
+            None => part.to_vec(),
+        };
+        parts.map(|(name, part)| (name.clone(), back(part))).collect()
+    }
+}
 
-/// Makes the inputs of a layer of `experts` from tensors by name, in `dtype`.
-pub(super) fn inputs(
+/// A matrix `[rows, columns]` the other way round.
+fn transposed(data: &[f64], rows: usize, columns: usize) -> Vec<f64> {
+    (0..rows * columns).map(|i| data[i % rows * columns + i / rows]).collect()
+}
+
+/// The width between the two products of a network whose first bias is this tensor.
+pub(super) fn inner_width(bias: &Tensor) -> usize {
+    bias.ty.shape.last()
+}
+
+/// What [`layer`] adds.
+pub(super) struct Layer {
+    /// The result, of the shape of `x`.
+    pub(super) y: Value,
+    /// Losses and counts.
+    pub(super) statistics: MoeStatistics,
+    /// The parameters, all differentiable.
+    pub(super) parts: Vec<Part>,
+}
+
+/// Layer `number` of a model on tokens `x [N,H]` in the model's dtype, with its parameters from `tensor`, rounded to that dtype.
+pub(super) fn layer(
     sheet: &mut Sheet,
-    dtype: DType,
-    experts: usize,
-    residual: bool,
-    [router, expert, mlp, coefficient]: [&str; 4],
-    names: Names,
-    tensor: &dyn Fn(&str) -> std::result::Result<Tensor, Problem>,
-) -> std::result::Result<Inputs, Problem> {
-    let mut parts = Vec::new();
-    let mut input = |sheet: &mut Sheet, name: &str, members: Vec<String>, stack: bool| {
-        let mut shape: Vec<usize> = Vec::new();
-        let mut data = Vec::new();
-        for member in &members {
-            let tensor = tensor(member)?;
-            if !data.is_empty() && tensor.ty.shape.to_vec() != shape {
-                return Err(Problem::Size {
-                    what: member.clone(),
-                    wanted: format!("{shape:?}, as the other experts"),
-                    found: tensor.ty.to_string(),
-                });
-            }
-            shape = tensor.ty.shape.to_vec();
-            data.extend(tensor.data);
-        }
-        if stack {
-            shape.insert(0, members.len());
-        }
-        let value = sheet.input(name, Tensor::new(TensorType::new(dtype, shape), data))?;
-        parts.push((value, members));
-        Ok(value)
+    config: &ModelConfig,
+    number: usize,
+    x: Value,
+    (training, given): (bool, Given),
+    names: Names<'_>,
+    tensor: &dyn Fn(&str) -> Result<Tensor, Problem>,
+) -> Result<Layer, Problem> {
+    let Some(&experts) = config.experts_per_layer().get(number).filter(|&&e| e > 1) else {
+        let (wanted, found) = ("at least 2".into(), format!("{:?}", config.experts));
+        return Err(Problem::Size { what: format!("experts of layer {number}"), wanted, found });
     };
-    let weights = {
-        let mut network = |sheet: &mut Sheet, name: &str, members: &dyn Fn(&str) -> Vec<String>, stack: bool| {
-            let mut part =
-                |sheet: &mut Sheet, i: usize| input(sheet, &format!("{name}.{}", names[i]), members(names[i]), stack);
-            let up = (part(sheet, 0)?, part(sheet, 1)?);
-            Ok::<_, Problem>(Network { up, down: (part(sheet, 2)?, part(sheet, 3)?) })
-        };
-        let of_experts = |name: &str| {
-            (0..experts).map(|e| format!("{}{name}", expert.replace("{}", &e.to_string()))).collect::<Vec<_>>()
-        };
-        let of_experts = network(sheet, "experts", &of_experts, true)?;
-        let dense = if residual {
-            Some(network(sheet, "mlp", &|name: &str| vec![format!("{mlp}{name}")], false)?)
-        } else {
-            None
-        };
-        let router = input(sheet, "router", vec![router.to_owned()], false)?;
-        let residual = match dense {
-            Some(dense) => {
-                let weight = input(sheet, "coefficient", vec![format!("{coefficient}weight")], false)?;
-                let bias = input(sheet, "coefficient.bias", vec![format!("{coefficient}bias")], false)?;
-                Some((dense, (weight, bias)))
-            }
-            None => None,
-        };
-        Weights { router, experts: of_experts, residual }
-    };
-    Ok(Inputs { weights, parts })
-}
+    let g: &mut Graph = &mut sheet.graph;
+    let ty = g.ty(x).clone();
+    let rows = g.reshape(x, [1, ty.shape.rows(), ty.shape.last()])?;
+    let pass = Pass { training, noise: given.noise(), ..Pass::default() };
+    let mut parameters = Parameters::new(config);
+    let (y, statistics) = moe_layer(g, &mut parameters, number, experts, rows, &pass)?;
+    let y = g.reshape(y, ty.shape.clone())?;
 
-/// The layer on tokens `x [N,H]`: its result `[N,H]` and its gate.
-pub(super) fn layer(g: &mut Graph, x: Value, weights: &Weights, options: Options) -> Result<(Value, Gated)> {
-    let mut of_router = g.cast(x, DType::F32)?;
-    if let Some(jitter) = options.jitter {
-        of_router = g.mul(of_router, jitter)?;
+    let prefix = format!("layers.{number}.moe.");
+    let mut parts = Vec::new();
+    for (name, value) in sheet.graph.inputs().to_vec() {
+        let Some(parameter) = name.strip_prefix(&prefix) else { continue };
+        if sheet.graph.input_of(value).is_none_or(|i| i.role != Role::Parameter) {
+            continue;
+        }
+        let Some(source) = names.source(parameter, experts) else { return Err(Problem::Tensor { tensor: name }) };
+        let shape = sheet.graph.shape(value).to_vec();
+        let member = if source.stacked { &shape[1..] } else { &shape[..] };
+        let turned = match *member {
+            [rows, columns] if source.transposed => Some([rows, columns]),
+            _ => None,
+        };
+        let stored: Vec<usize> = turned.map_or_else(|| member.to_vec(), |[rows, columns]| vec![columns, rows]);
+        let mut data = Vec::new();
+        for name in &source.members {
+            let tensor = tensor(name)?;
+            if tensor.ty.shape.to_vec() != stored {
+                let (wanted, found) = (format!("{stored:?}"), tensor.ty.to_string());
+                return Err(Problem::Size { what: name.clone(), wanted, found });
+            }
+            match turned {
+                Some([rows, columns]) => data.extend(transposed(&tensor.data, columns, rows)),
+                None => data.extend(tensor.data),
+            }
+        }
+        let rounded = Tensor::new(TensorType::new(ty.dtype, shape.clone()), data).rounded();
+        sheet.inputs.push((name, Tensor::new(TensorType::f32(shape), rounded.data)));
+        parts.push(Part { value, members: source.members, transposed: turned });
     }
-    let router = g.cast(weights.router, DType::F32)?;
-    let logits = g.matmul_with(of_router, router, None, false, true)?;
-    let gated = gate(g, options.function, options.capacity, logits, options.given)?;
-    let rows = g.dispatch(x, gated.slot_choice, gated.choice_slot, None)?;
-    let Network { up, down } = weights.experts;
-    let rows = g.expert_matmul(rows, up.0, gated.offsets, Some(up.1), true)?;
-    let rows = g.gelu(rows)?;
-    let rows = g.expert_matmul(rows, down.0, gated.offsets, Some(down.1), true)?;
-    let mut y = g.combine(rows, gated.slot_choice, gated.choice_slot, Some(gated.gate))?;
-    if let Some((Network { up, down }, (weight, bias))) = weights.residual {
-        let coefficient = g.matmul_with(x, weight, Some(bias), false, true)?;
-        let coefficient = g.softmax(coefficient)?;
-        let dense = g.matmul_with(x, up.0, Some(up.1), false, true)?;
-        let dense = g.gelu(dense)?;
-        let dense = g.matmul_with(dense, down.0, Some(down.1), false, true)?;
-        let (of_experts, of_dense) = (g.slice(coefficient, 1, 0, 1)?, g.slice(coefficient, 1, 1, 1)?);
-        let (sparse, dense) = (g.mul(y, of_experts)?, g.mul(dense, of_dense)?);
-        y = g.add(sparse, dense)?;
-    }
-    Ok((y, gated))
+    Ok(Layer { y, statistics, parts })
 }

@@ -1,8 +1,11 @@
-//! DeepSpeed's gates in ops (spec 1.1 to 1.5), with every random number given.
+//! DeepSpeed's gates (spec 1.0 to 1.5) as settings of the models: which router, and which of its random numbers are given.
 
-use moebius_ir::ops::{Balance, CompareFn, NoiseUse, Order, ReduceFn, RouteInputs, Router};
-use moebius_ir::{DType, Graph, Result, TensorType, Value};
+use moebius_ir::ops::CompareFn;
+use moebius_ir::{Graph, Result, TensorType, Value};
+use moebius_models::config::{Family, Mlp, ModelConfig, Noise, Order, RouterTable};
+use moebius_models::gpt::router::{GateInputs, RouterNoise, Source};
 
+use super::lists::any_config;
 use super::set::{Fields, Problem};
 
 /// Which function of DeepSpeed gates.
@@ -59,17 +62,22 @@ impl Function {
         }
     }
 
-    /// Slots of an expert (spec 1.1), the product in f32: `max(ceil(tokens / experts * k factor), min_capacity)`.
-    pub(super) fn capacity(self, tokens: usize, experts: usize, factor: f64, least: usize) -> usize {
-        let share = (tokens as f64 / experts as f64) as f32;
-        let slots = share * (self.k() as f64 * factor) as f32;
-        (slots.ceil() as usize).max(least)
+    /// Whether the function draws who stays, of which the numbers may be given as [`Given::rts`].
+    pub(super) fn draws_places(self) -> bool {
+        self == Function::Top1
+    }
+
+    /// Whether the function can draw choices, of which the noise may be given as [`Given::gumbel`].
+    pub(super) fn draws_choices(self) -> bool {
+        matches!(self, Function::Top1 | Function::Top2)
     }
 }
 
 /// The random numbers and the mask of one gate.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Given {
+    /// f32 `[N,H]`: what the router's copy of the tokens is multiplied by.
+    pub(super) jitter: Option<Value>,
     /// f32 `[N,E]`: who stays, larger first (`Top1`).
     pub(super) rts: Option<Value>,
     /// f32 `[N,E]`, added to the logits that choose: the only expert of `Top1`, the second of `Top2`.
@@ -78,84 +86,57 @@ pub(super) struct Given {
     pub(super) used: Option<Value>,
 }
 
-/// What a gate gives.
-pub(super) struct Gated {
-    /// f32 `[N,k]`, 0 for an evicted choice.
-    pub(super) gate: Value,
-    /// i32 `[N,k]`.
-    pub(super) expert_index: Value,
-    /// i32 `[S]`.
-    pub(super) slot_choice: Value,
-    /// i32 `[N,k]`, -1 for an evicted choice.
-    pub(super) choice_slot: Value,
-    /// i32 `[E+1]`.
-    pub(super) offsets: Value,
-    /// i32 `[E]`, before dropping.
-    pub(super) counts: Value,
-    /// i32 scalar: choices evicted.
-    pub(super) dropped: Value,
-    /// f32 scalar.
-    pub(super) load_balancing_loss: Value,
-}
-
-/// Gates `logits` f32 `[N,E]`; without a `capacity` nothing is dropped.
-pub(super) fn gate(
-    g: &mut Graph,
-    function: Function,
-    capacity: Option<usize>,
-    logits: Value,
-    given: Given,
-) -> Result<Gated> {
-    let experts = g.shape(logits)[1];
-    let (balance, order, noise_use) = match function {
-        Function::Top1 => (Balance::AllChoices, Order::TokenMajor, NoiseUse::AllChoices),
-        Function::Top2 => (Balance::FirstChoice, Order::ChoiceMajor, NoiseUse::LaterChoices),
-        Function::TopK { .. } => (Balance::AllChoices, Order::TokenMajor, NoiseUse::LaterChoices),
-    };
-    let used = match given.used {
-        Some(used) => {
-            let none = g.splat(TensorType::i32([]), 0.0)?;
-            Some(g.compare(CompareFn::Gt, used, none)?)
-        }
-        None => None,
-    };
-    let noise = given.gumbel.map(|gumbel| (gumbel, noise_use));
-    let inputs = RouteInputs { noise, used, ..RouteInputs::default() };
-    let router = Router::softmax(function.k(), balance);
-    let [probability, expert_index, load_balancing_loss, _, counts, _] = g.route_with(logits, &router, inputs)?;
-    let priority = match (function, given.rts, capacity) {
-        (Function::Top1, Some(rts), Some(_)) => Some(of_choices(g, rts, expert_index)?),
-        (Function::TopK { by_position: false, .. }, _, Some(_)) => Some(probability),
-        (_, _, _) => None,
-    };
-    let [slot_choice, choice_slot, offsets, dropped] = g.assign(expert_index, priority, experts, capacity, order)?;
-    let zero = g.splat(TensorType::i32([]), 0.0)?;
-    let kept = g.compare(CompareFn::Ge, choice_slot, zero)?;
-    let kept = g.cast(kept, DType::F32)?;
-    let mut gate = g.mul(probability, kept)?;
-    if function != Function::Top1 {
-        let tokens = g.shape(gate)[0];
-        let sum = g.reduce(ReduceFn::Sum, gate, &[1])?;
-        let sum = g.reshape(sum, [tokens, 1])?;
-        let least = g.scalar(f64::from(f32::EPSILON))?;
-        let sum = g.maximum(sum, least)?;
-        gate = g.div(gate, sum)?;
+impl Given {
+    /// As the models' router takes it; what is not given is off.
+    pub(super) fn noise(self) -> RouterNoise {
+        let source = |value: Option<Value>| value.map_or(Source::Off, Source::Given);
+        RouterNoise { jitter: source(self.jitter), choice: source(self.gumbel), priority: source(self.rts) }
     }
-    Ok(Gated { gate, expert_index, slot_choice, choice_slot, offsets, counts, dropped, load_balancing_loss })
+
+    /// As [`moebius_models::gpt::router::gate`] takes it.
+    pub(super) fn inputs(self, g: &mut Graph) -> Result<GateInputs> {
+        let used = match self.used {
+            Some(used) => {
+                let none = g.splat(TensorType::i32([]), 0.0)?;
+                Some(g.compare(CompareFn::Gt, used, none)?)
+            }
+            None => None,
+        };
+        Ok(GateInputs { noise: self.noise(), used, ..GateInputs::default() })
+    }
 }
 
-/// `values[n, expert_index[n,j]]` of f32 `[N,E]`; of no meaning for an index of -1, which takes no slot.
-fn of_choices(g: &mut Graph, values: Value, expert_index: Value) -> Result<Value> {
-    let [tokens, experts] = [g.shape(values)[0], g.shape(values)[1]];
-    let shape = g.ty(expert_index).shape.clone();
-    let table = g.reshape(values, [tokens * experts, 1])?;
-    let rows = (0..tokens).map(|n| (n * experts) as f64).collect();
-    let rows = g.constant(TensorType::i32([tokens, 1]), rows)?;
-    let ids = g.add(expert_index, rows)?;
-    // The index -1 of the first token would lie before the table.
-    let first = g.splat(TensorType::i32([]), 0.0)?;
-    let inside = g.compare(CompareFn::Ge, ids, first)?;
-    let ids = g.select(inside, ids, first)?;
-    let picked = g.embedding(table, ids)?;
-    g.reshape(picked, shape)
+/// What fields say of capacity: factors in training and evaluation, and the least capacity.
+#[derive(Clone, Copy)]
+pub(super) struct Capacity {
+    pub(super) training: f64,
+    pub(super) evaluation: f64,
+    pub(super) least: usize,
+}
+
+/// A model whose layers, with so many `experts` each, gate by `function`; without a capacity nothing is dropped.
+pub(super) fn model(
+    function: Function,
+    experts: &[usize],
+    residual: bool,
+    capacity: Option<Capacity>,
+    given: Given,
+) -> std::result::Result<ModelConfig, Problem> {
+    let mut m = any_config()?.model;
+    let (preset, order) = match function {
+        Function::Top1 => (Family::DeepspeedTop1, None),
+        Function::Top2 => (Family::DeepspeedTop2, None),
+        Function::TopK { by_position, .. } => (Family::DeepspeedTopK, by_position.then_some(Order::Token)),
+    };
+    // `RSample` of `top1gating` is no part of the preset, nor is jitter, whose half width does not matter where it is given.
+    let noise = (function == Function::Top1 && given.gumbel.is_some()).then_some(Noise::Sample);
+    let jitter = given.jitter.map(|_| 0.01);
+    m.router = Some(RouterTable { preset: Some(preset), order, noise, jitter, ..RouterTable::default() });
+    m.top_k = Some(function.k());
+    m.mlp = if residual { Mlp::Residual } else { Mlp::Standard };
+    (m.layers, m.expert_interval, m.experts) = (experts.len(), 1, experts.to_vec());
+    m.capacity_factor = capacity.map(|c| c.training);
+    m.eval_capacity_factor = capacity.map(|c| c.evaluation);
+    m.min_capacity = capacity.map_or(0, |c| c.least);
+    Ok(m)
 }

@@ -225,6 +225,23 @@ impl Set {
         self.tensors.get_mut(file)
     }
 
+    /// For a test: leaves only this case, with its tensors and those that all cases share.
+    pub fn keep(&mut self, kind: &str, case: &str) {
+        let named = |entry: &Json| entry.get("name").and_then(Json::as_str) == Some(case);
+        self.kinds.retain(|(k, _)| k == kind);
+        for list in self.kinds.iter_mut().filter_map(|(_, list)| list.as_array_mut()) {
+            list.retain(named);
+        }
+        self.tensors.remove("ckpt_io");
+        for (file, tensors) in &mut self.tensors {
+            tensors.retain(|name, _| {
+                let owner = name.split('/').next().unwrap_or_default();
+                owner == "common" || (file == kind && owner == case)
+            });
+        }
+        self.directory.clear();
+    }
+
     /// Whether there is a checkpoint.
     pub fn has_checkpoint(&self) -> bool {
         self.directory.join("ckpt").exists() || self.tensors.contains_key("ckpt_io")
