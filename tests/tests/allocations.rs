@@ -1,6 +1,7 @@
 //! A run allocates nothing. Alone in its program, as the allocator counts for all threads.
 
 use std::alloc::System;
+use std::sync::Barrier;
 
 use moebius::{Optimizer, training_step};
 use moebius_backends::Backend;
@@ -15,6 +16,22 @@ static COUNTING: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
 fn allocations() -> usize {
     COUNTING.stats().allocations
+}
+
+/// Lets each of the two threads of the pool take work from the other, at which rayon allocates once for a thread. A run does
+/// not promise it: one thread may be held up until all is done.
+fn take_from_each_other() {
+    let (first, second) = (Barrier::new(2), Barrier::new(2));
+    let wait = |barrier: &Barrier| {
+        barrier.wait();
+    };
+    rayon::join(
+        || wait(&first),
+        || {
+            wait(&first);
+            rayon::join(|| wait(&second), || wait(&second));
+        },
+    );
 }
 
 #[test]
@@ -46,6 +63,7 @@ fn a_run_allocates_nothing() {
         }
         // Inside the pool: from outside, rayon's queue of injected jobs would allocate a block now and then.
         let made = cpu.pool().install(|| {
+            take_from_each_other();
             for _ in 0..3 {
                 instance.run(store.as_mut()).unwrap();
             }
