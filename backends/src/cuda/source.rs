@@ -28,6 +28,7 @@ header!(MMA, "mma.cuh");
 header!(GEMM, "gemm.cuh");
 header!(FUNCTIONS, "functions.cuh");
 header!(ROUTER, "router.cuh");
+header!(VECTORS, "vectors.cuh");
 
 impl Source {
     /// A file of `kernels/` with its headers; [`COMMON`] comes before them by itself.
