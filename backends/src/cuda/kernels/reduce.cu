@@ -30,9 +30,13 @@ KERNEL reduce_columns(const T* x, i64 outer, i64 n, i64 inner, i64 chunk, float*
     float acc = start();
     // Sums of 16 first: a long sum in one go loses digits.
     for (i64 i = from; i < to; i += 16) {
+        // All loaded before the first is added.
+        T x16[16];
+#pragma unroll
+        for (int j = 0; j < 16; j++) x16[j] = column[(i + j < to ? i + j : i) * inner];
         float part = start();
-        i64 stop = i + 16 < to ? i + 16 : to;
-        for (i64 j = i; j < stop; j++) part = join(part, to_float(column[j * inner]));
+#pragma unroll
+        for (int j = 0; j < 16; j++) part = i + j < to ? join(part, to_float(x16[j])) : part;
         acc = join(acc, part);
     }
     if (partial) partial[blockIdx.y * outer * inner + at] = acc;

@@ -45,17 +45,34 @@ KERNEL gate_grad(const T* rows, const T* y, const int* choice_slot, int slots, i
     if (lane == 0) out[c] = dot;
 }
 
-/// out[e] = sum of the rows of its segment; a thread for each column, a block along y for each expert.
-KERNEL segment_sum(const T* rows, const int* offsets, int width, T* out) {
+/// out[e] = sum of the rows of its segment; a thread for each column, a block along y for each expert. With blocks along z each
+/// takes one of as many equal parts of the segment, whose f32 sums are `partial`.
+KERNEL segment_sum(const T* rows, const int* offsets, int width, float* partial, T* out) {
     int column = blockIdx.x * THREADS + threadIdx.x;
     i64 e = blockIdx.y;
     if (column >= width) return;
-    int from = offsets[e], to = offsets[e + 1];
+    int first = offsets[e], last = offsets[e + 1], part_rows = ceil_div(last - first, (int)gridDim.z);
+    int from = min(first + (int)blockIdx.z * part_rows, last), to = min(from + part_rows, last);
     float sum = 0.0f;
     for (int s = from; s < to; s += 16) {
+        // All loaded before the first is added.
+        T x[16];
+#pragma unroll
+        for (int r = 0; r < 16; r++) x[r] = rows[(i64)(s + r < to ? s + r : s) * width + column];
         float part = 0.0f;
-        for (int r = s; r < min(s + 16, to); r++) part += to_float(rows[(i64)r * width + column]);
+#pragma unroll
+        for (int r = 0; r < 16; r++) part = s + r < to ? part + to_float(x[r]) : part;
         sum += part;
     }
-    out[e * width + column] = from_float<T>(sum);
+    if (partial) partial[((i64)blockIdx.z * gridDim.y + e) * width + column] = sum;
+    else out[e * width + column] = from_float<T>(sum);
+}
+
+/// The sums of the parts of the segments together, in order.
+KERNEL segment_sum_finish(const float* partial, i64 results, int parts, T* out) {
+    i64 at = (i64)blockIdx.x * THREADS + threadIdx.x;
+    if (at >= results) return;
+    float sum = 0.0f;
+    for (int i = 0; i < parts; i++) sum += partial[i * results + at];
+    out[at] = from_float<T>(sum);
 }
