@@ -30,6 +30,7 @@ header!(FUNCTIONS, "functions.cuh");
 header!(ROUTER, "router.cuh");
 header!(HEADS, "heads.cuh");
 header!(TILES, "tiles.cuh");
+header!(VECTORS, "vectors.cuh");
 
 impl Source {
     /// A file of `kernels/` with its headers; [`COMMON`] comes before them by itself.

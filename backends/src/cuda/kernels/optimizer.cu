@@ -3,18 +3,49 @@
 #define THREADS 256
 /// Elements whose squares one block adds up.
 #define BLOCK_ELEMENTS 8192
+/// Their sums, that a block adds up where there are many.
+#define BLOCK_PARTS 2048
+/// Elements of one block of AdamW, and fours of neighbours of a thread.
+#define STEP_ELEMENTS 4096
 
-/// partial[block] = sum of squares of BLOCK_ELEMENTS elements, in f64 from the warp's sum on.
+/// Elements of one load.
+#define VECTOR (16 / (int)sizeof(T))
+
+/// partial[block] = sum of squares of BLOCK_ELEMENTS elements, in f64. x begins at a multiple of 16 bytes.
 KERNEL sum_of_squares(const T* x, i64 n, double* partial) {
     __shared__ double room[THREADS / 32];
-    i64 from = (i64)blockIdx.x * BLOCK_ELEMENTS;
+    i64 from = (i64)blockIdx.x * BLOCK_ELEMENTS + threadIdx.x * VECTOR;
     double sum = 0.0;
-    for (i64 i = from + threadIdx.x; i < from + BLOCK_ELEMENTS && i < n; i += THREADS) {
-        double v = to_float(x[i]);
-        sum += v * v;
+#pragma unroll 4
+    for (int at = 0; at < BLOCK_ELEMENTS; at += THREADS * VECTOR) {
+        i64 i = from + at;
+        if (i + VECTOR <= n) {
+            auto v = load_vector<VECTOR>(x + i);
+#pragma unroll
+            for (int j = 0; j < VECTOR; j++) {
+                double w = to_float(v.at[j]);
+                sum += w * w;
+            }
+        } else {
+            for (; i < n && i < from + at + VECTOR; i++) {
+                double w = to_float(x[i]);
+                sum += w * w;
+            }
+        }
     }
     sum = block_sum<THREADS>(sum, room);
     if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+}
+
+/// sums[block] = sum of BLOCK_PARTS parts.
+KERNEL sum_of_parts(const double* partial, i64 parts, double* sums) {
+    __shared__ double room[THREADS / 32];
+    i64 from = (i64)blockIdx.x * BLOCK_PARTS;
+    double sum = 0.0;
+#pragma unroll 8
+    for (int at = threadIdx.x; at < BLOCK_PARTS; at += THREADS) sum += from + at < parts ? partial[from + at] : 0.0;
+    sum = block_sum<THREADS>(sum, room);
+    if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
 /// The root of the sum of all parts; one block.
@@ -26,7 +57,17 @@ KERNEL norm_of_parts(const double* partial, i64 parts, float* norm) {
     if (threadIdx.x == 0) *norm = (float)sqrt(sum);
 }
 
-/// One step of AdamW in place; nothing changes where lr or the scale is not finite or the step is below 1.
+/// What a step takes from its scalars.
+struct Rule { float scale, keep, rate, root, beta1, beta2, eps; };
+
+__device__ __forceinline__ void step_of(const Rule& r, float grad, float& param, float& m, float& v) {
+    float g = grad * r.scale;
+    m = r.beta1 * m + (1.0f - r.beta1) * g, v = r.beta2 * v + (1.0f - r.beta2) * (g * g);
+    param = r.keep * param - r.rate * (m / (sqrtf(v) * r.root + r.eps));
+}
+
+/// One step of AdamW in place; nothing changes where lr or the scale is not finite or the step is below 1. Every tensor begins
+/// at a multiple of 16 bytes.
 KERNEL adamw(float* param, const T* grad, float* m, float* v, const float* lr, const float* step, const float* grad_scale,
              float beta1, float beta2, float eps, float weight_decay, i64 n) {
     __shared__ float keep, rate, root;
@@ -41,10 +82,19 @@ KERNEL adamw(float* param, const T* grad, float* m, float* v, const float* lr, c
     }
     __syncthreads();
     if (skip) return;
-    i64 i = (i64)blockIdx.x * THREADS + threadIdx.x;
-    if (i >= n) return;
-    float g = to_float(grad[i]) * scale;
-    float mi = beta1 * m[i] + (1.0f - beta1) * g, vi = beta2 * v[i] + (1.0f - beta2) * (g * g);
-    m[i] = mi, v[i] = vi;
-    param[i] = keep * param[i] - rate * (mi / (sqrtf(vi) * root + eps));
+    Rule rule = {scale, keep, rate, root, beta1, beta2, eps};
+    for (int at = 4 * threadIdx.x; at < STEP_ELEMENTS; at += 4 * THREADS) {
+        i64 i = (i64)blockIdx.x * STEP_ELEMENTS + at;
+        if (i + 4 <= n) {
+            auto g = load_vector<4>(grad + i);
+            auto ps = load_vector<4>(param + i), ms = load_vector<4>(m + i), vs = load_vector<4>(v + i);
+#pragma unroll
+            for (int j = 0; j < 4; j++) step_of(rule, to_float(g.at[j]), ps.at[j], ms.at[j], vs.at[j]);
+            store_vector<4>(m + i, ms);
+            store_vector<4>(v + i, vs);
+            store_vector<4>(param + i, ps);
+        } else {
+            for (; i < n; i++) step_of(rule, to_float(grad[i]), param[i], m[i], v[i]);
+        }
+    }
 }

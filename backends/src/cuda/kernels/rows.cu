@@ -45,30 +45,34 @@ KERNEL gate_grad(const T* rows, const T* y, const int* choice_slot, int slots, i
     if (lane == 0) out[c] = dot;
 }
 
-#define WARPS (THREADS / 32)
-/// Rows whose loads do not wait for each other; their sum is made first, as one long sum loses digits.
-#define SLICE 16
-
-/// out[e] = sum of the rows of its segment. Grid: blocks of 32 columns, experts. The slices of a segment are dealt out to the
-/// warps, whose sums are added in order.
-KERNEL segment_sum(const T* rows, const int* offsets, int width, T* out) {
-    __shared__ float sum_of[WARPS][32];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = blockIdx.x * 32 + lane;
+/// out[e] = sum of the rows of its segment; a thread for each column, a block along y for each expert. With blocks along z each
+/// takes one of as many equal parts of the segment, whose f32 sums are `partial`.
+KERNEL segment_sum(const T* rows, const int* offsets, int width, float* partial, T* out) {
+    int column = blockIdx.x * THREADS + threadIdx.x;
     i64 e = blockIdx.y;
-    int from = offsets[e], to = column < width ? offsets[e + 1] : from;
+    if (column >= width) return;
+    int first = offsets[e], last = offsets[e + 1], part_rows = ceil_div(last - first, (int)gridDim.z);
+    int from = min(first + (int)blockIdx.z * part_rows, last), to = min(from + part_rows, last);
     float sum = 0.0f;
-    for (int s = from + SLICE * warp; s < to; s += SLICE * WARPS) {
-        const T* at = rows + (i64)s * width + column;
-        float x[SLICE], part = 0.0f;
+    for (int s = from; s < to; s += 16) {
+        // All loaded before the first is added.
+        T x[16];
 #pragma unroll
-        for (int r = 0; r < SLICE; r++) x[r] = s + r < to ? to_float(at[(i64)r * width]) : 0.0f;
+        for (int r = 0; r < 16; r++) x[r] = rows[(i64)(s + r < to ? s + r : s) * width + column];
+        float part = 0.0f;
 #pragma unroll
-        for (int r = 0; r < SLICE; r++) part += x[r];
+        for (int r = 0; r < 16; r++) part = s + r < to ? part + to_float(x[r]) : part;
         sum += part;
     }
-    sum_of[warp][lane] = sum;
-    __syncthreads();
-    if (warp > 0 || column >= width) return;
-    for (int w = 1; w < WARPS; w++) sum += sum_of[w][lane];
-    out[e * width + column] = from_float<T>(sum);
+    if (partial) partial[((i64)blockIdx.z * gridDim.y + e) * width + column] = sum;
+    else out[e * width + column] = from_float<T>(sum);
+}
+
+/// The sums of the parts of the segments together, in order.
+KERNEL segment_sum_finish(const float* partial, i64 results, int parts, T* out) {
+    i64 at = (i64)blockIdx.x * THREADS + threadIdx.x;
+    if (at >= results) return;
+    float sum = 0.0f;
+    for (int i = 0; i < parts; i++) sum += partial[i * results + at];
+    out[at] = from_float<T>(sum);
 }

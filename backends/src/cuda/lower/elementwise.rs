@@ -8,9 +8,11 @@ use moebius_ir::{DType, Graph, Node, Op};
 use super::Lowered;
 use super::movement::stretched;
 use crate::cuda::launch::{Arg, Launch};
-use crate::cuda::source::{FUNCTIONS, Source};
+use crate::cuda::source::{FUNCTIONS, Source, VECTORS};
 
 const THREADS: usize = 256;
+/// From here on a thread takes several elements: with fewer, more threads are faster.
+const MANY: usize = 4096;
 
 /// The type an element is stored as.
 fn stored(dtype: DType) -> &'static str {
@@ -149,6 +151,22 @@ impl Axes {
         if terms.is_empty() { "0".into() } else { terms.join(" + ") }
     }
 
+    /// Elements that a thread may take together: at each of its places an operand then has as many that lie together, at a
+    /// multiple of their bytes, or the same one for all.
+    fn together(&self, wanted: usize) -> bool {
+        let fits = |strides: &Vec<usize>| match strides.split_last() {
+            Some((0, _)) => true,
+            Some((1, outer)) => outer.iter().all(|s| s.is_multiple_of(wanted)),
+            Some(_) | None => false,
+        };
+        self.extents.last().is_some_and(|n| n.is_multiple_of(wanted)) && self.strides.iter().all(fits)
+    }
+
+    /// Whether operand `i` is the same for all elements that a thread takes.
+    fn is_stretched(&self, i: usize) -> bool {
+        self.strides[i].last().is_none_or(|s| *s == 0)
+    }
+
     /// Whether operand `i` lies in memory like the result.
     fn is_flat(&self, i: usize) -> bool {
         let mut inner = 1;
@@ -189,8 +207,13 @@ pub(super) fn lower_elementwise(graph: &Graph, node: &Node, op: &Elementwise) ->
         parameters.push(format!("{}* o{o}", stored(graph.ty(value).dtype)));
         args.push(Arg::Result(o));
     }
+    // 16 bytes of the narrowest floats, if that many elements lie together.
+    let halves = dtypes.iter().any(|d| d.is_float() && d.bytes() == 2);
+    let sizes: &[usize] = if halves { &[8, 4] } else { &[4] };
+    let many = sizes.iter().copied().find(|&n| elements >= MANY && axes.together(n));
+    let own = many.unwrap_or(1);
     let mut body = format!("KERNEL elementwise({}) {{\n", parameters.join(", "));
-    let _ = writeln!(body, "    i64 i = (i64)blockIdx.x * {THREADS} + threadIdx.x;\n    if (i >= n) return;");
+    let _ = writeln!(body, "    i64 i = ((i64)blockIdx.x * {THREADS} + threadIdx.x) * {own};\n    if (i >= n) return;");
     if !(0..loaded.len()).all(|l| axes.is_flat(l) || axes.strides[l].iter().all(|s| *s == 0)) {
         // Division of 32-bit numbers is many times faster.
         let index = if elements <= i32::MAX as usize { "u32" } else { "u64" };
@@ -199,12 +222,30 @@ pub(super) fn lower_elementwise(graph: &Graph, node: &Node, op: &Elementwise) ->
             let _ = writeln!(body, "    {index} c{axis} = rest % {extent}u; rest /= {extent}u;");
         }
     }
+    if many.is_some() {
+        for (at, i) in loaded.iter().enumerate() {
+            let index = axes.index(at);
+            let _ = match axes.is_stretched(at) {
+                true => writeln!(body, "    {} v{i} = p{i}[{index}];", stored(dtypes[*i])),
+                false => writeln!(body, "    auto v{i} = load_vector<{own}>(p{i} + {index});"),
+            };
+        }
+        for (o, &value) in node.results.iter().enumerate() {
+            let _ = writeln!(body, "    Vector<{}, {own}> w{o};", stored(graph.ty(value).dtype));
+        }
+        let _ = writeln!(body, "#pragma unroll\n    for (int j = 0; j < {own}; j++) {{");
+    }
     for i in 0..operands {
         let ty = register(dtypes[i]);
+        let element = |at: usize| match (many.is_some(), axes.is_stretched(at)) {
+            (false, _) => format!("p{i}[{}]", axes.index(at)),
+            (true, true) => format!("v{i}"),
+            (true, false) => format!("v{i}.at[j]"),
+        };
         let value = match (splats[i], loaded.iter().position(|&l| l == i)) {
             (Some(value), _) => literal(dtypes[i], value),
-            (None, Some(at)) if dtypes[i].is_float() => format!("to_float(p{i}[{}])", axes.index(at)),
-            (None, Some(at)) => format!("p{i}[{}]", axes.index(at)),
+            (None, Some(at)) if dtypes[i].is_float() => format!("to_float({})", element(at)),
+            (None, Some(at)) => element(at),
             (None, None) => unreachable!("an operand is a splat or loaded"),
         };
         let _ = writeln!(body, "    {ty} r{i} = {value};");
@@ -230,11 +271,18 @@ pub(super) fn lower_elementwise(graph: &Graph, node: &Node, op: &Elementwise) ->
     for (o, &r) in op.outputs.iter().enumerate() {
         let dtype = dtypes[r as usize];
         let value = if dtype.is_float() { format!("from_float<{}>(r{r})", stored(dtype)) } else { format!("r{r}") };
-        let _ = writeln!(body, "    o{o}[i] = {value};");
+        let place = if many.is_some() { format!("w{o}.at[j]") } else { format!("o{o}[i]") };
+        let _ = writeln!(body, "    {place} = {value};");
+    }
+    if many.is_some() {
+        body.push_str("    }\n");
+        for o in 0..node.results.len() {
+            let _ = writeln!(body, "    store_vector<{own}>(o{o} + i, w{o});");
+        }
     }
     body.push_str("}\n");
-    let source = Source::generated("elementwise.cu", &[FUNCTIONS], body).exact();
-    Ok(Launch::one(source, "elementwise", [elements.div_ceil(THREADS), 1, 1], THREADS as u32, args))
+    let source = Source::generated("elementwise.cu", &[FUNCTIONS, VECTORS], body).exact();
+    Ok(Launch::one(source, "elementwise", [(elements / own).div_ceil(THREADS), 1, 1], THREADS as u32, args))
 }
 
 #[cfg(test)]
@@ -281,6 +329,16 @@ mod tests {
                 assert_eq!(at(&axes.extents, mine), at(&shape, view), "element {i}");
             }
         }
+    }
+
+    #[test]
+    fn elements_are_taken_together_where_every_operand_has_them_so() {
+        assert!(joined(&[64, 40], &[&[40, 1], &[0, 1], &[1, 0]]).together(8));
+        // A row of 36 begins at multiples of 4 only, and a transposed operand nowhere.
+        let rows = joined(&[64, 36], &[&[36, 1], &[0, 1]]);
+        assert_eq!((rows.together(8), rows.together(4)), (false, true));
+        assert!(!joined(&[64, 40], &[&[40, 1], &[1, 64]]).together(4));
+        assert!(!joined(&[], &[&[]]).together(4));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use moebius_ir::ops::{ExpertMatmul, Matmul};
 use moebius_ir::{DType, Graph, Node, Shape};
 
+use super::few_rows::{self, Few, Operands};
 use super::{Lowered, dtype, float, int, shapes};
 use crate::cuda::launch::{Action, Arg, Launch, Scratch, kernel};
 use crate::cuda::source::{GEMM, MMA, Source};
@@ -15,6 +16,14 @@ const TILE: usize = 64;
 const LARGE_TILE: usize = 128;
 /// Blocks of the large tile that are enough to keep a GPU busy.
 const ENOUGH_BLOCKS: usize = 96;
+/// Up to so many rows, or columns, a product is mostly the reading of the other matrix.
+const FEW: usize = 8;
+/// As many if k is long.
+const FEW_LONG: usize = 16;
+/// From here on k is long.
+const LONG: usize = 256;
+/// The most blocks along z of a grid.
+const MOST_Z: usize = 65_535;
 /// The most experts of one product, as in the kernel.
 const MOST_EXPERTS: usize = 1024;
 /// Bytes of the weights of classes that the gradient of the cross entropy holds at a time.
@@ -42,11 +51,23 @@ fn tile(batch: usize, m: usize, n: usize) -> usize {
     if m > TILE && n > TILE && blocks >= ENOUGH_BLOCKS { LARGE_TILE } else { TILE }
 }
 
+/// Whether `batch` products of m rows and n columns over k are done by the kernels for few rows, and which side is the few.
+fn few(batch: usize, m: usize, n: usize, k: usize) -> Option<Few> {
+    let (is, fits) = (|side: usize| side <= FEW_LONG && k >= LONG, |side| few_rows::groups(batch, side) <= MOST_Z);
+    if (m <= FEW || is(m)) && fits(m) {
+        Some(Few::Rows)
+    } else if is(n) && fits(n) {
+        Some(Few::Columns)
+    } else {
+        None
+    }
+}
+
 /// Strides of a matrix, of rows and columns.
 #[derive(Clone, Copy)]
-struct Strides {
-    row: usize,
-    column: usize,
+pub(super) struct Strides {
+    pub(super) row: usize,
+    pub(super) column: usize,
 }
 
 /// A row-major matrix whose stored form has `columns` columns, read transposed if asked.
@@ -55,16 +76,16 @@ fn stored(columns: usize, transpose: bool) -> Strides {
 }
 
 /// The struct `Product` of the kernels.
-struct Product {
-    a: Strides,
-    a_batch: usize,
-    b: Strides,
-    b_batch: usize,
-    c_batch: usize,
-    m: usize,
-    n: usize,
-    k: usize,
-    wide_bias: bool,
+pub(super) struct Product {
+    pub(super) a: Strides,
+    pub(super) a_batch: usize,
+    pub(super) b: Strides,
+    pub(super) b_batch: usize,
+    pub(super) c_batch: usize,
+    pub(super) m: usize,
+    pub(super) n: usize,
+    pub(super) k: usize,
+    pub(super) wide_bias: bool,
 }
 
 impl Product {
@@ -121,6 +142,10 @@ pub(super) fn lower_matmul(graph: &Graph, node: &Node, op: &Matmul) -> Lowered {
         k,
         wide_bias,
     };
+    if let Some(side) = few(batch, m, n, k) {
+        let operands = Operands { a: Arg::Operand(0), b: Arg::Operand(1), offsets: Arg::Null, bias };
+        return few_rows::launch(dtype(graph, node, 0), &product, side, batch, None, operands);
+    }
     let args = [Arg::Operand(0), Arg::Operand(1), bias, Arg::Null, Arg::Null, Arg::Result(0)];
     Ok(Launch::of(vec![gemm(dtype(graph, node, 0), &product, batch, args)?]))
 }
@@ -147,6 +172,11 @@ pub(super) fn lower_expert_matmul(graph: &Graph, node: &Node, op: &ExpertMatmul)
         k,
         wide_bias,
     };
+    // The columns of experts are never the short side: their rows may be many.
+    if few(1, m, usize::MAX, k) == Some(Few::Rows) {
+        let operands = Operands { a: Arg::Operand(0), b: Arg::Operand(1), offsets: Arg::Operand(2), bias };
+        return few_rows::launch(dtype(graph, node, 0), &product, Few::Rows, 1, Some(experts), operands);
+    }
     // As if the rows were dealt out evenly.
     let of = products("gemm.cu", TEXT, dtype(graph, node, 0), tile(experts, m / experts.max(1), n))?;
     let tiles = if m == 0 { 0 } else { most_tiles(m, experts, of.tile) };
@@ -297,6 +327,15 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn few_rows_or_columns_have_kernels_of_their_own() {
+        assert_eq!((few(1, 1, 1024, 1024), few(4, 8, 8, 3)), (Some(Few::Rows), Some(Few::Rows)));
+        assert_eq!((few(1, 16, 900, 256), few(1, 16, 900, 255)), (Some(Few::Rows), None));
+        assert_eq!((few(1, 2048, 2, 1024), few(1, 2048, 17, 1024)), (Some(Few::Columns), None));
+        // More blocks than a grid has.
+        assert_eq!((few(65_536, 4, 64, 64), few(65_535, 8, 64, 64)), (None, Some(Few::Rows)));
     }
 
     #[test]

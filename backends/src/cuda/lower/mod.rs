@@ -6,6 +6,7 @@
 mod attention;
 mod elementwise;
 mod embedding;
+mod few_rows;
 mod gemm;
 mod movement;
 mod norm;

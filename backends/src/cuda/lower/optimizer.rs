@@ -5,11 +5,16 @@ use moebius_ir::{Graph, Node};
 
 use super::{Lowered, dtype, typed};
 use crate::cuda::launch::{Arg, Launch, Scratch, kernel};
+use crate::cuda::source::VECTORS;
 
 const TEXT: &str = include_str!("../kernels/optimizer.cu");
 const THREADS: usize = 256;
 /// Elements of one block of the norm, as in the kernel.
 const BLOCK_ELEMENTS: usize = 8192;
+/// Sums of blocks that a block of the second stage adds up, as in the kernel.
+const BLOCK_PARTS: usize = 2048;
+/// Elements of one block of AdamW, as in the kernel.
+const STEP_ELEMENTS: usize = 4096;
 
 pub(super) fn lower_global_norm(graph: &Graph, node: &Node) -> Lowered {
     let blocks: Vec<usize> = node.operands.iter().map(|&v| graph.ty(v).elements().div_ceil(BLOCK_ELEMENTS)).collect();
@@ -19,24 +24,32 @@ pub(super) fn lower_global_norm(graph: &Graph, node: &Node) -> Lowered {
     let mut at = 0;
     let mut actions = Vec::with_capacity(blocks.len() + 1);
     for (i, &blocks) in blocks.iter().enumerate() {
-        let source = typed("optimizer.cu", &[], TEXT, dtype(graph, node, i))?;
+        let source = typed("optimizer.cu", &[VECTORS], TEXT, dtype(graph, node, i))?;
         let args = vec![Arg::Operand(i), Arg::size(graph.ty(node.operands[i]).elements()), Arg::Scratch(8 * at)];
         actions.push(kernel(source, "sum_of_squares", [blocks, 1, 1], THREADS as u32, args));
         at += blocks;
     }
-    let source = typed("optimizer.cu", &[], TEXT, dtype(graph, node, 0))?;
-    let args = vec![all, Arg::size(parts), Arg::Result(0)];
+    let source = typed("optimizer.cu", &[VECTORS], TEXT, dtype(graph, node, 0))?;
+    let (mut last, mut left) = (all, parts);
+    if parts > BLOCK_PARTS {
+        left = parts.div_ceil(BLOCK_PARTS);
+        let sums = scratch.take(8 * left);
+        let args = vec![last, Arg::size(parts), sums.clone()];
+        actions.push(kernel(source.clone(), "sum_of_parts", [left, 1, 1], THREADS as u32, args));
+        last = sums;
+    }
+    let args = vec![last, Arg::size(left), Arg::Result(0)];
     actions.push(kernel(source, "norm_of_parts", [1, 1, 1], THREADS as u32, args));
     Ok(Launch::of(actions).with_scratch(scratch.bytes()))
 }
 
 pub(super) fn lower_adamw(graph: &Graph, node: &Node, op: &Adamw) -> Lowered {
     let n = graph.ty(node.operands[0]).elements();
-    let source = typed("optimizer.cu", &[], TEXT, dtype(graph, node, 1))?;
+    let source = typed("optimizer.cu", &[VECTORS], TEXT, dtype(graph, node, 1))?;
     // Parameter and moments are results in the storage of operands 0, 2 and 3.
     let tensors = [Arg::Result(0), Arg::Operand(1), Arg::Result(1), Arg::Result(2)];
     let scalars = [Arg::Operand(4), Arg::Operand(5), Arg::Operand(6)];
     let rule = [op.beta1, op.beta2, op.eps, op.weight_decay].map(Arg::F32);
     let args = [&tensors[..], &scalars, &rule, &[Arg::size(n)]].concat();
-    Ok(Launch::one(source, "adamw", [n.div_ceil(THREADS), 1, 1], THREADS as u32, args))
+    Ok(Launch::one(source, "adamw", [n.div_ceil(STEP_ELEMENTS), 1, 1], THREADS as u32, args))
 }

@@ -18,8 +18,10 @@ const TOKENS: usize = 64;
 const MOST_EXPERTS: usize = 1024;
 /// Threads of a block of the kernels on rows.
 const THREADS: usize = 128;
-/// Columns of one block of the sum over segments, as in the kernel.
-const SUM_COLUMNS: usize = 32;
+/// Blocks of a sum over segments that keep a large GPU busy: eight for each of 132 processors.
+const ENOUGH_BLOCKS: usize = 1056;
+/// Rows that a part of the longest segment should have.
+const LEAST_ROWS: usize = 64;
 
 fn counted(balance: Balance, k: usize) -> usize {
     match balance {
@@ -170,7 +172,20 @@ pub(super) fn lower_gate_grad(graph: &Graph, node: &Node) -> Lowered {
 pub(super) fn lower_segment_sum(graph: &Graph, node: &Node) -> Lowered {
     let [rows, offsets] = shapes(graph, node);
     let (width, experts) = (rows[1], offsets[0] - 1);
-    let args = vec![Arg::Operand(0), Arg::Operand(1), Arg::I32(int(width, "a width")?), Arg::Result(0)];
+    let blocks = width.div_ceil(THREADS) * experts;
+    // As if the rows were dealt out evenly; a segment may have all of them.
+    let parts = ENOUGH_BLOCKS.div_ceil(blocks.max(1)).min(rows[0].div_ceil(LEAST_ROWS)).max(1);
+    let results = experts * width;
+    let mut scratch = Scratch::default();
+    let partial = if parts > 1 { scratch.take(4 * parts * results) } else { Arg::Null };
+    let sizes = Arg::I32(int(width, "a width")?);
+    let args = vec![Arg::Operand(0), Arg::Operand(1), sizes, partial.clone(), Arg::Result(0)];
     let source = typed("rows.cu", &[], ROWS, dtype(graph, node, 0))?;
-    Ok(Launch::one(source, "segment_sum", [width.div_ceil(SUM_COLUMNS), experts, 1], THREADS as u32, args))
+    let grid = [width.div_ceil(THREADS), experts, parts];
+    let mut actions = vec![kernel(source.clone(), "segment_sum", grid, THREADS as u32, args)];
+    if parts > 1 {
+        let args = vec![partial, Arg::size(results), Arg::I32(int(parts, "parts")?), Arg::Result(0)];
+        actions.push(kernel(source, "segment_sum_finish", [results.div_ceil(THREADS), 1, 1], THREADS as u32, args));
+    }
+    Ok(Launch::of(actions).with_scratch(scratch.bytes()))
 }

@@ -8,7 +8,7 @@ use crate::verify::tolerance::Class;
 
 fn matmul() -> Vec<Case> {
     let mut cases = Vec::new();
-    let sizes: [(&[usize], usize, usize, usize, bool); 10] = [
+    let sizes: [(&[usize], usize, usize, usize, bool); 15] = [
         (&[], 1, 1, 1, true),
         (&[], 5, 3, 7, true),
         (&[], 33, 65, 17, true),
@@ -17,6 +17,12 @@ fn matmul() -> Vec<Case> {
         (&[], 1, 150, 530, true),
         (&[], 4, 67, 300, true),
         (&[], 8, 34, 270, true),
+        (&[], 1, 136, 520, true),
+        (&[], 5, 72, 264, true),
+        (&[], 12, 40, 264, true),
+        // Few columns.
+        (&[], 70, 2, 264, true),
+        (&[2], 20, 11, 257, false),
         (&[3], 9, 20, 11, true),
         (&[3], 9, 20, 11, false),
         (&[2, 2], 4, 6, 5, false),

@@ -357,6 +357,31 @@ fn sources() -> Vec<Case> {
     cases
 }
 
+/// Enough elements for a kernel to take several together, with operands that are stretched along either axis.
+fn many() -> Vec<Case> {
+    [40, 36, 35]
+        .map(|width| {
+            case(
+                "elementwise",
+                format!("rows of {width}, a row, a column and a choice"),
+                Class::Sum,
+                FLOATS,
+                move |s| {
+                    let (x, y) = (s.float([120, width], |x| x)?, s.float_as(DType::F32, [120, width], |x| x)?);
+                    let (row, column) = (s.float([width], |x| x)?, s.float([120, 1], |x| away(x, 0.3))?);
+                    let sum = s.graph.binary(BinaryFn::Add, x, row)?;
+                    let scaled = s.graph.binary(BinaryFn::Mul, sum, column)?;
+                    let y = s.graph.cast(y, s.dtype)?;
+                    let greater = s.graph.compare(CompareFn::Gt, x, y)?;
+                    let z = s.graph.select(greater, scaled, y)?;
+                    s.aux(greater)?;
+                    s.aux(z)
+                },
+            )
+        })
+        .into()
+}
+
 pub(super) fn cases() -> Vec<Case> {
-    [sources(), unary(), binary(), compare_select_cast(), chains()].into_iter().flatten().collect()
+    [sources(), unary(), binary(), compare_select_cast(), chains(), many()].into_iter().flatten().collect()
 }

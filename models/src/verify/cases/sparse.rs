@@ -277,6 +277,30 @@ fn large() -> Case {
     })
 }
 
+/// Few slots and long rows, as decoding has: an idle expert, unused slots, and more rows of one expert than a kernel takes at once.
+fn few() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (name, expert_index) in [
+        ("one slot", vec![2]),
+        ("five slots, one unused", vec![0, 0, 3, -1, 0]),
+        ("sixteen slots", [vec![1; 11], vec![3, 3, 0, 3, -1]].concat()),
+    ] {
+        let r = Routing { name, tokens: expert_index.len(), k: 1, experts: 4, capacity: None, expert_index };
+        for (k, n, transpose) in [(264, 72, false), (520, 40, true)] {
+            let r = r.clone();
+            cases.push(case("expert_matmul", format!("{name}, {k}x{n}"), Class::Sum, FLOATS, move |s| {
+                let [_, _, offsets] = assigned(s, &r)?;
+                let rows = s.float([r.tokens, k], |x| x)?;
+                let w = s.float([r.experts, if transpose { n } else { k }, if transpose { k } else { n }], |x| x)?;
+                let bias = s.float([r.experts, n], |x| x)?;
+                let y = s.graph.expert_matmul(rows, w, offsets, Some(bias), transpose)?;
+                s.out(y)
+            }));
+        }
+    }
+    cases
+}
+
 /// Segments of many large tiles, as a GPU cuts them, with an idle expert and unused slots.
 fn larger() -> Vec<Case> {
     let (experts, k, n) = (4, 21, 800);
@@ -309,6 +333,7 @@ pub(super) fn cases() -> Vec<Case> {
         cases.extend(products(&r));
     }
     cases.extend([large(), long_segments()]);
+    cases.extend(few());
     cases.extend(larger());
     cases
 }

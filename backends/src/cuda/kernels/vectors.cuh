@@ -1,0 +1,33 @@
+// Elements that lie together, moved 16 bytes at a time where they are as many.
+
+/// `COUNT` elements in registers.
+template <typename Element, int COUNT> union Vector {
+    Element at[COUNT];
+    uint4 fours[(COUNT * sizeof(Element) + 15) / 16];
+    u64 two;
+    u32 one;
+};
+
+/// Reads elements from an address at a multiple of their bytes, at most 16.
+template <int COUNT, typename Element> __device__ __forceinline__ Vector<Element, COUNT> load_vector(const Element* from) {
+    const int BYTES = COUNT * sizeof(Element);
+    static_assert(BYTES == 4 || BYTES == 8 || BYTES % 16 == 0, "whole words");
+    Vector<Element, COUNT> v;
+    if (BYTES == 4) v.one = *(const u32*)from;
+    else if (BYTES == 8) v.two = *(const u64*)from;
+    else
+#pragma unroll
+        for (int i = 0; i < BYTES / 16; i++) v.fours[i] = ((const uint4*)from)[i];
+    return v;
+}
+
+/// Writes elements, as they are read.
+template <int COUNT, typename Element>
+__device__ __forceinline__ void store_vector(Element* to, const Vector<Element, COUNT>& v) {
+    const int BYTES = COUNT * sizeof(Element);
+    if (BYTES == 4) *(u32*)to = v.one;
+    else if (BYTES == 8) *(u64*)to = v.two;
+    else
+#pragma unroll
+        for (int i = 0; i < BYTES / 16; i++) ((uint4*)to)[i] = v.fours[i];
+}

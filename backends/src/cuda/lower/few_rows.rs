@@ -1,0 +1,146 @@
+//! Launches of products with few rows, or few columns, in which reading the long matrix is the work.
+
+use moebius_ir::DType;
+
+use super::gemm::{Product, Strides};
+use super::{float, int};
+use crate::cuda::launch::{Arg, Launch, Scratch, kernel};
+use crate::cuda::source::Source;
+
+const TEXT: &str = include_str!("../kernels/few_rows.cu");
+const THREADS: usize = 256;
+/// The most rows for which an element is read once.
+const MOST_ROWS: usize = 8;
+/// Blocks that keep a large GPU busy: two for each of 132 processors.
+const ENOUGH_BLOCKS: usize = 264;
+/// Loads that a thread should have: shorter chunks of k cost more than they give.
+const LEAST_LOADS: usize = 4;
+
+/// Which side of a product is the short one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Few {
+    /// The rows.
+    Rows,
+    /// The columns: the product is done as its transpose.
+    Columns,
+}
+
+/// Operands of a launch.
+pub(super) struct Operands {
+    pub(super) a: Arg,
+    pub(super) b: Arg,
+    /// Null for a dense product.
+    pub(super) offsets: Arg,
+    pub(super) bias: Arg,
+}
+
+/// How k is cut.
+#[derive(Debug, PartialEq, Eq)]
+struct Chunks {
+    count: usize,
+    /// Elements of one.
+    length: usize,
+}
+
+/// Chunks of k for `tiles` blocks without them, when a block takes `step` elements of k with one load of each thread.
+fn chunks(tiles: usize, k: usize, step: usize) -> Chunks {
+    let wanted = ENOUGH_BLOCKS.div_ceil(tiles.max(1)).min(k.div_ceil(LEAST_LOADS * step)).max(1);
+    let length = k.div_ceil(wanted).next_multiple_of(step);
+    Chunks { count: if length == 0 { 1 } else { k.div_ceil(length) }, length }
+}
+
+/// Blocks along z of `batch` products of `rows` rows.
+pub(super) fn groups(batch: usize, rows: usize) -> usize {
+    batch.saturating_mul(rows.div_ceil(MOST_ROWS))
+}
+
+/// The launch of `batch` products; for `experts` their number, of one product whose rows are slots.
+pub(super) fn launch(
+    dtype: DType,
+    product: &Product,
+    few: Few,
+    batch: usize,
+    experts: Option<usize>,
+    operands: Operands,
+) -> Result<Launch, String> {
+    // What the kernel calls a and b, as rows by k and k by columns.
+    let (p, turned) = (product, |s: Strides| Strides { row: s.column, column: s.row });
+    let (a, a_batch, b, b_batch, m, n) = match few {
+        Few::Rows => (p.a, p.a_batch, p.b, p.b_batch, p.m, p.n),
+        Few::Columns => (turned(p.b), p.b_batch, turned(p.a), p.a_batch, p.n, p.m),
+    };
+    let [of_row, of_column] = match few {
+        Few::Rows => [0, 1],
+        Few::Columns => [1, 0],
+    };
+    // Of c, which is row-major in the product's own sense.
+    let [c_row, c_column] = if few == Few::Rows { [p.n, 1] } else { [1, p.n] };
+    let vector = 16 / dtype.bytes();
+    let transposed = b.column != 1;
+    let (line, width) = if transposed { (b.column, p.k) } else { (b.row, n) };
+    let aligned = [line, width, b_batch].iter().all(|n| n.is_multiple_of(vector));
+    let together = a.column == 1 && [a.row, a_batch].iter().all(|n| n.is_multiple_of(vector));
+    let most = m.clamp(1, MOST_ROWS).next_power_of_two();
+    let warps = THREADS / 32;
+    // Columns of a block, in the rule of the chunks as for one row, so that these do not depend on the rows.
+    let (columns, of_rule, step) = match transposed {
+        true => (warps * if most > 2 { 2 } else { 1 }, warps, 32 * vector),
+        false => (8 * vector, 8 * vector, 4 * warps),
+    };
+    let chunks = chunks(n.div_ceil(of_rule) * batch, p.k, step);
+    let total = batch * m * n;
+    let mut scratch = Scratch::default();
+    let partial = if chunks.count > 1 { scratch.take(4 * chunks.count * total) } else { Arg::Null };
+    let mut bytes = Vec::with_capacity(120);
+    let bias_batch = if experts.is_some() { n } else { 0 };
+    let strides = [
+        [a.row, a.column, a_batch],
+        [line, b_batch, c_row],
+        [c_column, p.c_batch, of_row],
+        [of_column, bias_batch, total],
+    ];
+    strides.as_flattened().iter().for_each(|&s| bytes.extend((s as i64).to_le_bytes()));
+    for n in [m, n, p.k, chunks.length, experts.unwrap_or(0), usize::from(p.wide_bias)] {
+        bytes.extend(int(n, "an extent of a product")?.to_le_bytes());
+    }
+    let source = Source::new("few_rows.cu", &[], TEXT)
+        .define("T", float(dtype)?)
+        .define("WIDE", u8::from(dtype == DType::F32))
+        .define("TRANSPOSED", u8::from(transposed))
+        .define("ALIGNED", u8::from(aligned))
+        .define("TOGETHER", u8::from(together && aligned && transposed))
+        .define("MOST", most);
+    let Operands { a, b, offsets, bias } = operands;
+    let [a, b] = if few == Few::Rows { [a, b] } else { [b, a] };
+    let args = vec![a, b, offsets, bias, partial.clone(), Arg::Result(0), Arg::Bytes(bytes)];
+    let z = if experts.is_some() { m } else { groups(batch, m) };
+    let grid = [n.div_ceil(columns), chunks.count, z];
+    let mut actions = vec![kernel(source.clone(), "few_rows", grid, THREADS as u32, args)];
+    if chunks.count > 1 {
+        let args = vec![partial, Arg::size(total), Arg::I32(int(chunks.count, "chunks")?), Arg::Result(0)];
+        actions.push(kernel(source, "few_rows_finish", [total.div_ceil(THREADS), 1, 1], THREADS as u32, args));
+    }
+    Ok(Launch::of(actions).with_scratch(scratch.bytes()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_cover_k_and_are_worth_a_block() {
+        for tiles in [1, 16, 64, 263, 264, 6000] {
+            for k in [1, 127, 128, 129, 1000, 1024, 4096, 50_257] {
+                for step in [32, 128, 256] {
+                    let c = chunks(tiles, k, step);
+                    assert!(c.count * c.length >= k && (c.count - 1) * c.length < k, "{tiles} {k} {step}: {c:?}");
+                    assert!(c.length.is_multiple_of(step));
+                    assert!(c.count == 1 || c.length >= LEAST_LOADS * step / 2, "{tiles} {k} {step}: {c:?}");
+                }
+            }
+        }
+        assert_eq!(chunks(16, 1024, 32), Chunks { count: 8, length: 128 });
+        assert_eq!(chunks(264, 4096, 32), Chunks { count: 1, length: 4096 });
+        assert_eq!(chunks(3, 0, 32), Chunks { count: 1, length: 0 });
+    }
+}
