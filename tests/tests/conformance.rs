@@ -98,7 +98,7 @@ fn titles_tell_cases_apart() {
 fn a_comparison_notices_what_it_should() {
     let ramp = |f: &dyn Fn(f64) -> f64| Tensor::f32([50], (0..50).map(|i| f(f64::from(i) - 20.3)).collect());
     let wanted = ramp(&|x| x);
-    for class in [Class::Element, Class::Sum, Class::Gradient] {
+    for class in [Class::Element, Class::Sum, Class::Weighted, Class::Gradient] {
         for dtype in [DType::F32, DType::Bf16, DType::F16] {
             let tolerance = tolerance(class, dtype);
             assert_eq!(difference(&wanted, &wanted, tolerance), None);
@@ -109,7 +109,7 @@ fn a_comparison_notices_what_it_should() {
     }
     let infinite = |v: f64| Tensor::f32([2], vec![1.0, v]);
     for wrong in [1e38, f64::NEG_INFINITY, f64::NAN] {
-        for class in [Class::Exact, Class::Element, Class::Sum, Class::Gradient] {
+        for class in [Class::Exact, Class::Element, Class::Sum, Class::Weighted, Class::Gradient] {
             let tolerance = tolerance(class, DType::F32);
             assert!(difference(&infinite(wrong), &infinite(f64::INFINITY), tolerance).is_some(), "{class:?} {wrong}");
         }
