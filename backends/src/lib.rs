@@ -15,8 +15,10 @@
 //! - Same inputs, same bits: a run's results do not depend on timing or on the number of threads.
 
 mod error;
+mod lowering;
 mod mapped;
 mod places;
+mod stored;
 
 pub mod cpu;
 #[cfg(feature = "cuda")]

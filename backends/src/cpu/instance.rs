@@ -107,15 +107,15 @@ unsafe impl Send for CpuInstance {}
 impl CpuInstance {
     fn locate(&mut self, store: &mut dyn Store) -> Result<()> {
         let store = store.as_any_mut().downcast_mut::<CpuStore>().ok_or(Error::ForeignStore { backend: BACKEND })?;
-        if self.located == store.version() {
+        let tensors = store.tensors();
+        if self.located == tensors.version() {
             return Ok(());
         }
-        let graph = self.program.plan.graph();
-        for (slot, &value) in self.states.iter_mut().zip(&self.program.states) {
-            let name = graph.input_of(value).map_or("", |i| &i.name);
-            *slot = store.locate(name, graph.ty(value))?;
+        let located = tensors.located(self.program.plan.graph(), &self.program.states);
+        for (slot, buffer) in self.states.iter_mut().zip(located) {
+            *slot = buffer?.as_ptr();
         }
-        self.located = store.version();
+        self.located = tensors.version();
         Ok(())
     }
 

@@ -3,13 +3,12 @@
 use std::alloc::{Layout, alloc, dealloc};
 use std::any::Any;
 use std::borrow::Cow;
-use std::collections::BTreeMap;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use moebius_ir::TensorType;
 
 use super::BACKEND;
+use crate::stored::{Stored, check_bytes};
 use crate::{Error, Result, Store};
 
 /// Zero-initialised bytes at a multiple of [`Buffer::ALIGN`].
@@ -90,71 +89,45 @@ impl Drop for Buffer {
 }
 
 /// Parameters and state of the CPU backend.
-pub(crate) struct CpuStore {
-    tensors: BTreeMap<String, (TensorType, Buffer)>,
-    /// Changes whenever a tensor may have moved, and is never the same for two stores.
-    version: u64,
-}
-
-fn next_version() -> u64 {
-    static VERSION: AtomicU64 = AtomicU64::new(1);
-    VERSION.fetch_add(1, Ordering::Relaxed)
-}
+pub(crate) struct CpuStore(Stored<Buffer>);
 
 impl CpuStore {
     pub(crate) fn new() -> Self {
-        CpuStore { tensors: BTreeMap::new(), version: next_version() }
+        CpuStore(Stored::new())
     }
 
-    /// A number that stays the same as long as no tensor moved.
-    pub(crate) fn version(&self) -> u64 {
-        self.version
-    }
-
-    /// The memory of a tensor that must have this type.
-    pub(crate) fn locate(&self, name: &str, wanted: &TensorType) -> Result<*mut u8> {
-        let (ty, buffer) = self.tensors.get(name).ok_or_else(|| self.no_such(name))?;
-        if ty != wanted {
-            return Err(Error::StoredType { name: name.into(), wanted: wanted.clone(), found: ty.clone() });
-        }
-        Ok(buffer.as_ptr())
-    }
-
-    fn no_such(&self, name: &str) -> Error {
-        Error::NoSuch { what: "stored tensor", name: name.into(), there: self.tensors.keys().cloned().collect() }
+    /// The tensors.
+    pub(crate) fn tensors(&self) -> &Stored<Buffer> {
+        &self.0
     }
 }
 
 impl Store for CpuStore {
     fn insert(&mut self, name: &str, ty: &TensorType) -> Result<()> {
         let buffer = Buffer::zeroed(ty.bytes(), || format!("stored tensor {name:?} of type {ty}"))?;
-        self.tensors.insert(name.into(), (ty.clone(), buffer));
-        self.version = next_version();
+        self.0.insert(name, ty, buffer);
         Ok(())
     }
 
     fn remove(&mut self, name: &str) -> bool {
-        self.version = next_version();
-        self.tensors.remove(name).is_some()
+        self.0.remove(name)
     }
 
     fn ty(&self, name: &str) -> Option<&TensorType> {
-        self.tensors.get(name).map(|(ty, _)| ty)
+        self.0.ty(name)
     }
 
     fn names(&self) -> Vec<&str> {
-        self.tensors.keys().map(String::as_str).collect()
+        self.0.names()
     }
 
     fn write(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
-        let missing = self.no_such(name);
-        let (ty, buffer) = self.tensors.get_mut(name).ok_or(missing)?;
+        let (ty, buffer) = self.0.get_mut(name)?;
         copy("stored tensor", name, ty, bytes, buffer.bytes_mut())
     }
 
     fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>> {
-        let (_, buffer) = self.tensors.get(name).ok_or_else(|| self.no_such(name))?;
-        Ok(Cow::Borrowed(buffer.bytes()))
+        Ok(Cow::Borrowed(self.0.get(name)?.1.bytes()))
     }
 
     fn as_any_mut(&mut self) -> &mut dyn Any {
@@ -164,11 +137,8 @@ impl Store for CpuStore {
 
 /// Copies bytes that must fill a tensor of type `ty`.
 pub(crate) fn copy(what: &'static str, name: &str, ty: &TensorType, from: &[u8], to: &mut [u8]) -> Result<()> {
-    let wanted = ty.bytes();
-    let found = if from.len() == wanted { to.len() } else { from.len() };
-    if found != wanted {
-        return Err(Error::Bytes { what, name: name.into(), ty: ty.clone(), wanted, found });
-    }
+    check_bytes(what, name, ty, from.len())?;
+    check_bytes(what, name, ty, to.len())?;
     to.copy_from_slice(from);
     Ok(())
 }

@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use moebius_ir::{Fences, Graph, NodeId, Plan};
 
-use crate::{Backend, Error, Executable, Refusal, Result, Store};
+use crate::{Backend, Error, Executable, Result, Store, lowering};
 
 const BACKEND: &str = "cpu";
 
@@ -61,20 +61,7 @@ impl Cpu {
 
     /// The launch of every node, or all refusals.
     fn launches(&self, graph: &Graph) -> Result<Vec<lower::Launch>> {
-        let mut launches = Vec::with_capacity(graph.nodes().len());
-        let mut refusals = Vec::new();
-        for (id, node) in graph.nodes_with_ids() {
-            match lower::lower(graph, id, self.threads()) {
-                Ok(launch) => launches.push(launch),
-                Err(wanted) => refusals.push(Refusal {
-                    op: node.op.name(),
-                    operands: node.operands.iter().map(|&v| graph.ty(v).clone()).collect(),
-                    wanted,
-                    site: node.site.clone(),
-                }),
-            }
-        }
-        if refusals.is_empty() { Ok(launches) } else { Err(Error::Unsupported { backend: BACKEND, refusals }) }
+        lowering::launches(BACKEND, graph, |id| lower::lower(graph, id, self.threads()))
     }
 }
 

@@ -10,9 +10,10 @@ use moebius_ir::{DType, NodeId, Storage, Value};
 
 use super::driver::failed;
 use super::executable::{Addresses, Launched, Program, Work};
-use super::memory::{CudaStore, Memory, check_bytes};
+use super::memory::{CudaStore, Memory};
 use super::{BACKEND, recording::Recording};
 use crate::places::{POISON, place};
+use crate::stored::check_bytes;
 use crate::{Error, Instance, NonFinite, Result, Store};
 
 /// Memory of the host that the GPU copies a feed from, and the event after the last such copy.
@@ -69,15 +70,15 @@ impl CudaInstance {
         if !store.is_on(&self.program.device) {
             return Err(foreign());
         }
-        if self.located == store.version() {
+        let tensors = store.tensors();
+        if self.located == tensors.version() {
             return Ok(());
         }
-        let graph = self.program.plan.graph();
-        for (slot, &value) in self.states.iter_mut().zip(&self.program.states) {
-            let name = graph.input_of(value).map_or("", |i| &i.name);
-            *slot = store.locate(name, graph.ty(value))?;
+        let located = tensors.located(self.program.plan.graph(), &self.program.states);
+        for (slot, memory) in self.states.iter_mut().zip(located) {
+            *slot = memory?.start();
         }
-        self.located = store.version();
+        self.located = tensors.version();
         // A recording holds addresses.
         (self.recording, self.tried) = (None, false);
         Ok(())

@@ -2,9 +2,7 @@
 
 use std::any::Any;
 use std::borrow::Cow;
-use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use cust::sys;
 use moebius_ir::TensorType;
@@ -12,7 +10,8 @@ use moebius_ir::TensorType;
 use super::device::Device;
 use super::driver::check;
 use super::error::CudaError;
-use crate::{Error, Result, Store};
+use crate::stored::{Stored, check_bytes};
+use crate::{Result, Store};
 
 /// Bytes on a GPU.
 pub(crate) struct Memory {
@@ -63,68 +62,46 @@ impl Drop for Memory {
 /// Parameters and state on a GPU.
 pub(crate) struct CudaStore {
     device: Arc<Device>,
-    tensors: BTreeMap<String, (TensorType, Memory)>,
-    /// Changes whenever a tensor may have moved, and is never the same for two stores.
-    version: u64,
-}
-
-fn next_version() -> u64 {
-    static VERSION: AtomicU64 = AtomicU64::new(1);
-    VERSION.fetch_add(1, Ordering::Relaxed)
+    tensors: Stored<Memory>,
 }
 
 impl CudaStore {
     pub(crate) fn new(device: Arc<Device>) -> CudaStore {
-        CudaStore { device, tensors: BTreeMap::new(), version: next_version() }
+        CudaStore { device, tensors: Stored::new() }
     }
 
-    /// A number that stays the same as long as no tensor moved.
-    pub(crate) fn version(&self) -> u64 {
-        self.version
+    /// The tensors.
+    pub(crate) fn tensors(&self) -> &Stored<Memory> {
+        &self.tensors
     }
 
     /// Whether its memory is that of this GPU.
     pub(crate) fn is_on(&self, device: &Arc<Device>) -> bool {
         Arc::ptr_eq(&self.device, device)
     }
-
-    /// The address of a tensor that must have this type.
-    pub(crate) fn locate(&self, name: &str, wanted: &TensorType) -> Result<u64> {
-        let (ty, memory) = self.tensors.get(name).ok_or_else(|| self.no_such(name))?;
-        if ty != wanted {
-            return Err(Error::StoredType { name: name.into(), wanted: wanted.clone(), found: ty.clone() });
-        }
-        Ok(memory.start())
-    }
-
-    fn no_such(&self, name: &str) -> Error {
-        Error::NoSuch { what: "stored tensor", name: name.into(), there: self.tensors.keys().cloned().collect() }
-    }
 }
 
 impl Store for CudaStore {
     fn insert(&mut self, name: &str, ty: &TensorType) -> Result<()> {
         let memory = Memory::zeroed(&self.device, ty.bytes(), || format!("stored tensor {name:?} of type {ty}"))?;
-        self.tensors.insert(name.into(), (ty.clone(), memory));
-        self.version = next_version();
+        self.tensors.insert(name, ty, memory);
         Ok(())
     }
 
     fn remove(&mut self, name: &str) -> bool {
-        self.version = next_version();
-        self.tensors.remove(name).is_some()
+        self.tensors.remove(name)
     }
 
     fn ty(&self, name: &str) -> Option<&TensorType> {
-        self.tensors.get(name).map(|(ty, _)| ty)
+        self.tensors.ty(name)
     }
 
     fn names(&self) -> Vec<&str> {
-        self.tensors.keys().map(String::as_str).collect()
+        self.tensors.names()
     }
 
     fn write(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
-        let (ty, memory) = self.tensors.get(name).ok_or_else(|| self.no_such(name))?;
+        let (ty, memory) = self.tensors.get(name)?;
         check_bytes("stored tensor", name, ty, bytes.len())?;
         self.device.enter()?;
         let _held = self.device.hold();
@@ -132,7 +109,7 @@ impl Store for CudaStore {
     }
 
     fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>> {
-        let (ty, memory) = self.tensors.get(name).ok_or_else(|| self.no_such(name))?;
+        let (ty, memory) = self.tensors.get(name)?;
         let mut bytes = vec![0; ty.bytes()];
         self.device.enter()?;
         let _held = self.device.hold();
@@ -143,13 +120,4 @@ impl Store for CudaStore {
     fn as_any_mut(&mut self) -> &mut dyn Any {
         self
     }
-}
-
-/// A buffer of `found` bytes is that of a tensor of type `ty`.
-pub(crate) fn check_bytes(what: &'static str, name: &str, ty: &TensorType, found: usize) -> Result<()> {
-    let wanted = ty.bytes();
-    if found == wanted {
-        return Ok(());
-    }
-    Err(Error::Bytes { what, name: name.into(), ty: ty.clone(), wanted, found })
 }

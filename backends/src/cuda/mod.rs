@@ -23,7 +23,7 @@ use std::sync::Arc;
 
 use moebius_ir::{Fences, Graph, NodeId, Plan};
 
-use crate::{Backend, Error, Executable, Refusal, Result, Store};
+use crate::{Backend, Executable, Result, Store, lowering};
 
 pub use compiler::Compiler;
 pub use error::CudaError;
@@ -80,7 +80,7 @@ impl Cuda {
     /// The kernels that an optimised graph needs, each once. Needs no GPU.
     ///
     /// # Errors
-    /// [`Error::Unsupported`].
+    /// [`crate::Error::Unsupported`].
     pub fn kernels(graph: &Graph) -> Result<Vec<KernelText>> {
         let mut texts = Vec::new();
         for launch in launches(graph)? {
@@ -99,20 +99,7 @@ impl Cuda {
 
 /// The launch of every node, or all refusals.
 fn launches(graph: &Graph) -> Result<Vec<launch::Launch>> {
-    let mut launches = Vec::with_capacity(graph.nodes().len());
-    let mut refusals = Vec::new();
-    for (id, node) in graph.nodes_with_ids() {
-        match lower::lower(graph, id) {
-            Ok(launch) => launches.push(launch),
-            Err(wanted) => refusals.push(Refusal {
-                op: node.op.name(),
-                operands: node.operands.iter().map(|&v| graph.ty(v).clone()).collect(),
-                wanted,
-                site: node.site.clone(),
-            }),
-        }
-    }
-    if refusals.is_empty() { Ok(launches) } else { Err(Error::Unsupported { backend: BACKEND, refusals }) }
+    lowering::launches(BACKEND, graph, |id| lower::lower(graph, id))
 }
 
 impl Backend for Cuda {

@@ -11,9 +11,11 @@ mod norm;
 mod optimizer;
 mod sparse;
 
-use moebius_ir::{Graph, Node, NodeId, Op, Shape};
+use moebius_ir::{Graph, NodeId, Op};
 
 pub(crate) use args::{Args, Launch};
+
+use crate::lowering::shapes;
 
 /// A launch, or what the CPU backend wants instead of the node.
 type Lowered = Result<Launch, String>;
@@ -41,11 +43,6 @@ macro_rules! by_float {
     };
 }
 use by_float;
-
-/// The shapes of a node's first `N` operands.
-fn shapes<const N: usize>(graph: &Graph, node: &Node) -> [Shape; N] {
-    std::array::from_fn(|i| graph.ty(node.operands[i]).shape.clone())
-}
 
 /// The launch of a node on `threads` threads.
 ///

@@ -9,19 +9,11 @@ use crate::cpu::kernels::layer_norm::{layer_norm, layer_norm_grad, layer_norm_gr
 use crate::cpu::kernels::reduce::{Reduction, reduce, reduce_workspace};
 use crate::cpu::kernels::rms_norm::{rms_norm, rms_norm_grad, rms_norm_grad_workspace};
 use crate::cpu::kernels::softmax::{softmax, softmax_grad};
+use crate::lowering::reduced;
 
 /// Reduced axes that lie side by side are one loop between an outer and an inner one.
 pub(super) fn lower_reduce(graph: &Graph, node: &Node, op: &Reduce) -> Lowered {
-    let x = &graph.ty(node.operands[0]).shape;
-    let (first, last) = (op.axes[0], op.axes[op.axes.len() - 1]);
-    // An axis of one element may lie anywhere without changing the order of the elements.
-    let between = (first..=last).filter(|axis| !op.axes.contains(axis) && x[*axis] != 1).count();
-    if between > 0 {
-        return Err("reduced axes that lie side by side".into());
-    }
-    let outer: usize = x[..first].iter().product();
-    let n: usize = x[first..=last].iter().product();
-    let inner: usize = x[last + 1..].iter().product();
+    let [outer, n, inner] = reduced(&graph.ty(node.operands[0]).shape, &op.axes)?;
     let reduction = match op.function {
         ReduceFn::Sum => Reduction::Sum,
         ReduceFn::Mean => Reduction::Mean,

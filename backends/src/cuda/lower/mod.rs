@@ -14,10 +14,11 @@ mod optimizer;
 mod reduce;
 mod sparse;
 
-use moebius_ir::{DType, Graph, Node, NodeId, Op, Shape};
+use moebius_ir::{DType, Graph, Node, NodeId, Op};
 
 use super::launch::Launch;
 use super::source::{Header, Source};
+use crate::lowering::shapes;
 
 /// A launch, or what the CUDA backend wants instead of the node.
 type Lowered = Result<Launch, String>;
@@ -40,11 +41,6 @@ fn typed(file: &'static str, headers: &'static [Header], body: &'static str, dty
 /// A size that kernels count in 32 bits.
 fn int(n: usize, what: &str) -> Result<i32, String> {
     i32::try_from(n).map_err(|_| format!("{what} of at most {}, not {n}", i32::MAX))
-}
-
-/// The shapes of a node's first `N` operands.
-fn shapes<const N: usize>(graph: &Graph, node: &Node) -> [Shape; N] {
-    std::array::from_fn(|i| graph.ty(node.operands[i]).shape.clone())
 }
 
 /// The dtype of an operand.

@@ -5,6 +5,7 @@ use moebius_ir::{Graph, Node};
 
 use super::{Lowered, dtype, int, typed};
 use crate::cuda::launch::{Arg, Launch, Scratch, kernel};
+use crate::lowering::reduced;
 
 const TEXT: &str = include_str!("../kernels/reduce.cu");
 const THREADS: usize = 256;
@@ -18,16 +19,7 @@ const MANY_COLUMNS: usize = 1 << 17;
 const MOST_CHUNKS: usize = 4096;
 
 pub(super) fn lower_reduce(graph: &Graph, node: &Node, op: &Reduce) -> Lowered {
-    let x = &graph.ty(node.operands[0]).shape;
-    let (first, last) = (op.axes[0], op.axes[op.axes.len() - 1]);
-    // An axis of one element may lie anywhere without changing the order of the elements.
-    let between = (first..=last).filter(|axis| !op.axes.contains(axis) && x[*axis] != 1).count();
-    if between > 0 {
-        return Err("reduced axes that lie side by side".into());
-    }
-    let outer: usize = x[..first].iter().product();
-    let n: usize = x[first..=last].iter().product();
-    let inner: usize = x[last + 1..].iter().product();
+    let [outer, n, inner] = reduced(&graph.ty(node.operands[0]).shape, &op.axes)?;
     let function = match op.function {
         ReduceFn::Sum => 0,
         ReduceFn::Mean => 1,

@@ -1,0 +1,49 @@
+//! What the lowerings of all backends have in common.
+
+use moebius_ir::{Graph, Node, NodeId, Shape};
+
+use crate::{Error, Refusal, Result};
+
+/// The launch of every node, or a refusal for each node that `lower` gives none for but says what it wants instead.
+///
+/// # Errors
+/// [`Error::Unsupported`].
+pub(crate) fn launches<L>(
+    backend: &'static str,
+    graph: &Graph,
+    lower: impl Fn(NodeId) -> Result<L, String>,
+) -> Result<Vec<L>> {
+    let mut launches = Vec::with_capacity(graph.nodes().len());
+    let mut refusals = Vec::new();
+    for (id, node) in graph.nodes_with_ids() {
+        match lower(id) {
+            Ok(launch) => launches.push(launch),
+            Err(wanted) => refusals.push(Refusal {
+                op: node.op.name(),
+                operands: node.operands.iter().map(|&v| graph.ty(v).clone()).collect(),
+                wanted,
+                site: node.site.clone(),
+            }),
+        }
+    }
+    if refusals.is_empty() { Ok(launches) } else { Err(Error::Unsupported { backend, refusals }) }
+}
+
+/// The shapes of a node's first `N` operands.
+pub(crate) fn shapes<const N: usize>(graph: &Graph, node: &Node) -> [Shape; N] {
+    std::array::from_fn(|i| graph.ty(node.operands[i]).shape.clone())
+}
+
+/// A reduction over axes that lie side by side, as one over the middle of three axes: their extents.
+///
+/// # Errors
+/// What is wanted instead of axes that do not lie side by side.
+pub(crate) fn reduced(x: &Shape, axes: &[usize]) -> Result<[usize; 3], String> {
+    let (first, last) = (axes[0], axes[axes.len() - 1]);
+    // An axis of one element may lie anywhere without changing the order of the elements.
+    let between = (first..=last).filter(|axis| !axes.contains(axis) && x[*axis] != 1).count();
+    if between > 0 {
+        return Err("reduced axes that lie side by side".into());
+    }
+    Ok([&x[..first], &x[first..=last], &x[last + 1..]].map(|extents| extents.iter().product()))
+}
