@@ -217,7 +217,7 @@ impl Family {
     }
 
     /// The only number of choices the router is defined for, if there is one.
-    pub(super) fn fixed_top_k(self) -> Option<usize> {
+    pub fn fixed_top_k(self) -> Option<usize> {
         match self {
             Family::Top1 | Family::DeepspeedTop1 => Some(1),
             Family::Top2 | Family::DeepspeedTop2 | Family::Fair | Family::Gshard => Some(2),

@@ -75,37 +75,15 @@ impl Draw {
         if plain.groups > 1 {
             self.experts = (self.experts / 2).max(2) * 2;
         }
-        match self.family {
-            Family::Top1 | Family::DeepspeedTop1 => self.k = 1,
-            Family::Top2 | Family::DeepspeedTop2 | Family::Fair | Family::Gshard => self.k = 2,
-            Family::TopK
-            | Family::Switch
-            | Family::DeepspeedTopK
-            | Family::Tutel
-            | Family::Mixtral
-            | Family::Qwen2Moe
-            | Family::Qwen3Moe
-            | Family::Qwen3Next
-            | Family::Olmoe
-            | Family::DeepseekV2
-            | Family::DeepseekV3
-            | Family::DeepseekV4
-            | Family::MinimaxM2
-            | Family::Ernie45
-            | Family::GptOss
-            | Family::Granite
-            | Family::Phi35
-            | Family::Llama4
-            | Family::Arctic
-            | Family::Nemotron3 => {
-                // A single gate that is divided by itself is a constant, which the models refuse.
-                let least = if self.family.routing(1).normalise == Normalise::None { 1 } else { 2 };
-                self.k = self.k.clamp(least, self.experts);
-            }
-            Family::ExpertChoice => {
-                self.k = 1;
-                self.capacity = self.capacity.or(Some(1.0));
-            }
+        if self.family == Family::ExpertChoice {
+            self.k = 1;
+            self.capacity = self.capacity.or(Some(1.0));
+        } else if let Some(k) = self.family.fixed_top_k() {
+            self.k = k;
+        } else {
+            // A single gate that is divided by itself is a constant, which the models refuse.
+            let least = if self.family.routing(1).normalise == Normalise::None { 1 } else { 2 };
+            self.k = self.k.clamp(least, self.experts);
         }
         self
     }
