@@ -79,6 +79,18 @@ impl Sampling {
     }
 }
 
+/// Compiles the step that takes `tokens` tokens.
+fn program(
+    session: &mut Session,
+    config: &ModelConfig,
+    tokens: usize,
+    frozen: bool,
+    tap: &RouteTap,
+) -> Result<Program, GenerateError> {
+    let graph = gpt::decoding_with(config, tokens, tap.routes())?;
+    Ok(if frozen { session.compile_frozen(&graph)? } else { session.compile(&graph)? })
+}
+
 /// A model that continues one text.
 pub struct Generator {
     sequence: usize,
@@ -118,8 +130,7 @@ impl Generator {
         frozen: bool,
         tap: RouteTap,
     ) -> Result<Generator, GenerateError> {
-        let graph = gpt::decoding_with(config, 1, tap.routes())?;
-        let decode = if frozen { session.compile_frozen(&graph)? } else { session.compile(&graph)? };
+        let decode = program(session, config, 1, frozen, &tap)?;
         Ok(Generator {
             frozen,
             sequence: config.sequence,
@@ -183,9 +194,7 @@ impl Generator {
     /// Runs tokens that fit the sequence: whole chunks, then one by one.
     fn run_all(&mut self, session: &mut Session, tokens: &[i32]) -> Result<(), GenerateError> {
         if tokens.len() >= self.chunk && self.prefill.is_none() {
-            let graph = gpt::decoding_with(&self.config, self.chunk, self.tap.routes())?;
-            let frozen = self.frozen;
-            self.prefill = Some(if frozen { session.compile_frozen(&graph)? } else { session.compile(&graph)? });
+            self.prefill = Some(program(session, &self.config, self.chunk, self.frozen, &self.tap)?);
         }
         let mut rest = tokens;
         while !rest.is_empty() {
