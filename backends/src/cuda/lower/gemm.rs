@@ -4,7 +4,9 @@ use moebius_ir::ops::{ExpertMatmul, Matmul};
 use moebius_ir::{DType, Graph, Node, Shape};
 
 use super::few_rows::{self, Few, Operands};
+use super::hopper::{self, End, Segments};
 use super::{Lowered, dtype, float, int, shapes};
+use crate::cuda::chip::Chip;
 use crate::cuda::launch::{Action, Arg, Launch, Scratch, kernel};
 use crate::cuda::source::{GEMM, MMA, Source};
 
@@ -25,9 +27,9 @@ const LONG: usize = 256;
 /// The most blocks along z of a grid.
 const MOST_Z: usize = 65_535;
 /// The most experts of one product, as in the kernel.
-const MOST_EXPERTS: usize = 1024;
-/// Bytes of the weights of classes that the gradient of the cross entropy holds at a time.
-const CHUNK_BYTES: usize = 32 << 20;
+pub(super) const MOST_EXPERTS: usize = 1024;
+/// Bytes of the gradients of logits that the gradient of the cross entropy holds at a time: enough for products that fill a GPU.
+const CHUNK_BYTES: usize = 256 << 20;
 
 /// The kernels of a file of products for one float type and tile.
 struct Kernels {
@@ -89,6 +91,11 @@ pub(super) struct Product {
 }
 
 impl Product {
+    /// One product without a bias.
+    fn of(a: Strides, b: Strides, m: usize, n: usize, k: usize) -> Product {
+        Product { a, a_batch: 0, b, b_batch: 0, c_batch: 0, m, n, k, wide_bias: false }
+    }
+
     fn arg(&self) -> Result<Arg, String> {
         let mut bytes = Vec::with_capacity(72);
         let strides = [self.a.row, self.a.column, self.a_batch, self.b.row, self.b.column, self.b_batch, self.c_batch];
@@ -121,7 +128,7 @@ fn gemm(dtype: DType, product: &Product, batch: usize, args: [Arg; 6]) -> Result
     Ok(kernel(of.source, "gemm", grid, of.threads, args))
 }
 
-pub(super) fn lower_matmul(graph: &Graph, node: &Node, op: &Matmul) -> Lowered {
+pub(super) fn lower_matmul(graph: &Graph, node: &Node, op: &Matmul, chip: Chip) -> Lowered {
     let [a, b] = shapes(graph, node);
     let out = &graph.ty(node.results[0]).shape;
     let (bias, wide_bias) = bias(graph, node, 2)?;
@@ -142,9 +149,15 @@ pub(super) fn lower_matmul(graph: &Graph, node: &Node, op: &Matmul) -> Lowered {
         k,
         wide_bias,
     };
+    let operands = Operands { a: Arg::Operand(0), b: Arg::Operand(1), offsets: Arg::Null, bias: bias.clone() };
     if let Some(side) = few(batch, m, n, k) {
-        let operands = Operands { a: Arg::Operand(0), b: Arg::Operand(1), offsets: Arg::Null, bias };
         return few_rows::launch(dtype(graph, node, 0), &product, side, batch, None, operands);
+    }
+    if batch == 1 {
+        let launch = hopper::launch(chip, dtype(graph, node, 0), &product, Segments::None, &operands)?;
+        if let Some(launch) = launch {
+            return Ok(launch);
+        }
     }
     let args = [Arg::Operand(0), Arg::Operand(1), bias, Arg::Null, Arg::Null, Arg::Result(0)];
     Ok(Launch::of(vec![gemm(dtype(graph, node, 0), &product, batch, args)?]))
@@ -156,7 +169,7 @@ fn experts(offsets: &Shape) -> Result<usize, String> {
     if experts > MOST_EXPERTS { Err(format!("at most {MOST_EXPERTS} experts, not {experts}")) } else { Ok(experts) }
 }
 
-pub(super) fn lower_expert_matmul(graph: &Graph, node: &Node, op: &ExpertMatmul) -> Lowered {
+pub(super) fn lower_expert_matmul(graph: &Graph, node: &Node, op: &ExpertMatmul, chip: Chip) -> Lowered {
     let [rows, w, offsets] = shapes(graph, node);
     let (bias, wide_bias) = bias(graph, node, 3)?;
     let experts = experts(&offsets)?;
@@ -173,9 +186,14 @@ pub(super) fn lower_expert_matmul(graph: &Graph, node: &Node, op: &ExpertMatmul)
         wide_bias,
     };
     // The columns of experts are never the short side: their rows may be many.
+    let operands = Operands { a: Arg::Operand(0), b: Arg::Operand(1), offsets: Arg::Operand(2), bias: bias.clone() };
     if few(1, m, usize::MAX, k) == Some(Few::Rows) {
-        let operands = Operands { a: Arg::Operand(0), b: Arg::Operand(1), offsets: Arg::Operand(2), bias };
         return few_rows::launch(dtype(graph, node, 0), &product, Few::Rows, 1, Some(experts), operands);
+    }
+    let segments = Segments::Rows(experts);
+    let launch = hopper::launch(chip, dtype(graph, node, 0), &product, segments, &operands)?;
+    if let Some(launch) = launch {
+        return Ok(launch);
     }
     // As if the rows were dealt out evenly.
     let of = products("gemm.cu", TEXT, dtype(graph, node, 0), tile(experts, m / experts.max(1), n))?;
@@ -185,7 +203,7 @@ pub(super) fn lower_expert_matmul(graph: &Graph, node: &Node, op: &ExpertMatmul)
     Ok(Launch::one(of.source, "gemm_m_grouped", [n.div_ceil(of.tile), tiles, 1], of.threads, args))
 }
 
-pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node) -> Lowered {
+pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node, chip: Chip) -> Lowered {
     let [a, b, offsets] = shapes(graph, node);
     let (s, m, n) = (a[0], a[1], b[1]);
     let product = Product {
@@ -200,6 +218,12 @@ pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node) -> Lowered {
         wide_bias: false,
     };
     let experts = offsets[0] - 1;
+    let operands = Operands { a: Arg::Operand(0), b: Arg::Operand(1), offsets: Arg::Operand(2), bias: Arg::Null };
+    let segments = Segments::K(experts);
+    let launch = hopper::launch(chip, dtype(graph, node, 0), &product, segments, &operands)?;
+    if let Some(launch) = launch {
+        return Ok(launch);
+    }
     let of = products("gemm.cu", TEXT, dtype(graph, node, 0), tile(experts, m, n))?;
     let args = vec![Arg::Operand(0), Arg::Operand(1), Arg::Operand(2), Arg::Result(0), product.arg()?];
     let grid = [n.div_ceil(of.tile), m.div_ceil(of.tile), experts];
@@ -240,24 +264,33 @@ impl Classes {
     }
 }
 
-pub(super) fn lower_linear_cross_entropy(graph: &Graph, node: &Node) -> Lowered {
+pub(super) fn lower_linear_cross_entropy(graph: &Graph, node: &Node, chip: Chip) -> Lowered {
     let s = Classes::of(graph, node);
     let Kernels { source, threads, .. } = products("cross_entropy.cu", CROSS_ENTROPY, dtype(graph, node, 0), TILE)?;
     let mut scratch = Scratch::default();
     let [largest, sum] = std::array::from_fn(|_| scratch.take(4 * s.n * s.tiles));
     let of_target = scratch.take(4 * s.n);
     let found = [largest, sum, of_target];
-    let tiles = [&[0, 1, 2].map(Arg::Operand)[..], &found, &[s.arg()?]].concat();
+    let product = Product::of(stored(s.d, false), stored(s.d, true), s.n, s.classes, s.d);
+    let end = [&[Arg::Operand(2)][..], &found, &[Arg::I32(int(s.tiles, "tiles of classes")?)]].concat();
+    let operands = [&Arg::Operand(0), &Arg::Operand(1), &Arg::Null];
+    let end = End::cross_entropy_tiles(end);
+    let of_tiles = hopper::action(chip, dtype(graph, node, 0), &product, Segments::None, operands, end)?;
+    let of_tiles = of_tiles.map_or_else(
+        || {
+            let args = [&[0, 1, 2].map(Arg::Operand)[..], &found, &[s.arg()?]].concat();
+            let grid = [s.tiles, s.n.div_ceil(TILE), 1];
+            Ok::<_, String>(kernel(source.clone(), "cross_entropy_tiles", grid, threads, args))
+        },
+        Ok,
+    )?;
     let ends = [Arg::Operand(2), Arg::Result(0), Arg::Result(1), s.arg()?, Arg::Fault, Arg::Step];
     let rows = [&found[..], &ends].concat();
-    let actions = vec![
-        kernel(source.clone(), "cross_entropy_tiles", [s.tiles, s.n.div_ceil(TILE), 1], threads, tiles),
-        kernel(source, "cross_entropy_rows", [s.n.div_ceil(4), 1, 1], 128, rows),
-    ];
+    let actions = vec![of_tiles, kernel(source, "cross_entropy_rows", [s.n.div_ceil(4), 1, 1], 128, rows)];
     Ok(s.rejected(Launch::of(actions).with_scratch(scratch.bytes())))
 }
 
-pub(super) fn lower_linear_cross_entropy_grad(graph: &Graph, node: &Node) -> Lowered {
+pub(super) fn lower_linear_cross_entropy_grad(graph: &Graph, node: &Node, chip: Chip) -> Lowered {
     let s = Classes::of(graph, node);
     let ty = dtype(graph, node, 0);
     let of = products("cross_entropy.cu", CROSS_ENTROPY, ty, TILE)?;
@@ -275,24 +308,51 @@ pub(super) fn lower_linear_cross_entropy_grad(graph: &Graph, node: &Node) -> Low
     for i in 0..chunks {
         let class0 = i * chunk;
         let width = chunk.min(s.classes - class0);
-        let operands = [0, 1, 2, 3, 4].map(Arg::Operand);
-        let sizes = [Arg::I32(int(class0, "classes")?), Arg::I32(int(width, "classes")?), s.arg()?];
-        let args = [&operands[..], std::slice::from_ref(&c), &sizes, &[Arg::Fault, Arg::Step]].concat();
-        let grid = [width.div_ceil(TILE), s.n.div_ceil(TILE), 1];
-        actions.push(kernel(of.source.clone(), "cross_entropy_grad", grid, of.threads, args));
         // The rows of w, and of dw, that belong to the chunk.
         let bytes = class0 * s.d * ty.bytes();
-        let product = |a, b, m, n, k| Product { a, a_batch: 0, b, b_batch: 0, c_batch: 0, m, n, k, wide_bias: false };
-        let of_w = product(stored(width, true), stored(s.d, false), width, s.d, s.n);
-        let args = [c.clone(), Arg::Operand(0), Arg::Null, Arg::Null, Arg::Null, Arg::ResultAt(1, bytes)];
-        actions.push(gemm(ty, &of_w, 1, args)?);
-        let of_x = product(stored(width, false), stored(s.d, false), s.n, s.d, width);
+        let of_chunk = Arg::OperandAt(1, bytes);
+        let ends = [Arg::I32(int(class0, "classes")?), Arg::I32(int(s.classes, "classes")?), Arg::Fault, Arg::Step];
+        let end = End::cross_entropy_grad([&[2, 3, 4].map(Arg::Operand)[..], std::slice::from_ref(&c), &ends].concat());
+        let logits = Product::of(stored(s.d, false), stored(s.d, true), s.n, width, s.d);
+        let operands = [&Arg::Operand(0), &of_chunk, &Arg::Null];
+        actions.push(match hopper::action(chip, ty, &logits, Segments::None, operands, end)? {
+            Some(action) => action,
+            None => {
+                let operands = [0, 1, 2, 3, 4].map(Arg::Operand);
+                let sizes = [Arg::I32(int(class0, "classes")?), Arg::I32(int(width, "classes")?), s.arg()?];
+                let args = [&operands[..], std::slice::from_ref(&c), &sizes, &[Arg::Fault, Arg::Step]].concat();
+                let grid = [width.div_ceil(TILE), s.n.div_ceil(TILE), 1];
+                kernel(of.source.clone(), "cross_entropy_grad", grid, of.threads, args)
+            }
+        });
+        let of_w = Product::of(stored(width, true), stored(s.d, false), width, s.d, s.n);
+        let to = Arg::ResultAt(1, bytes);
+        actions.push(plain(chip, ty, &of_w, [&c, &Arg::Operand(0)], [&Arg::Null, &Arg::Null, &to])?);
+        let of_x = Product::of(stored(width, false), stored(s.d, false), s.n, s.d, width);
         let add = if i == 0 { Arg::Null } else { sum.clone() };
         let to = if i + 1 == chunks { Arg::Null } else { sum.clone() };
-        let args = [c.clone(), Arg::OperandAt(1, bytes), Arg::Null, add, to, Arg::Result(0)];
-        actions.push(gemm(ty, &of_x, 1, args)?);
+        actions.push(plain(chip, ty, &of_x, [&c, &of_chunk], [&add, &to, &Arg::Result(0)])?);
     }
     Ok(s.rejected(Launch::of(actions).with_scratch(scratch.bytes())))
+}
+
+/// One product without a bias; `add`, `sum` and `c` as the kernel's.
+fn plain(
+    chip: Chip,
+    ty: DType,
+    product: &Product,
+    [a, b]: [&Arg; 2],
+    [add, sum, c]: [&Arg; 3],
+) -> Result<Action, String> {
+    let end = if *add == Arg::Null && *sum == Arg::Null {
+        End::stored(product, &Arg::Null, c)
+    } else {
+        End::added([add, sum, c])
+    };
+    if let Some(action) = hopper::action(chip, ty, product, Segments::None, [a, b, &Arg::Null], end)? {
+        return Ok(action);
+    }
+    gemm(ty, product, 1, [a, b, &Arg::Null, add, sum, c].map(Arg::clone))
 }
 
 /// How many classes the gradient takes at a time: a multiple of a tile, and all of them where they fit.
@@ -308,7 +368,7 @@ mod tests {
     #[test]
     fn chunks_of_classes_fit_and_cover() {
         assert_eq!(chunk_of_classes(9, 517, 4), 517);
-        assert_eq!(chunk_of_classes(16_384, 50_257, 2), 1024);
+        assert_eq!(chunk_of_classes(16_384, 50_257, 2), 8192);
         // Many rows: one tile at a time, however much that is.
         assert_eq!(chunk_of_classes(1 << 22, 300, 4), 64);
         assert_eq!(chunk_of_classes(0, 3, 4), 3);
