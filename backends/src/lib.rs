@@ -53,6 +53,17 @@ pub trait Backend: Send + Sync {
     /// [`Error::Unsupported`] as for [`Backend::plan`].
     fn compile(&self, plan: Plan) -> Result<Arc<dyn Executable>>;
 
+    /// Makes ready what the launches of these optimised graphs need, such as kernels that have to be compiled first, side by side
+    /// where one graph after another would take longer. Graphs that the backend refuses are passed over; running does not need
+    /// this. A backend that compiles nothing leaves the graphs alone.
+    ///
+    /// # Errors
+    /// What cannot be made.
+    fn prepare(&self, graphs: &mut dyn Iterator<Item = Graph>) -> Result<()> {
+        let _ = graphs;
+        Ok(())
+    }
+
     /// Bytes that can be allocated on the device now, where that can be told.
     fn free_memory(&self) -> Option<u64>;
 

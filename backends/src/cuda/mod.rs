@@ -132,6 +132,15 @@ impl Backend for Cuda {
         Ok(Arc::new(executable::CudaExecutable::new(Arc::clone(&self.device), plan, launches, self.checks)?))
     }
 
+    fn prepare(&self, graphs: &mut dyn Iterator<Item = Graph>) -> Result<()> {
+        let taken = graphs.filter_map(|graph| launches(&graph, self.device.chip).ok());
+        let actions = taken.flatten().flat_map(|launch| launch.actions);
+        let kernel = |action| if let launch::Action::Kernel(k) = action { Some(k.source) } else { None };
+        let sources: Vec<source::Source> = actions.filter_map(kernel).collect();
+        self.device.modules(&sources.iter().collect::<Vec<_>>())?;
+        Ok(())
+    }
+
     fn free_memory(&self) -> Option<u64> {
         self.device.free().ok()
     }
