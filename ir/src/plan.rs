@@ -420,7 +420,10 @@ fn roots(graph: &Graph, steps: &[Step], step_of: &[usize]) -> Vec<Value> {
                     && last[root.index()] == step_of[id.index()]
                     && !taken.contains(&root)
             };
-            let Some(&operand) = node.operands.iter().find(fits) else { continue };
+            // The stored tensor first: another operand would have to be copied over it.
+            let is_stored = |v: &&Value| graph.input_of(roots[v.index()]).is_some();
+            let mut candidates = node.operands.iter().filter(is_stored).chain(&node.operands);
+            let Some(&operand) = candidates.find(fits) else { continue };
             let root = roots[operand.index()];
             taken.push(root);
             last[root.index()] = last[result.index()];
