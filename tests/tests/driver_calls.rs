@@ -12,6 +12,7 @@ const STEPS: u64 = 6;
 /// After the first two steps, which load the kernels and record the plan, a step is one launch of a recorded graph for each of its
 /// micro-batches, and the host waits once for all steps together.
 #[test]
+#[expect(clippy::print_stderr, reason = "a test that did nothing should say so")]
 fn steps_are_graph_launches_and_one_wait() {
     let asked = std::env::var("MOEBIUS_DEVICE");
     if asked.is_ok_and(|device| device == "cpu") || !Cuda::count().is_ok_and(|n| n > 0) {
