@@ -168,6 +168,12 @@ pub trait Store: Send {
     /// [`Error::NoSuch`], [`Error::Bytes`].
     fn write(&mut self, name: &str, bytes: &[u8]) -> Result<()>;
 
+    /// Overwrites the part of a tensor that begins `at` bytes after its start, so that a large one can be had piece by piece.
+    ///
+    /// # Errors
+    /// [`Error::NoSuch`]; [`Error::Part`] if the tensor ends before the part does.
+    fn write_part(&mut self, name: &str, at: usize, bytes: &[u8]) -> Result<()>;
+
     /// The bytes of a tensor; borrowed where the device's memory is the host's.
     ///
     /// # Errors

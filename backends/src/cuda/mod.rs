@@ -3,7 +3,8 @@
 //! Nothing of CUDA is linked. [`driver`] loads the driver when a GPU is asked for, [`compiler`] NVRTC, which compiles the
 //! kernels of `kernels/` at first use; [`cache`] keeps them on disk. [`lower`](lower::lower) turns a node into kernels with
 //! their arguments (and is the support check), `executable` binds them to a plan, `instance` runs it: as one recorded graph
-//! that is replayed. The host reads nothing back between steps; rejected values are noted on the GPU and told when an output
+//! that is replayed. The host reads nothing back between steps and waits for
+//! none; rejected values are noted on the GPU and told when an output
 //! is read.
 
 mod cache;
@@ -28,6 +29,7 @@ use crate::{Backend, Executable, Result, Store, lowering};
 
 pub use chip::Chip;
 pub use compiler::Compiler;
+pub use driver::DriverCalls;
 pub use error::CudaError;
 
 const BACKEND: &str = "cuda";
@@ -72,6 +74,11 @@ impl Cuda {
     pub fn with_checks(mut self, checks: bool) -> Cuda {
         self.checks = checks;
         self
+    }
+
+    /// How often the driver was called since the GPU was opened, over all sessions on it.
+    pub fn calls(&self) -> DriverCalls {
+        self.device.counter.calls()
     }
 
     /// Number of the GPU, from 0.

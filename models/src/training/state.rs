@@ -42,11 +42,8 @@ impl Run {
         checkpoint.model.expect(&model)?;
         checkpoint.optimizer.expect(&optimizer)?;
         for (file, infos) in [(&mut checkpoint.model, model), (&mut checkpoint.optimizer, optimizer)] {
-            let mut bytes = Vec::new();
             for info in infos {
-                bytes.resize(info.bytes().unwrap_or(0) as usize, 0);
-                file.load_into(&info.name, &mut bytes)?;
-                self.session.write_bytes(&info.name, &bytes)?;
+                self.session.load(&info.name, file)?;
             }
         }
         self.trainer.resume_at(state.step);
@@ -89,9 +86,9 @@ impl Run {
         let snapshot = Snapshot {
             state: TrainState {
                 step,
-                tokens: step * self.tokens.len() as u64,
+                tokens: step * self.config.tokens_per_step(),
                 seed: self.config.train.seed,
-                data_position: step,
+                data_position: step * self.config.train.accumulate as u64,
                 config: self.config.to_toml()?,
                 config_hash: self.config.model_hash(),
                 model: self.config.model.name.clone(),
