@@ -7,6 +7,7 @@
 //! This is the only crate with a stable surface; the graph language itself is re-exported as [`ir`].
 
 pub mod checkpoint;
+mod copies;
 mod element;
 mod engine;
 mod error;

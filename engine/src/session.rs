@@ -31,12 +31,13 @@ pub struct StepTime {
 pub struct Session {
     engine: Engine,
     store: Box<dyn Store>,
+    writes: u64,
 }
 
 impl Session {
     pub(crate) fn new(engine: Engine) -> Session {
         let store = engine.backend().new_store();
-        Session { engine, store }
+        Session { engine, store, writes: 0 }
     }
 
     /// The device.
@@ -133,6 +134,17 @@ impl Session {
         Ok(total)
     }
 
+    /// How often tensors were added, dropped or written by the host.
+    pub(crate) fn writes(&self) -> u64 {
+        self.writes
+    }
+
+    /// The store, to change it.
+    fn change(&mut self) -> &mut dyn Store {
+        self.writes += 1;
+        self.store.as_mut()
+    }
+
     /// Names of all tensors, sorted.
     pub fn names(&self) -> Vec<&str> {
         self.store.names()
@@ -148,12 +160,12 @@ impl Session {
     /// # Errors
     /// [`Error::Backend`] if the device has no room.
     pub fn insert(&mut self, name: &str, ty: &TensorType) -> Result<()> {
-        Ok(self.store.insert(name, ty)?)
+        Ok(self.change().insert(name, ty)?)
     }
 
     /// Drops a tensor and its memory; whether it was there.
     pub fn remove(&mut self, name: &str) -> bool {
-        self.store.remove(name)
+        self.change().remove(name)
     }
 
     /// Overwrites a tensor.
@@ -162,7 +174,7 @@ impl Session {
     /// [`Error::ElementType`] if `elements` are of another dtype; [`Error::Backend`] for an unknown name or a wrong length.
     pub fn write<T: Element>(&mut self, name: &str, elements: &[T]) -> Result<()> {
         self.check::<T>(name)?;
-        Ok(self.store.write(name, bytemuck::cast_slice(elements))?)
+        Ok(self.change().write(name, bytemuck::cast_slice(elements))?)
     }
 
     /// A copy of a tensor's elements.
@@ -182,7 +194,7 @@ impl Session {
     /// # Errors
     /// [`Error::Backend`] for an unknown name or a wrong length.
     pub fn write_bytes(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
-        Ok(self.store.write(name, bytes)?)
+        Ok(self.change().write(name, bytes)?)
     }
 
     /// Overwrites a tensor of any float dtype, rounding to nearest even.
@@ -230,7 +242,7 @@ impl Session {
             None => None,
         };
         let mut staging: Vec<u8> = Vec::new();
-        let store = self.store.as_mut();
+        let store = self.change();
         file.load_chunks(name, |at, bytes| {
             let Some(narrow) = narrowed else { return Ok(store.write_part(name, at as usize, bytes)?) };
             // Pieces begin and end at whole elements, as their length is a multiple of 4.

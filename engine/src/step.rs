@@ -3,6 +3,7 @@
 use moebius_ir::ops::{Adamw, CompareFn};
 use moebius_ir::{DType, Graph, Role, TensorType, Value, gradients, passes};
 
+use crate::copies;
 use crate::error::Result;
 use crate::micro::MicroBatches;
 
@@ -81,6 +82,9 @@ pub(crate) const HISTORY_ROW: &str = "history_row";
 /// parameter, and the outputs `loss` (unless there) and `grad_norm` (before clipping). If the loss or the gradient norm is
 /// not finite, no parameter and no moment changes, nor any state that the graph updates.
 ///
+/// A parameter that is read by one cast to a float of 16 bits alone gets a state `rounded/NAME` that holds it rounded, is read
+/// instead, and is kept up to date by the optimizer; [`crate::Trainer`] makes it after parameters were written.
+///
 /// # Errors
 /// [`crate::Error::Graph`] if an op on the way from a parameter to the loss has no gradient.
 pub fn training_step(graph: &mut Graph, loss: Value, optimizer: &Optimizer) -> Result<()> {
@@ -114,8 +118,13 @@ fn add_step(
 ) -> Result<()> {
     let parameter = |v: Value| graph.input_of(v).is_some_and(|i| i.role == Role::Parameter);
     let parameters: Vec<(String, Value)> = graph.inputs().iter().filter(|(_, v)| parameter(*v)).cloned().collect();
-    let values: Vec<Value> = parameters.iter().map(|&(_, v)| v).collect();
-    let mut grads = gradients(graph, loss, &values)?;
+    let mut copies = Vec::with_capacity(parameters.len());
+    for (name, value) in &parameters {
+        copies.push(copies::keep(graph, name, *value)?);
+    }
+    // The gradient of a copy is that of its parameter, in fewer bits and without a cast.
+    let read: Vec<Value> = parameters.iter().zip(&copies).map(|(&(_, v), copy)| copy.unwrap_or(v)).collect();
+    let mut grads = gradients(graph, loss, &read)?;
     graph.scoped("optimizer", |g| {
         let learning_rate = g.feed("learning_rate", TensorType::f32([]))?;
         let step = g.feed("step", TensorType::f32([]))?;
@@ -157,14 +166,22 @@ fn add_step(
         // In step 0 AdamW changes nothing.
         let zero = g.scalar(0.0)?;
         let step = g.select(goes, step, zero)?;
-        for ((name, value), grad) in parameters.iter().zip(grads) {
+        for (((name, value), grad), copy) in parameters.iter().zip(grads).zip(copies) {
             let ty = g.ty(*value).clone();
             let m = g.state(first_moment(name), TensorType::f32(ty.shape.clone()))?;
             let v = g.state(second_moment(name), TensorType::f32(ty.shape.clone()))?;
             let decay = if Optimizer::decays(name, &ty) { optimizer.weight_decay } else { 0.0 };
             let (beta1, beta2, eps) = (optimizer.beta1, optimizer.beta2, optimizer.eps);
-            let rule = Adamw { beta1, beta2, eps, weight_decay: decay };
-            let [new, new_m, new_v] = g.adamw(rule, *value, grad, m, v, learning_rate, step, scale)?;
+            let rule = Adamw { beta1, beta2, eps, weight_decay: decay, rounded: copy.is_some() };
+            let (rate, p) = (learning_rate, *value);
+            let [new, new_m, new_v] = match copy {
+                None => g.adamw(rule, p, grad, m, v, rate, step, scale)?,
+                Some(copy) => {
+                    let [p, m, v, rounded] = g.adamw_rounded(rule, p, grad, m, v, rate, step, scale, copy)?;
+                    g.update(copy, rounded)?;
+                    [p, m, v]
+                }
+            };
             g.update(*value, new)?;
             g.update(m, new_m)?;
             g.update(v, new_v)?;

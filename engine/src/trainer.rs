@@ -2,6 +2,7 @@
 
 use moebius_ir::{Graph, Role, Value};
 
+use crate::copies::Copies;
 use crate::error::{Error, Result};
 use crate::micro::MICRO_BATCH;
 use crate::program::Program;
@@ -46,6 +47,7 @@ pub struct Trainer {
     columns: usize,
     remembers: bool,
     parameters: Vec<String>,
+    copies: Option<Copies>,
 }
 
 impl Trainer {
@@ -66,11 +68,13 @@ impl Trainer {
         let micro_batches = options.micro_batches.as_ref().map_or(1, crate::MicroBatches::count);
         let remembers = options.history.is_some();
         let (rows, columns) = options.history.as_ref().map_or((1, 2), |h| (h.steps.max(1), 2 + h.outputs.len()));
-        let program = session.compile(&training_step_with(graph, loss, options)?)?;
+        let step = training_step_with(graph, loss, options)?;
+        let program = session.compile(&step)?;
+        let copies = Copies::of(session, &step)?;
         let graph = program.plan().graph();
         let parameter = |v: Value| graph.input_of(v).is_some_and(|i| i.role == Role::Parameter);
         let parameters = graph.inputs().iter().filter(|(_, v)| parameter(*v)).map(|(n, _)| n.clone()).collect();
-        Ok(Trainer { program, step: 0, pending: 0, micro_batches, rows, columns, remembers, parameters })
+        Ok(Trainer { program, step: 0, pending: 0, micro_batches, rows, columns, remembers, parameters, copies })
     }
 
     /// The step's program: give it its feeds before [`Trainer::step`], read outputs after.
@@ -139,6 +143,9 @@ impl Trainer {
     ) -> Result<(), E> {
         if self.room() == 0 {
             return Err(Error::Uncollected { launched: self.pending, most: self.rows }.into());
+        }
+        if let Some(copies) = &mut self.copies {
+            copies.refresh(session)?;
         }
         let step = self.step + self.pending + 1;
         for micro_batch in 0..self.micro_batches {

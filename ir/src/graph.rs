@@ -205,6 +205,28 @@ impl Graph {
         Ok(results)
     }
 
+    /// Lets the result of a cast be read from a state of this name from now on, and not computed: whoever runs the graph keeps it.
+    ///
+    /// # Errors
+    /// [`Error::Duplicate`] if an input has the name.
+    ///
+    /// # Panics
+    /// If `value` is not the result of a cast.
+    #[track_caller]
+    pub fn store_cast(&mut self, value: Value, name: impl Into<String>) -> Result<()> {
+        let (name, ty) = (name.into(), self.ty(value).clone());
+        if self.names.contains_key(&name) {
+            return Err(Error::Duplicate { what: "input", name, site: Site::caller() });
+        }
+        let node = self.producer(value).index();
+        assert!(matches!(self.nodes[node].op, Op::Cast(_)), "the result of a cast");
+        self.nodes[node].op = Op::Input(Input { name: name.clone(), role: Role::State, ty });
+        self.nodes[node].operands.clear();
+        self.inputs.push((name.clone(), value));
+        self.names.insert(name, value);
+        Ok(())
+    }
+
     /// [`Graph::push`] for an op with one result; the caller's line is that of the `#[track_caller]` method calling it.
     ///
     /// # Errors

@@ -293,3 +293,34 @@ fn the_passes_leave_recomputed_nodes_alone() {
         |g: &moebius_ir::Graph| g.nodes().iter().filter(|n| n.scope.starts_with("backward/recomputed/")).count();
     assert!(again(&optimised) > 5, "{} of {}", again(&optimised), again(&graph));
 }
+
+/// The rounded copies that a bf16 model reads follow the optimizer and whoever else writes a parameter.
+#[test]
+fn rounded_copies_are_their_parameters() {
+    let mut run = Run::new(config(true, &["model.dtype=bf16"]), 2, 1, false, None);
+    let follows = |session: &Session| {
+        let copies: Vec<String> =
+            session.names().iter().filter(|n| n.starts_with("rounded/")).map(|n| (*n).into()).collect();
+        assert!(copies.len() > 10, "{copies:?}");
+        for copy in copies {
+            let wide: Vec<f32> = session.read(&copy["rounded/".len()..]).unwrap();
+            let rounded: Vec<half::bf16> = session.read(&copy).unwrap();
+            assert!(wide.iter().zip(&rounded).all(|(w, r)| half::bf16::from_f32(*w) == *r), "{copy}");
+        }
+    };
+    let step = |run: &mut Run| {
+        let mut feed = run.feeds();
+        run.trainer.launch(&mut run.session, &mut feed).unwrap();
+        let mut loss = f32::NAN;
+        run.trainer.collect(&mut run.session, &mut feed, |report, _| loss = report.loss).unwrap();
+        follows(&run.session);
+        loss
+    };
+    let losses: Vec<f32> = (0..3).map(|_| step(&mut run)).collect();
+    assert!(losses[2] < losses[0], "{losses:?}");
+    // A table of zeros makes every class as likely as any other, at once.
+    let table: Vec<f32> = run.session.read("embedding.weight").unwrap();
+    run.session.write("embedding.weight", &vec![0.0_f32; table.len()]).unwrap();
+    let uniform = 31.0_f32.ln();
+    assert!((step(&mut run) - uniform).abs() < 1e-3 && (losses[2] - uniform).abs() > 1e-2, "{losses:?}");
+}

@@ -4,7 +4,9 @@
 //! on `param`, `m` and `v`. With `g = grad_scale grad` and `step` counted from 1: `m' = beta1 m + (1 - beta1) g`,
 //! `v' = beta2 v + (1 - beta2) g²`, `param' = param - lr (mhat / (sqrt(vhat) + eps) + weight_decay param)` with
 //! `mhat = m' / (1 - beta1^step)` and `vhat = v' / (1 - beta2^step)`. If `lr` or `grad_scale` is not finite, or `step` is
-//! below 1, nothing changes: a step whose gradient overflowed is skipped. Not differentiable.
+//! below 1, nothing changes: a step whose gradient overflowed is skipped. With `rounded` there is an eighth operand, a float of
+//! 16 bits of the same shape that holds `param` rounded, and a fourth result in its place, `param'` rounded to nearest even. Not
+//! differentiable.
 
 use serde::{Deserialize, Serialize};
 use smallvec::smallvec;
@@ -28,13 +30,16 @@ pub struct Adamw {
     pub eps: f32,
     /// Decoupled weight decay; not negative.
     pub weight_decay: f32,
+    /// A copy of the parameter in a float of 16 bits is kept too.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub rounded: bool,
 }
 
 impl Rule for Adamw {
     const NAME: &'static str = "adamw";
 
     fn infer(&self, operands: &[TensorType]) -> Result<Types, Mismatch> {
-        check::count(operands, 7)?;
+        check::count(operands, if self.rounded { 8 } else { 7 })?;
         for (name, beta) in [("beta1", self.beta1), ("beta2", self.beta2)] {
             check::attribute((0.0..1.0).contains(&beta), || format!("{name} in [0, 1), not {beta}"))?;
         }
@@ -50,7 +55,15 @@ impl Rule for Adamw {
         check::ty(operands, 2, &moment)?;
         check::ty(operands, 3, &moment)?;
         (4..7).try_for_each(|i| check::ty(operands, i, &TensorType::f32([])))?;
-        Ok(smallvec![moment.clone(), moment.clone(), moment])
+        let mut results: Types = smallvec![moment.clone(), moment.clone(), moment.clone()];
+        if self.rounded {
+            check::float(operands, 7)?;
+            check::shape(operands, 7, moment.shape.clone())?;
+            let dtype = operands[7].dtype;
+            check::attribute(dtype.bytes() == 2, || format!("a rounded parameter of 16 bits, not {dtype}"))?;
+            results.push(operands[7].clone());
+        }
+        Ok(results)
     }
 
     fn vjp(&self, cx: &mut Vjp<'_>) -> Result<Cotangents> {
@@ -61,6 +74,7 @@ impl Rule for Adamw {
         let (mut param, grad, mut m, mut v) =
             (operands[0].clone(), operands[1], operands[2].clone(), operands[3].clone());
         let (lr, step, grad_scale) = (operands[4].data[0], operands[5].data[0], operands[6].data[0]);
+        let mut rounded = operands.get(7).map(|&t| t.clone());
         if lr.is_finite() && grad_scale.is_finite() && step >= 1.0 {
             let (beta1, beta2) = (f64::from(self.beta1), f64::from(self.beta2));
             let (eps, decay) = (f64::from(self.eps), f64::from(self.weight_decay));
@@ -72,12 +86,15 @@ impl Rule for Adamw {
                 let v_hat = v.data[i] / (1.0 - beta2.powf(step));
                 param.data[i] -= lr * (m_hat / (v_hat.sqrt() + eps) + decay * param.data[i]);
             }
+            if let Some(rounded) = &mut rounded {
+                rounded.data.clone_from(&param.data);
+            }
         }
-        vec![param, m, v]
+        [param, m, v].into_iter().chain(rounded).collect()
     }
 
     fn in_place(&self) -> &'static [(usize, usize)] {
-        &[(0, 0), (1, 2), (2, 3)]
+        if self.rounded { &[(0, 0), (1, 2), (2, 3), (3, 7)] } else { &[(0, 0), (1, 2), (2, 3)] }
     }
 }
 
@@ -98,7 +115,27 @@ impl Graph {
         step: Value,
         grad_scale: Value,
     ) -> Result<[Value; 3]> {
-        self.push_all(rule, &[param, grad, m, v, lr, step, grad_scale])
+        self.push_all(Adamw { rounded: false, ..rule }, &[param, grad, m, v, lr, step, grad_scale])
+    }
+
+    /// [`Graph::adamw`] that keeps `rounded`, the parameter in a float of 16 bits, too; returns `[param', m', v', rounded']`.
+    ///
+    /// # Errors
+    /// As [`Graph::adamw`].
+    #[track_caller]
+    pub fn adamw_rounded(
+        &mut self,
+        rule: Adamw,
+        param: Value,
+        grad: Value,
+        m: Value,
+        v: Value,
+        lr: Value,
+        step: Value,
+        grad_scale: Value,
+        rounded: Value,
+    ) -> Result<[Value; 4]> {
+        self.push_all(Adamw { rounded: true, ..rule }, &[param, grad, m, v, lr, step, grad_scale, rounded])
     }
 }
 
@@ -106,7 +143,7 @@ impl Graph {
 mod tests {
     use super::*;
 
-    const RULE: Adamw = Adamw { beta1: 0.5, beta2: 0.75, eps: 0.0, weight_decay: 0.5 };
+    const RULE: Adamw = Adamw { beta1: 0.5, beta2: 0.75, eps: 0.0, weight_decay: 0.5, rounded: false };
 
     fn run(moments: [f64; 2], lr: f64, step: f64, grad_scale: f64) -> [f64; 3] {
         let one = |v: f64| Tensor::f32([1], vec![v]);
@@ -145,5 +182,27 @@ mod tests {
         assert_eq!(RULE.infer(&types(grad.clone())).unwrap_err().operand, Some(2));
         let refused = Adamw { beta2: 1.0, ..RULE }.infer(&types(x.clone())).unwrap_err();
         assert!(refused.wanted.contains("beta2 in [0, 1)"), "{refused:?}");
+    }
+
+    #[test]
+    fn a_rounded_copy_has_16_bits_and_follows() {
+        let (x, s) = (TensorType::f32([2]), TensorType::f32([]));
+        let rule = Adamw { rounded: true, ..RULE };
+        let types = |r: TensorType| [x.clone(), x.clone(), x.clone(), x.clone(), s.clone(), s.clone(), s.clone(), r];
+        let narrow = TensorType::new(crate::DType::Bf16, [2]);
+        assert_eq!(rule.infer(&types(narrow.clone())).unwrap()[3], narrow);
+        assert!(rule.infer(&types(x.clone())).unwrap_err().wanted.contains("16 bits"));
+        let tensor = |ty: &TensorType, v: f64| Tensor { ty: ty.clone(), data: vec![v; ty.elements()] };
+        let values = [1.0, 4.0, 0.0, 0.0, 0.25, 1.0, 0.5, 1.0];
+        let operands: Vec<Tensor> = types(narrow).iter().zip(values).map(|(ty, v)| tensor(ty, v)).collect();
+        let run = |operands: &[Tensor]| {
+            let operands: Vec<&Tensor> = operands.iter().collect();
+            rule.reference(&operands, &[]).iter().map(|t| t.data[0]).collect::<Vec<_>>()
+        };
+        let moved = 1.0 - 0.25 * 1.5;
+        assert_eq!(run(&operands), [moved, 1.0, 1.0, moved]);
+        let mut skipped = operands;
+        skipped[6].data[0] = f64::NAN;
+        assert_eq!(run(&skipped), [1.0, 0.0, 0.0, 1.0]);
     }
 }

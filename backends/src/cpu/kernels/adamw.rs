@@ -27,13 +27,23 @@ pub struct AdamW {
 /// p -= lr weight_decay p; m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2;
 /// p -= lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps).
 ///
-/// All four tensors have the same number of elements; arithmetic is f32, a `param` of another type is rounded once.
+/// `rounded`, if it is not empty, becomes the new `param` rounded.
+///
+/// All tensors have the same number of elements; arithmetic is f32, a `param` of another type is rounded once.
 /// When `grad_scale` or `lr` is not finite (or `step` is 0) nothing changes: a step whose gradient norm overflowed is
 /// skipped.
 /// Panics when the sizes disagree.
-pub fn adamw<T: Element, G: Element>(param: &mut [T], grad: &[G], m: &mut [f32], v: &mut [f32], step: &AdamW) {
+pub fn adamw<T: Element, G: Element, R: Element>(
+    param: &mut [T],
+    grad: &[G],
+    [m, v]: [&mut [f32]; 2],
+    rounded: &mut [R],
+    step: &AdamW,
+) {
     let len = param.len();
     assert!(grad.len() == len && m.len() == len && v.len() == len);
+    assert!(rounded.is_empty() || rounded.len() == len);
+    let keeps = !rounded.is_empty();
     let AdamW { lr, beta1, beta2, eps, weight_decay, grad_scale, step } = *step;
     if !grad_scale.is_finite() || !lr.is_finite() || step == 0 {
         return;
@@ -43,11 +53,13 @@ pub fn adamw<T: Element, G: Element>(param: &mut [T], grad: &[G], m: &mut [f32],
     let rate = (f64::from(lr) / (1.0 - f64::from(beta1).powf(t))) as f32;
     let root = (1.0 / (1.0 - f64::from(beta2).powf(t)).sqrt()) as f32;
     let (gain1, gain2) = (1.0 - beta1, 1.0 - beta2);
-    let (param, m, v) = (Shared::new(param), Shared::new(m), Shared::new(v));
+    let (param, m, v, rounded) = (Shared::new(param), Shared::new(m), Shared::new(v), Shared::new(rounded));
     tasks(len.div_ceil(TASK), len, |task| {
         let (from, count) = (task * TASK, TASK.min(len - task * TASK));
         // SAFETY: tasks have disjoint elements.
         let (param, m, v) = unsafe { (param.part(from, count), m.part(from, count), v.part(from, count)) };
+        // SAFETY: as above; without a copy the part is empty.
+        let rounded = unsafe { rounded.part(if keeps { from } else { 0 }, if keeps { count } else { 0 }) };
         let grad = &grad[from..from + count];
         simd(
             #[inline(always)]
@@ -58,6 +70,9 @@ pub fn adamw<T: Element, G: Element>(param: &mut [T], grad: &[G], m: &mut [f32],
                     v[i] = beta2 * v[i] + gain2 * (g * g);
                     let denominator = v[i].sqrt() * root + eps;
                     param[i] = T::from_f32(keep * param[i].to_f32() - rate * (m[i] / denominator));
+                }
+                for (r, p) in rounded.iter_mut().zip(&*param) {
+                    *r = R::from_f32(p.to_f32());
                 }
             },
         );
@@ -84,8 +99,10 @@ mod tests {
             let mut want: Vec<[f64; 3]> = param.iter().map(|&p| [f64::from(p), 0.0, 0.0]).collect();
             for step in 1..=3 {
                 let grad = rng.values(n, 3.0);
-                adamw(&mut param, &grad, &mut m, &mut v, &AdamW { step, ..STEP });
-                adamw(&mut low, &grad, &mut low_m, &mut low_v, &AdamW { step, ..STEP });
+                let mut rounded = vec![bf16::ZERO; n];
+                adamw(&mut param, &grad, [&mut m, &mut v], &mut rounded, &AdamW { step, ..STEP });
+                assert!(rounded.iter().zip(&param).all(|(r, p)| *r == bf16::from_f32(*p)));
+                adamw(&mut low, &grad, [&mut low_m, &mut low_v], &mut [0.0_f32; 0], &AdamW { step, ..STEP });
                 for ([p, m, v], g) in want.iter_mut().zip(grad) {
                     let g = f64::from(g) * 0.5;
                     *p -= 0.01 * 0.1 * *p;
@@ -107,9 +124,9 @@ mod tests {
     fn a_step_that_is_not_finite_changes_nothing() {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             for step in [AdamW { grad_scale: bad, ..STEP }, AdamW { lr: bad, ..STEP }, AdamW { step: 0, ..STEP }] {
-                let (mut p, mut m, mut v) = ([1.0_f32], [0.25], [0.5]);
-                adamw(&mut p, &[1.0_f32], &mut m, &mut v, &step);
-                assert_eq!((p, m, v), ([1.0], [0.25], [0.5]));
+                let (mut p, mut m, mut v, mut r) = ([1.0_f32], [0.25], [0.5], [bf16::ONE]);
+                adamw(&mut p, &[1.0_f32], [&mut m, &mut v], &mut r, &step);
+                assert_eq!((p, m, v, r), ([1.0], [0.25], [0.5], [bf16::ONE]));
             }
         }
     }
@@ -121,7 +138,7 @@ mod tests {
         let (param, grad) = (rng.values(n, 1.0), rng.values(n, 1.0));
         same_on_any_thread_count(|| {
             let (mut p, mut m, mut v) = (param.clone(), vec![0.1; n], vec![0.1; n]);
-            adamw(&mut p, &grad, &mut m, &mut v, &STEP);
+            adamw(&mut p, &grad, [&mut m, &mut v], &mut [0.0_f32; 0], &STEP);
             (bits(&p), bits(&m), bits(&v))
         });
     }

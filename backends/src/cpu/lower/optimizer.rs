@@ -11,6 +11,7 @@ use crate::cpu::kernels::global_norm::{global_norm_workspace, sum_of_squares};
 pub(super) fn lower_adamw(graph: &Graph, node: &Node, op: &Adamw) -> Lowered {
     let n = graph.ty(node.operands[0]).elements();
     let op = op.clone();
+    let rounded = node.operands.get(7).map(|&v| graph.ty(v).dtype);
     by_float!(graph.ty(node.operands[1]).dtype, G => Launch::new(0, move |a| {
         let step = AdamW {
             lr: a.operand(4, 1)[0],
@@ -21,7 +22,12 @@ pub(super) fn lower_adamw(graph: &Graph, node: &Node, op: &Adamw) -> Lowered {
             step: a.operand::<f32>(5, 1)[0] as u32,
             grad_scale: a.operand(6, 1)[0],
         };
-        adamw::<f32, G>(a.result(0, n), a.operand(1, n), a.result(1, n), a.result(2, n), &step);
+        let (param, grad, moments) = (a.result(0, n), a.operand::<G>(1, n), [a.result(1, n), a.result(2, n)]);
+        match rounded {
+            Some(DType::F16) => adamw::<f32, G, half::f16>(param, grad, moments, a.result(3, n), &step),
+            Some(_sixteen_bits) => adamw::<f32, G, half::bf16>(param, grad, moments, a.result(3, n), &step),
+            None => adamw::<f32, G, f32>(param, grad, moments, &mut [], &step),
+        }
     }))
 }
 

@@ -67,9 +67,9 @@ __device__ __forceinline__ void step_of(const Rule& r, float grad, float& param,
 }
 
 /// One step of AdamW in place; nothing changes where lr or the scale is not finite or the step is below 1. Every tensor begins
-/// at a multiple of 16 bytes.
+/// at a multiple of 16 bytes. `rounded`, if it is not null, is kept equal to param, rounded.
 KERNEL adamw(float* param, const T* grad, float* m, float* v, const float* lr, const float* step, const float* grad_scale,
-             float beta1, float beta2, float eps, float weight_decay, i64 n) {
+             float beta1, float beta2, float eps, float weight_decay, i64 n, ROUNDED* rounded) {
     __shared__ float keep, rate, root;
     __shared__ int skip;
     float scale = *grad_scale;
@@ -93,8 +93,17 @@ KERNEL adamw(float* param, const T* grad, float* m, float* v, const float* lr, c
             store_vector<4>(m + i, ms);
             store_vector<4>(v + i, vs);
             store_vector<4>(param + i, ps);
+            if (rounded) {
+                Vector<ROUNDED, 4> rs;
+#pragma unroll
+                for (int j = 0; j < 4; j++) rs.at[j] = from_float<ROUNDED>(ps.at[j]);
+                store_vector<4>(rounded + i, rs);
+            }
         } else {
-            for (; i < n; i++) step_of(rule, to_float(grad[i]), param[i], m[i], v[i]);
+            for (; i < n; i++) {
+                step_of(rule, to_float(grad[i]), param[i], m[i], v[i]);
+                if (rounded) rounded[i] = from_float<ROUNDED>(param[i]);
+            }
         }
     }
 }

@@ -1,11 +1,11 @@
 //! Launches of the optimizer's ops.
 
 use moebius_ir::ops::Adamw;
-use moebius_ir::{Graph, Node};
+use moebius_ir::{DType, Graph, Node};
 
-use super::{Lowered, dtype, typed};
+use super::{Lowered, dtype, float, typed};
 use crate::cuda::launch::{Arg, Launch, Scratch, kernel};
-use crate::cuda::source::VECTORS;
+use crate::cuda::source::{Source, VECTORS};
 
 const TEXT: &str = include_str!("../kernels/optimizer.cu");
 const THREADS: usize = 256;
@@ -16,6 +16,12 @@ const BLOCK_PARTS: usize = 2048;
 /// Elements of one block of AdamW, as in the kernel.
 const STEP_ELEMENTS: usize = 4096;
 
+/// The kernels for gradients of a float type and rounded parameters of another.
+fn source(gradient: DType, rounded: Option<DType>) -> Result<Source, String> {
+    let source = typed("optimizer.cu", &[VECTORS], TEXT, gradient)?;
+    Ok(source.define("ROUNDED", float(rounded.unwrap_or(DType::Bf16))?))
+}
+
 pub(super) fn lower_global_norm(graph: &Graph, node: &Node) -> Lowered {
     let blocks: Vec<usize> = node.operands.iter().map(|&v| graph.ty(v).elements().div_ceil(BLOCK_ELEMENTS)).collect();
     let parts: usize = blocks.iter().sum();
@@ -24,12 +30,12 @@ pub(super) fn lower_global_norm(graph: &Graph, node: &Node) -> Lowered {
     let mut at = 0;
     let mut actions = Vec::with_capacity(blocks.len() + 1);
     for (i, &blocks) in blocks.iter().enumerate() {
-        let source = typed("optimizer.cu", &[VECTORS], TEXT, dtype(graph, node, i))?;
+        let source = source(dtype(graph, node, i), None)?;
         let args = vec![Arg::Operand(i), Arg::size(graph.ty(node.operands[i]).elements()), Arg::Scratch(8 * at)];
         actions.push(kernel(source, "sum_of_squares", [blocks, 1, 1], THREADS as u32, args));
         at += blocks;
     }
-    let source = typed("optimizer.cu", &[VECTORS], TEXT, dtype(graph, node, 0))?;
+    let source = source(dtype(graph, node, 0), None)?;
     let (mut last, mut left) = (all, parts);
     if parts > BLOCK_PARTS {
         left = parts.div_ceil(BLOCK_PARTS);
@@ -45,11 +51,13 @@ pub(super) fn lower_global_norm(graph: &Graph, node: &Node) -> Lowered {
 
 pub(super) fn lower_adamw(graph: &Graph, node: &Node, op: &Adamw) -> Lowered {
     let n = graph.ty(node.operands[0]).elements();
-    let source = typed("optimizer.cu", &[VECTORS], TEXT, dtype(graph, node, 1))?;
-    // Parameter and moments are results in the storage of operands 0, 2 and 3.
+    let rounded = op.rounded.then(|| dtype(graph, node, 7));
+    let source = source(dtype(graph, node, 1), rounded)?;
+    // Parameter, moments and the rounded copy are results in the storage of operands 0, 2, 3 and 7.
     let tensors = [Arg::Result(0), Arg::Operand(1), Arg::Result(1), Arg::Result(2)];
     let scalars = [Arg::Operand(4), Arg::Operand(5), Arg::Operand(6)];
+    let copy = if op.rounded { Arg::Result(3) } else { Arg::Null };
     let rule = [op.beta1, op.beta2, op.eps, op.weight_decay].map(Arg::F32);
-    let args = [&tensors[..], &scalars, &rule, &[Arg::size(n)]].concat();
+    let args = [&tensors[..], &scalars, &rule, &[Arg::size(n), copy]].concat();
     Ok(Launch::one(source, "adamw", [n.div_ceil(STEP_ELEMENTS), 1, 1], THREADS as u32, args))
 }

@@ -39,20 +39,34 @@ pub(super) fn cases() -> Vec<Case> {
         ("a learning rate that is not finite", f64::INFINITY, 3.0, 1.0, 0.1),
         ("step 0", 1e-2, 0.0, 1.0, 0.1),
     ] {
-        for shape in [vec![37, 9], vec![]] {
-            cases.push(case("adamw", format!("{what}, {shape:?}"), Class::Sum, FLOATS, move |s| {
+        for (shape, copy) in
+            [(vec![37, 9], None), (vec![], None), (vec![37, 9], Some(DType::Bf16)), (vec![3], Some(DType::F16))]
+        {
+            let copied = copy.map_or(String::new(), |dtype| format!(", with a copy in {dtype}"));
+            cases.push(case("adamw", format!("{what}, {shape:?}{copied}"), Class::Sum, FLOATS, move |s| {
                 let ty = TensorType::f32(shape.clone());
                 let n = ty.elements();
                 let (p, m) = (s.normals(n), s.normals(n).into_iter().map(|x| 0.1 * x).collect());
                 let v = s.normals(n).into_iter().map(|x| 0.01 * x * x + 1e-4).collect();
+                let copy =
+                    copy.map(|dtype| s.input(Role::State, TensorType::new(dtype, shape.clone()), p.clone(), false));
                 let p = s.input(Role::Parameter, ty.clone(), p, false)?;
                 let m = s.input(Role::State, ty.clone(), m, false)?;
                 let v = s.input(Role::State, ty, v, false)?;
                 let grad = s.float(shape.clone(), |x| x)?;
                 s.wrt.clear();
                 let [lr, step, scale] = [lr, step, scale].map(|x| s.fixed(TensorType::f32([]), vec![x]));
-                let rule = Adamw { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: decay };
-                let [new_p, new_m, new_v] = s.graph.adamw(rule, p, grad, m, v, lr?, step?, scale?)?;
+                let rule = Adamw { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: decay, rounded: false };
+                let (lr, step, scale) = (lr?, step?, scale?);
+                let [new_p, new_m, new_v] = match copy {
+                    None => s.graph.adamw(rule, p, grad, m, v, lr, step, scale)?,
+                    Some(copy) => {
+                        let copy = copy?;
+                        let [p, m, v, new] = s.graph.adamw_rounded(rule, p, grad, m, v, lr, step, scale, copy)?;
+                        s.graph.update(copy, new)?;
+                        [p, m, v]
+                    }
+                };
                 s.graph.update(p, new_p)?;
                 s.graph.update(m, new_m)?;
                 s.graph.update(v, new_v)
