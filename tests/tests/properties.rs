@@ -454,6 +454,23 @@ proptest! {
     }
 
     #[test]
+    fn recomputation_changes_no_bit(words in words(), borders in prop::collection::vec(any::<u32>(), 1..6)) {
+        let mut s = random_graph(&words);
+        let values: Vec<Value> = s.graph.values().collect();
+        let borders: Vec<Value> = borders.into_iter().map(|b| values[b as usize % values.len()]).collect();
+        prop_assume!(with_gradients(&mut s) > 0);
+        let late = moebius_ir::passes::recompute(&s.graph, &borders).unwrap();
+        let optimised = moebius_ir::passes::optimise(&late).unwrap();
+        let before = device::reference(&s.graph, &s.inputs, Precision::Rounded);
+        for graph in [&late, &optimised] {
+            prop_assert!(device::same_bits(&before, &device::reference(graph, &s.inputs, Precision::Rounded)));
+        }
+        let once = run(&s);
+        s.graph = late;
+        prop_assert!(device::same_bits(&once, &run(&s)));
+    }
+
+    #[test]
     fn the_passes_keep_the_meaning_of_elementwise_graphs(words in words()) {
         let s = random_graph(&words);
         let optimised = moebius_ir::passes::optimise(&s.graph).unwrap();
@@ -466,6 +483,25 @@ proptest! {
         let one = Live::new(&device::cpu(1), &s.graph).and_then(|mut l| l.run(&s.inputs)).unwrap();
         prop_assert!(device::same_bits(&one, &run(&s)));
     }
+}
+
+/// `s` with the gradients of each of its float outputs that has one, as further outputs.
+fn with_gradients(s: &mut Sketch) -> usize {
+    let float = |g: &Graph, v: Value| g.ty(v).dtype.is_float();
+    let outputs: Vec<Value> = s.graph.outputs().iter().map(|(_, v)| *v).filter(|v| float(&s.graph, *v)).collect();
+    let inputs: Vec<Value> = s.graph.inputs().iter().map(|(_, v)| *v).filter(|v| float(&s.graph, *v)).collect();
+    let mut differentiated = 0;
+    for output in outputs {
+        let mut g = s.graph.clone();
+        let wide = g.cast(output, DType::F32).unwrap();
+        let loss = g.sum_all(wide).unwrap();
+        // Some functions have no gradient.
+        let Ok(gradients) = gradients(&mut g, loss, &inputs) else { continue };
+        s.graph = g;
+        gradients.into_iter().for_each(|v| s.aux(v).unwrap());
+        differentiated += 1;
+    }
+    differentiated
 }
 
 /// A graph of elementwise ops, reductions and reshapes that the words choose; every value that nothing uses is an output.
