@@ -8,7 +8,7 @@ use super::cases::{Case, Edges};
 use super::device::{Values, expected, run, same};
 use super::sketch::{Inputs, Sketch};
 use super::slope::{STEP, Slope, slope, steady};
-use super::tolerance::{Class, Distance, difference, distance, rms, ulp};
+use super::tolerance::{Class, Distance, difference, distance, of_roundings, rms, ulp};
 
 /// Draws of a layer's inputs until one keeps clear of every edge. Most succeed at the first, a decoder in bf16 one in some dozen.
 const DRAWS: u32 = 256;
@@ -218,11 +218,12 @@ impl Subject<'_> {
     }
 
     /// The results of these names against the reference's.
-    fn compare(&self, pass: Pass, direct: bool, got: &Values, wanted: &Values, names: &[String]) -> Finding {
+    fn compare(&self, pass: Pass, direct: bool, got: &Values, wanted: &Wanted, names: &[String]) -> Finding {
         let mut worst: Vec<(Sort, Distance)> = Vec::new();
         let mut fault: Option<(f64, Fault)> = None;
         for name in names {
-            let Some(wanted) = wanted.get(name) else { continue };
+            let exact = wanted.exact.as_ref().and_then(|values| values.get(name));
+            let Some(wanted) = wanted.rounded.get(name) else { continue };
             let missing = || Fault::Missing { name: name.clone() };
             let Some(got) = got.get(name).filter(|got| got.ty == wanted.ty) else {
                 fault = Some((f64::INFINITY, missing()));
@@ -235,6 +236,9 @@ impl Subject<'_> {
                 Pass::Forward => self.case.tolerance(dtype),
                 Pass::Backward | Pass::Slope => self.case.gradient_tolerance(dtype),
             };
+            if let Some(exact) = exact.filter(|_| dtype.is_float()) {
+                tolerance = of_roundings(exact, wanted, dtype);
+            }
             let mut found = distance(got, wanted, tolerance, dtype);
             if (1.0..MOST_EXCUSED).contains(&found.of_allowed) {
                 match self.usual_size(name) {
@@ -257,6 +261,22 @@ impl Subject<'_> {
         }
         let outcome = fault.map_or(Outcome::Passed, |(_, fault)| Outcome::Failed(fault));
         self.finding(pass, outcome, worst)
+    }
+}
+
+/// What a device should give.
+struct Wanted {
+    /// By the reference, each value rounded to its dtype.
+    rounded: Values,
+    /// Without roundings, for a layer in a half-width dtype, whose tolerance is a matter of how much they do.
+    exact: Option<Values>,
+}
+
+impl Wanted {
+    fn new(case: &Case, dtype: DType, sketch: &Sketch) -> Result<Wanted, Fault> {
+        let by = |precision| expected(&sketch.graph, &sketch.inputs, precision);
+        let whole = case.class == Class::Layer && dtype != DType::F32;
+        Ok(Wanted { rounded: by(Precision::Rounded)?, exact: if whole { Some(by(Precision::Exact)?) } else { None } })
     }
 }
 
@@ -305,7 +325,7 @@ pub(super) fn graphs(case: &Case, dtype: DType, seed: u32) -> Vec<Graph> {
 pub(super) fn check(case: &Case, dtype: DType, seed: u32, machine: &Machine) -> Vec<Finding> {
     let subject = Subject { case, dtype, seed };
     let drawn = draw(case, dtype, seed).and_then(|drawn| {
-        let wanted = expected(&drawn.sketch.graph, &drawn.sketch.inputs, Precision::Rounded)?;
+        let wanted = Wanted::new(case, dtype, &drawn.sketch)?;
         Ok((drawn, wanted))
     });
     let (Drawn { forward, mut sketch, loss }, wanted) = match drawn {
@@ -313,7 +333,7 @@ pub(super) fn check(case: &Case, dtype: DType, seed: u32, machine: &Machine) -> 
         Err(fault) => return vec![subject.failed(Pass::Forward, fault)],
     };
     let outputs: Vec<String> = forward.outputs().iter().map(|(name, _)| name.clone()).collect();
-    let mut names: Vec<String> = wanted.keys().filter(|n| n.starts_with("state.")).cloned().collect();
+    let mut names: Vec<String> = wanted.rounded.keys().filter(|n| n.starts_with("state.")).cloned().collect();
     names.sort();
     names.splice(0..0, outputs);
     let of = |pass, graph: &Graph, names: &[String]| match machine.run(graph, &sketch.inputs) {

@@ -87,6 +87,19 @@ pub fn tolerance(class: Class, dtype: DType) -> Tolerance {
     Tolerance { relative: relative * ulp(dtype), of_rms: of_rms * ulp(dtype), least: 0.0, most }
 }
 
+/// The tolerance of a whole layer's result or gradient in a half-width `dtype`, from what rounding does to it: `rounded` is the
+/// reference with every value rounded to its dtype, `exact` the one with none. A device rounds the same values after sums in another
+/// order, and may flip some of those roundings: together they do less than all roundings, `|rounded - exact|` at its worst
+/// element, do, and the last one of each element is half a spacing of it. In parts of the largest element, not of the root mean
+/// square, and with a floor of half a spacing of it, as a difference may happen to be small.
+pub fn of_roundings(exact: &Tensor, rounded: &Tensor, dtype: DType) -> Tolerance {
+    let largest =
+        |values: &mut dyn Iterator<Item = f64>| values.filter(|v| v.is_finite()).fold(0.0f64, |m, v| m.max(v.abs()));
+    let moved = largest(&mut exact.data.iter().zip(&rounded.data).map(|(e, r)| e - r));
+    let bound = moved + 0.5 * ulp(dtype) * largest(&mut rounded.data.iter().copied());
+    Tolerance { relative: 0.5 * ulp(dtype), of_rms: 1.0, least: bound, most: bound }
+}
+
 /// Root mean square of the finite elements.
 pub fn rms(tensor: &Tensor) -> f64 {
     let finite: Vec<f64> = tensor.data.iter().copied().filter(|v| v.is_finite()).collect();

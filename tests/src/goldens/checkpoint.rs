@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use moebius_ir::{Tensor, TensorType};
+use moebius_models::gpt::Pass;
 
 use super::compare::Case;
 use super::machine::{Machine, Sheet, output};
@@ -55,7 +56,7 @@ pub(super) fn check(case: &mut Case<'_>, directory: &Path, machine: &Machine) ->
         let expert = at("deepspeed_moe.experts.deepspeed_experts.{}.");
         let (mlp, coefficient) = (at("mlp."), at("coefficient."));
         let names = Names { router: &router, expert: &expert, mlp: &mlp, coefficient: &coefficient, network: NETWORK };
-        let made = layer(&mut sheet, &config, number, x, (false, Given::default()), names, &tensor)?;
+        let made = layer(&mut sheet, &config, number, x, &Pass::default(), names, &tensor)?;
         x = sheet.graph.add(x, made.y)?;
         losses.push(made.statistics.load_balancing_loss);
     }

@@ -14,6 +14,7 @@ pub struct Case<'a> {
     tensors: Option<&'a HashMap<String, Tensor>>,
     used: RefCell<BTreeSet<String>>,
     wrong: Vec<String>,
+    notes: Vec<String>,
     worst: f64,
 }
 
@@ -21,7 +22,15 @@ impl<'a> Case<'a> {
     /// The case `name` in `FILE.safetensors`; an empty name for a file of one case.
     pub fn new(set: &'a Set, file: &str, name: &str) -> Self {
         let prefix = if name.is_empty() { String::new() } else { format!("{name}/") };
-        Case { set, prefix, tensors: set.file(file), used: RefCell::default(), wrong: Vec::new(), worst: 0.0 }
+        Case {
+            set,
+            prefix,
+            tensors: set.file(file),
+            used: RefCell::default(),
+            wrong: Vec::new(),
+            notes: Vec::new(),
+            worst: 0.0,
+        }
     }
 
     /// The set it belongs to.
@@ -55,6 +64,16 @@ impl<'a> Case<'a> {
         self.wrong.push(what.into());
     }
 
+    /// Notes what a reader of the report should know although nothing is wrong.
+    pub fn note(&mut self, what: impl Into<String>) {
+        self.notes.push(what.into());
+    }
+
+    /// What [`Case::note`] was told.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
     /// Compares numbers that must be equal.
     pub fn same<T: PartialEq + std::fmt::Debug>(&mut self, what: &str, got: &T, wanted: &T) {
         if got != wanted {
@@ -68,9 +87,45 @@ impl<'a> Case<'a> {
     /// # Errors
     /// [`Problem::Tensor`].
     pub fn close(&mut self, name: &str, got: &[f64], tolerance: f64) -> Result<(), Problem> {
+        self.close_beside(name, got, &[], tolerance)
+    }
+
+    /// Compares a result in bf16, as [`Case::close`] but for two things. `moved`, if there is any, is how far the same computation
+    /// in f32 is moved by rounding its inputs to bf16: an element may be as much further away from a tensor of f32, as no
+    /// computation with those inputs could undo it; where that was needed, a note says so. And gradients of
+    /// `….weight` and `….bias` are relative to the largest magnitude in both: a bias is one more column of the weight,
+    /// whose input is 1, and where little is left of its sum over all tokens, its roundings are as large as theirs.
+    ///
+    /// # Errors
+    /// [`Problem::Tensor`].
+    pub fn close_in_bf16(
+        &mut self,
+        name: &str,
+        got: &[f64],
+        moved: Option<&[f64]>,
+        tolerance: f64,
+    ) -> Result<(), Problem> {
+        let beside = name.strip_suffix(".bias").and_then(|map| self.optional(&format!("{map}.weight")));
+        let beside: &[f64] = beside.map_or(&[], |weight| &weight.data);
         let wanted = &self.tensor(name)?.data;
-        self.worst = self.worst.max(worst(got, wanted).map_or(0.0, |(_, error)| error));
-        if let Some(wrong) = difference(got, wanted, tolerance) {
+        let size = size(wanted).max(size(beside));
+        let Some(moved) = moved.filter(|m| m.len() == wanted.len() && got.len() == wanted.len()) else {
+            return self.close_beside(name, got, beside, tolerance);
+        };
+        if too_far(got, wanted, size, tolerance).is_none() {
+            return self.close_beside(name, got, beside, tolerance);
+        }
+        let left: Vec<f64> = got.iter().zip(wanted).zip(moved).map(|((g, w), m)| nearer(*g, *w, m.abs())).collect();
+        let most = moved.iter().fold(0.0f64, |most, m| most.max(m.abs()));
+        self.note(format!("{name} moved by up to {:.1e} of {size:.1e} by rounded inputs alone", most / size));
+        self.close_beside(name, &left, beside, tolerance)
+    }
+
+    fn close_beside(&mut self, name: &str, got: &[f64], beside: &[f64], tolerance: f64) -> Result<(), Problem> {
+        let wanted = &self.tensor(name)?.data;
+        let size = size(wanted).max(size(beside));
+        self.worst = self.worst.max(worst(got, wanted, size).map_or(0.0, |(_, error)| error));
+        if let Some(wrong) = too_far(got, wanted, size, tolerance) {
             self.wrong(format!("{name}: {wrong}"));
         }
         Ok(())
@@ -97,14 +152,20 @@ impl<'a> Case<'a> {
     }
 }
 
+/// `got`, moved towards `wanted` by `by`, at most all the way.
+fn nearer(got: f64, wanted: f64, by: f64) -> f64 {
+    let error = got - wanted;
+    // Written so that what is no number stays none.
+    if error.abs() <= by { wanted } else { got - by.copysign(error) }
+}
+
 /// What errors of a tensor are relative to: its largest magnitude, or 0.01 if all are smaller.
 fn size(wanted: &[f64]) -> f64 {
     wanted.iter().fold(0.01f64, |m, w| m.max(w.abs()))
 }
 
-/// The element that is furthest from `wanted`, and its error relative to the size of the tensor.
-fn worst(got: &[f64], wanted: &[f64]) -> Option<(usize, f64)> {
-    let size = size(wanted);
+/// The element that is furthest from `wanted`, and its error in parts of `size`.
+fn worst(got: &[f64], wanted: &[f64], size: f64) -> Option<(usize, f64)> {
     let error = |(g, w): (&f64, &f64)| {
         let error = (g - w).abs() / size;
         if error.is_nan() { f64::INFINITY } else { error }
@@ -114,11 +175,14 @@ fn worst(got: &[f64], wanted: &[f64]) -> Option<(usize, f64)> {
 
 /// The element of `got` that is furthest from `wanted`, if that is too far; see [`Case::close`].
 pub(super) fn difference(got: &[f64], wanted: &[f64], tolerance: f64) -> Option<String> {
+    too_far(got, wanted, size(wanted), tolerance)
+}
+
+fn too_far(got: &[f64], wanted: &[f64], size: f64, tolerance: f64) -> Option<String> {
     if got.len() != wanted.len() {
         return Some(format!("{} elements for {}", got.len(), wanted.len()));
     }
-    let (at, error) = worst(got, wanted)?;
-    (error > tolerance).then(|| {
-        format!("element {at}: {:e} for {:e}, error {error:e} of size {:e}", got[at], wanted[at], size(wanted))
-    })
+    let (at, error) = worst(got, wanted, size)?;
+    (error > tolerance)
+        .then(|| format!("element {at}: {:e} for {:e}, error {error:e} of size {size:e}", got[at], wanted[at]))
 }

@@ -1,12 +1,11 @@
 //! A layer of DeepSpeed as the layer of the models ([`moe_layer`]), with its tensors under the models' names: DeepSpeed stores
 //! matrices `[out, in]` and each expert by itself, the models `[in, out]` and all experts of a layer together.
 
-use moebius_ir::{Graph, Role, Tensor, TensorType, Value};
+use moebius_ir::{Graph, Op, Role, Tensor, TensorType, Value};
 use moebius_models::config::ModelConfig;
 use moebius_models::gpt::{MoeStatistics, Parameters, Pass, moe_layer};
 
 use super::machine::Sheet;
-use super::rules::Given;
 use super::set::Problem;
 
 /// Names of a layer's tensors in DeepSpeed.
@@ -93,17 +92,19 @@ pub(super) struct Layer {
     pub(super) y: Value,
     /// Losses and counts.
     pub(super) statistics: MoeStatistics,
+    /// The slot of every choice, i32 `[N,k]`, -1 for dropped ones.
+    pub(super) choice_slot: Value,
     /// The parameters, all differentiable.
     pub(super) parts: Vec<Part>,
 }
 
-/// Layer `number` of a model on tokens `x [N,H]` in the model's dtype, with its parameters from `tensor`, rounded to that dtype.
+/// Layer `number` of a model on tokens `x [N,H]` in the model's dtype, with its parameters from `tensor`.
 pub(super) fn layer(
     sheet: &mut Sheet,
     config: &ModelConfig,
     number: usize,
     x: Value,
-    (training, given): (bool, Given),
+    pass: &Pass,
     names: Names<'_>,
     tensor: &dyn Fn(&str) -> Result<Tensor, Problem>,
 ) -> Result<Layer, Problem> {
@@ -114,9 +115,15 @@ pub(super) fn layer(
     let g: &mut Graph = &mut sheet.graph;
     let ty = g.ty(x).clone();
     let rows = g.reshape(x, [1, ty.shape.rows(), ty.shape.last()])?;
-    let pass = Pass { training, noise: given.noise(), ..Pass::default() };
     let mut parameters = Parameters::new(config);
-    let (y, statistics) = moe_layer(g, &mut parameters, number, experts, rows, &pass)?;
+    let before = g.nodes().len();
+    let (y, statistics) = moe_layer(g, &mut parameters, number, experts, rows, pass)?;
+    // The layer tells how many choices found no slot, the node that gives the slots which.
+    let assign = g.nodes()[before..].iter().find(|node| matches!(node.op, Op::Assign(_)));
+    let Some(choice_slot) = assign.and_then(|node| node.results.get(1).copied()) else {
+        let (wanted, found) = ("one".into(), "none".into());
+        return Err(Problem::Size { what: format!("nodes `assign` of layer {number}"), wanted, found });
+    };
     let y = g.reshape(y, ty.shape.clone())?;
 
     let prefix = format!("layers.{number}.moe.");
@@ -146,9 +153,8 @@ pub(super) fn layer(
                 None => data.extend(tensor.data),
             }
         }
-        let rounded = Tensor::new(TensorType::new(ty.dtype, shape.clone()), data).rounded();
-        sheet.inputs.push((name, Tensor::new(TensorType::f32(shape), rounded.data)));
+        sheet.inputs.push((name, Tensor::new(TensorType::f32(shape), data).rounded()));
         parts.push(Part { value, members: source.members, transposed: turned });
     }
-    Ok(Layer { y, statistics, parts })
+    Ok(Layer { y, statistics, choice_slot, parts })
 }

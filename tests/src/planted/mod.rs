@@ -85,7 +85,8 @@ impl Check {
                     Set::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens")).unwrap_or_else(|e| panic!("{e}"));
                 set.keep(kind, case);
                 let report = goldens::run(&set, &Machine::new("planted", planted(true)));
-                assert_eq!(report.agreed.len() + report.failed.len(), 1, "{kind}/{case}: one case");
+                // A layer of f32 is run in bf16 too.
+                assert!(matches!(report.agreed.len() + report.failed.len(), 1 | 2), "{kind}/{case}: one case");
                 match report.failed.first() {
                     None => Ok(()),
                     Some((_, wrong)) => Err(wrong.join("; ")),

@@ -1,0 +1,296 @@
+//! One rank's tokens through a layer of the models, forward and backward, as one program of the engine.
+
+use std::collections::HashMap;
+
+use moebius_ir::{DType, Tensor, TensorType, gradients};
+use moebius_models::config::{ComputeDtype, ModelConfig, Order};
+use moebius_models::gpt::Pass;
+use moebius_models::gpt::router::{self, Source};
+
+use super::compare::Case;
+use super::machine::{Machine, Sheet, output};
+use super::moe::{Names, inner_width, layer};
+use super::rules::{Capacity, Function, Given, model};
+use super::set::{Fields, Problem, Set};
+use crate::families::oracle;
+
+/// Where the weights of a layer are among the tensors of `layer`, and their gradients after `grad.`.
+const NAMES: Names<'static> = Names {
+    router: "wg",
+    expert: "experts.{}.",
+    mlp: "mlp.",
+    coefficient: "coefficient.",
+    network: ["fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"],
+};
+
+/// In what a case is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Run {
+    /// In the dtype of the set, which the weights are rounded to.
+    AsStored,
+    /// A case of f32 with tokens and products in bf16 and sums, weights and the router in f32, as users train with
+    /// `compute_dtype = "bf16"`.
+    InBf16,
+    /// A case of f32 in f32, but from the tokens and weights that [`Run::InBf16`] is given: what rounding these alone does.
+    OfBf16,
+}
+
+impl Run {
+    /// The dtype that results are computed in, and how far they may be from those of DeepSpeed, relative to the largest
+    /// magnitude of a tensor.
+    pub(super) fn dtype(self, fields: &Fields<'_>) -> Result<(DType, f64), Problem> {
+        match (self, fields.text("dtype")?) {
+            (Run::InBf16, _) | (Run::AsStored, "bf16") => Ok((DType::Bf16, 2e-2)),
+            (Run::AsStored, "f32") | (Run::OfBf16, _) => Ok((DType::F32, 2e-5)),
+            (Run::AsStored, other) => {
+                Err(Problem::Field { field: "dtype".into(), wanted: "f32 or bf16", found: other.into() })
+            }
+        }
+    }
+}
+
+/// Where the choices of a rank's tokens went.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Routes {
+    /// The expert of every choice, `[N,k]`.
+    pub(super) expert: Vec<f64>,
+    /// Whether it found a slot, `[N,k]`.
+    pub(super) kept: Vec<bool>,
+}
+
+impl Routes {
+    /// Choices that went to another expert, or found a slot in one of the two only.
+    fn differing(&self, other: &Routes) -> usize {
+        let pairs = self.expert.iter().zip(&other.expert).zip(self.kept.iter().zip(&other.kept));
+        pairs.filter(|((a, b), (c, d))| a != b || c != d).count()
+    }
+
+    /// f32 `[N,E]`: 1 for the expert of a choice that was kept, else 0.
+    fn priority(&self, tokens: usize, experts: usize) -> Tensor {
+        let mut data = vec![0.0; tokens * experts];
+        let k = self.expert.len() / tokens.max(1);
+        for (c, (expert, _)) in self.expert.iter().zip(&self.kept).enumerate().filter(|(_, (_, kept))| **kept) {
+            data[c / k * experts + *expert as usize] = 1.0;
+        }
+        Tensor::f32([tokens, experts], data)
+    }
+}
+
+/// What came out for one rank.
+pub(super) struct Results {
+    /// Results and gradients by the names of the case.
+    pub(super) values: HashMap<String, Vec<f64>>,
+    /// In [`Run::InBf16`] how far rounding the inputs alone moves each value: [`Run::OfBf16`] less the case as it is stored.
+    pub(super) moved: Option<HashMap<String, Vec<f64>>>,
+    /// Where the tokens went.
+    pub(super) routes: Routes,
+    /// Slots of an expert, or without dropping the choices of the fullest one (spec 1.1, 1.2): before ranks agree on one.
+    pub(super) capacity: usize,
+    /// Where the rules send them, from logits in f64; of no meaning for forced routes.
+    by_rules: oracle::Routes,
+}
+
+impl Results {
+    /// A difference between the routes and those of the rules. Numbers so close that f32 may order them otherwise decide nothing.
+    fn against_rules(&self) -> Option<String> {
+        let rules = Routes {
+            expert: self.by_rules.expert.iter().flatten().map(|&e| e as f64).collect(),
+            kept: self.by_rules.place.iter().flatten().map(Option::is_some).collect(),
+        };
+        let differing = self.routes.differing(&rules);
+        (self.by_rules.clear && differing > 0).then(|| format!("{differing} choices go elsewhere than by the rules"))
+    }
+}
+
+/// The random numbers that fields name: tensors of the case, after `prefix`.
+fn given(case: &Case<'_>, prefix: &str, fields: &Fields<'_>, sheet: &mut Sheet) -> Result<Given, Problem> {
+    let function = Function::of_layer(fields.count("k")?);
+    let mut given = |name: &str, wanted: bool| match (wanted, case.optional(&format!("{prefix}{name}"))) {
+        (true, Some(tensor)) => Ok(Some(sheet.input(name, tensor.clone())?)),
+        (true, None) => Err(Problem::Tensor { tensor: format!("{prefix}{name}") }),
+        (false, _) => Ok(None),
+    };
+    // First come, first served is what happens without random numbers; sets of several ranks do not store that ramp.
+    let rts = match fields.has("rts").then(|| fields.text("rts")).transpose()? {
+        Some("fcfs") if case.optional(&format!("{prefix}rts_uniform")).is_none() => None,
+        Some(_) => given("rts_uniform", function.draws_places())?,
+        None => None,
+    };
+    // The noise of the second choice stays on in evaluation, jitter does not (spec 1.0).
+    let gumbel = given("gumbel", fields.flag("sampling")? && function == Function::Top2)?;
+    let jitter = given("jitter", fields.flag("jitter")? && fields.flag("train")?)?;
+    Ok(Given { jitter, rts, gumbel, used: None })
+}
+
+/// A weight of the case, or of all cases.
+fn weight(set: &Set, name: &str) -> Result<Tensor, Problem> {
+    let name = format!("common/{name}");
+    set.file("layer").and_then(|t| t.get(&name)).cloned().ok_or(Problem::Tensor { tensor: name })
+}
+
+/// The routes by the rules, in f64 from the inputs of the sheet.
+fn by_rules(sheet: &Sheet, config: &ModelConfig, capacity: Option<usize>, experts: usize) -> oracle::Routes {
+    let input = |name: &str| sheet.inputs.iter().find(|(n, _)| n == name).map(|(_, t)| t.data.as_slice());
+    let x = input("x").unwrap_or_default();
+    let jitter = input("jitter");
+    let router = input("layers.0.moe.router.weight").unwrap_or_default();
+    let width = config.width;
+    let mut logits = Vec::new();
+    for (t, row) in x.chunks(width).enumerate() {
+        let of_router = |i: usize| row[i] * jitter.map_or(1.0, |j| j[t * width + i]);
+        logits.extend(router.chunks(width).map(|w| (0..width).map(|i| w[i] * of_router(i)).sum::<f64>()));
+    }
+    oracle::route(&oracle::Given {
+        routing: config.routing(),
+        k: config.top_k(),
+        capacity,
+        logits: &logits,
+        experts,
+        selection_bias: None,
+        choice: input("gumbel"),
+        priority: input("rts_uniform"),
+        chosen: None,
+    })
+}
+
+/// Results and gradients of a rank; `forced` are routes instead of the router's own.
+fn compute(
+    case: &Case<'_>,
+    prefix: &str,
+    fields: &Fields<'_>,
+    experts: usize,
+    machine: &Machine,
+    (run, forced): (Run, Option<&Routes>),
+) -> Result<Results, Problem> {
+    let (dtype, _) = run.dtype(fields)?;
+    let x = case.tensor(&format!("{prefix}x"))?;
+    let weights = case.tensor(&format!("{prefix}R"))?;
+    let (tokens, width) = (x.ty.shape.rows(), x.ty.shape.last());
+    if weights.ty.elements() != tokens * width {
+        let (wanted, found) = (x.ty.to_string(), weights.ty.to_string());
+        return Err(Problem::Size { what: format!("{prefix}R"), wanted, found });
+    }
+    let mut sheet = Sheet::default();
+    let narrow = if run == Run::OfBf16 { DType::Bf16 } else { dtype };
+    let x = Tensor::new(TensorType::new(narrow, [tokens, width]), x.data.clone()).rounded();
+    let x = sheet.input("x", Tensor::new(TensorType::new(dtype, [tokens, width]), x.data))?;
+    let weights = sheet.input("R", Tensor::new(TensorType::f32([tokens, width]), weights.data.clone()))?;
+    let set = case.set();
+    let (residual, training) = (fields.flag("residual")?, fields.flag("train")?);
+    let given = given(case, prefix, fields, &mut sheet)?;
+    let capacity = Capacity {
+        training: fields.number("cf")?,
+        evaluation: fields.number("eval_cf")?,
+        least: fields.count("min_cap")?,
+    };
+    let capacity = fields.flag("drop")?.then_some(capacity);
+    let function = Function::of_layer(fields.count("k")?);
+    let mut config = model(function, &[experts], residual, capacity, given)?;
+    config.width = width;
+    config.ffn = Some(inner_width(&weight(set, "experts.0.fc1.bias")?));
+    config.dtype = if dtype == DType::Bf16 { ComputeDtype::Bf16 } else { ComputeDtype::F32 };
+    let capacity = router::capacity(&config, training, tokens, experts);
+    let mut pass = Pass { training, noise: given.noise(), ..Pass::default() };
+    if let Some(routes) = forced {
+        let choices: Vec<i32> = routes.expert.iter().map(|&e| e as i32).collect();
+        pass.choices = Some(sheet.input("choices", Tensor::i32([tokens, function.k()], &choices))?);
+        // Whoever was kept comes first, whatever decided that.
+        pass.noise.priority = Source::Given(sheet.input("kept", routes.priority(tokens, experts))?);
+        config.router.get_or_insert_default().order = Some(Order::Random);
+    }
+    let rounded = |name: &str| {
+        let mut tensor = weight(set, name)?;
+        // The models round the weights of products themselves and leave those that weight experts and branches in f32.
+        let wide = name == NAMES.router || name.starts_with(NAMES.coefficient);
+        match run {
+            Run::InBf16 => return Ok(tensor),
+            Run::OfBf16 if wide => return Ok(tensor),
+            Run::AsStored | Run::OfBf16 => tensor.ty.dtype = narrow,
+        }
+        Ok(tensor.rounded())
+    };
+    let made = layer(&mut sheet, &config, 0, x, &pass, NAMES, &rounded)?;
+
+    let g = &mut sheet.graph;
+    let y = made.y;
+    let wide = g.cast(y, DType::F32)?;
+    let weighted = g.mul(wide, weights)?;
+    let sum = g.sum_all(weighted)?;
+    let aux = g.mul_scalar(made.statistics.load_balancing_loss, set.aux_weight)?;
+    let loss = g.add(sum, aux)?;
+    let mut wrt = vec![x];
+    wrt.extend(made.parts.iter().map(|part| part.value));
+    let grads = gradients(g, loss, &wrt)?;
+    let told = [
+        ("out", y),
+        ("l_aux", made.statistics.load_balancing_loss),
+        ("exp_counts", made.statistics.counts),
+        ("loss", loss),
+    ];
+    for (name, value) in told {
+        sheet.output(name, value)?;
+    }
+    sheet.output("expert_index", made.statistics.expert_index)?;
+    sheet.output("choice_slot", made.choice_slot)?;
+    for (i, grad) in grads.iter().enumerate() {
+        sheet.output(&format!("gradient {i}"), *grad)?;
+    }
+    let mut got = machine.run(&sheet)?;
+    let mut values = HashMap::new();
+    for (name, _) in told {
+        values.insert(name.to_owned(), output(&got, name)?.to_vec());
+    }
+    values.insert("grad_x".into(), output(&got, "gradient 0")?.to_vec());
+    for (i, part) in made.parts.iter().enumerate() {
+        let of_all = got.remove(&format!("gradient {}", i + 1)).unwrap_or_default();
+        values.extend(part.split(&of_all).into_iter().map(|(name, part)| (format!("grad.{name}"), part)));
+    }
+    let routes = Routes {
+        expert: output(&got, "expert_index")?.to_vec(),
+        kept: output(&got, "choice_slot")?.iter().map(|&slot| slot >= 0.0).collect(),
+    };
+    let fullest = values["exp_counts"].iter().fold(0.0f64, |most, &count| most.max(count)) as usize;
+    let by_rules = by_rules(&sheet, &config, capacity, experts);
+    Ok(Results { values, moved: None, routes, capacity: capacity.unwrap_or(fullest), by_rules })
+}
+
+/// Results and gradients of the rank whose tensors begin with `prefix`, with `experts` in all.
+///
+/// Tokens that are rounded to bf16 may be sent elsewhere than those of f32, and then nothing about them can be compared. So
+/// the routes of a run in bf16 are compared with the rules for the rounded tokens; where they are not those of the same
+/// case in f32, whose counts and results are DeepSpeed's own, these are forced on the layer, and the case is given a note.
+pub(super) fn rank(
+    case: &mut Case<'_>,
+    prefix: &str,
+    fields: &Fields<'_>,
+    experts: usize,
+    machine: &Machine,
+    run: Run,
+) -> Result<Results, Problem> {
+    let mut results = compute(case, prefix, fields, experts, machine, (run, None))?;
+    if let Some(wrong) = results.against_rules() {
+        case.wrong(format!("{prefix}routes: {wrong}"));
+    }
+    if run != Run::InBf16 {
+        return Ok(results);
+    }
+    let stored = compute(case, prefix, fields, experts, machine, (Run::AsStored, None))?;
+    let forced = |case: &mut Case<'_>, run| {
+        let results = compute(case, prefix, fields, experts, machine, (run, Some(&stored.routes)))?;
+        let left = results.routes.differing(&stored.routes);
+        case.same(&format!("{prefix}choices that differ from the routes forced"), &left, &0);
+        Ok::<_, Problem>(results)
+    };
+    let differing = results.routes.differing(&stored.routes);
+    if differing > 0 {
+        let all = stored.routes.expert.len();
+        case.note(format!("{prefix}routes of f32 replayed, as {differing} of {all} choices differ for tokens in bf16"));
+        results = forced(case, run)?;
+    }
+    let mut moved = forced(case, Run::OfBf16)?.values;
+    for (name, values) in &mut moved {
+        values.iter_mut().zip(&stored.values[name]).for_each(|(rounded, stored)| *rounded -= stored);
+    }
+    results.moved = Some(moved);
+    Ok(results)
+}
