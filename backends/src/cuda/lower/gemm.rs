@@ -1,17 +1,16 @@
-//! Launches of everything that is a matrix product: matmul, the expert matmuls and the linear cross entropy.
+//! Launches of everything that is a matrix product: matmul and the expert matmuls.
 
 use moebius_ir::ops::{ExpertMatmul, Matmul};
 use moebius_ir::{DType, Graph, Node, Shape};
 
 use super::few_rows::{self, Few, Operands};
 use super::{Lowered, dtype, float, int, shapes};
-use crate::cuda::launch::{Action, Arg, Launch, Scratch, kernel};
+use crate::cuda::launch::{Action, Arg, Launch, kernel};
 use crate::cuda::source::{GEMM, MMA, Source};
 
 const TEXT: &str = include_str!("../kernels/gemm.cu");
-const CROSS_ENTROPY: &str = include_str!("../kernels/cross_entropy.cu");
 /// Rows and columns of the tile of a block: the small one where sizes are small, and where more than the sums is kept.
-const TILE: usize = 64;
+pub(super) const TILE: usize = 64;
 /// The large tile reads each element half as often.
 const LARGE_TILE: usize = 128;
 /// Blocks of the large tile that are enough to keep a GPU busy.
@@ -26,18 +25,16 @@ const LONG: usize = 256;
 const MOST_Z: usize = 65_535;
 /// The most experts of one product, as in the kernel.
 const MOST_EXPERTS: usize = 1024;
-/// Bytes of the weights of classes that the gradient of the cross entropy holds at a time.
-const CHUNK_BYTES: usize = 32 << 20;
 
 /// The kernels of a file of products for one float type and tile.
-struct Kernels {
-    source: Source,
+pub(super) struct Kernels {
+    pub(super) source: Source,
     /// Threads of a block.
-    threads: u32,
+    pub(super) threads: u32,
     tile: usize,
 }
 
-fn products(file: &'static str, text: &'static str, dtype: DType, tile: usize) -> Result<Kernels, String> {
+pub(super) fn products(file: &'static str, text: &'static str, dtype: DType, tile: usize) -> Result<Kernels, String> {
     let wide = dtype == DType::F32;
     let headers: &[_] = if wide { &[GEMM] } else { &[MMA, GEMM] };
     let source = Source::new(file, headers, text).define("T", float(dtype)?).define("WIDE", u8::from(wide));
@@ -71,7 +68,7 @@ pub(super) struct Strides {
 }
 
 /// A row-major matrix whose stored form has `columns` columns, read transposed if asked.
-fn stored(columns: usize, transpose: bool) -> Strides {
+pub(super) fn stored(columns: usize, transpose: bool) -> Strides {
     if transpose { Strides { row: 1, column: columns } } else { Strides { row: columns, column: 1 } }
 }
 
@@ -114,7 +111,7 @@ fn bias(graph: &Graph, node: &Node, i: usize) -> Result<(Arg, bool), String> {
 }
 
 /// The product `a b` of one batch as an action.
-fn gemm(dtype: DType, product: &Product, batch: usize, args: [Arg; 6]) -> Result<Action, String> {
+pub(super) fn gemm(dtype: DType, product: &Product, batch: usize, args: [Arg; 6]) -> Result<Action, String> {
     let of = products("gemm.cu", TEXT, dtype, tile(batch, product.m, product.n))?;
     let grid = [product.n.div_ceil(of.tile), product.m.div_ceil(of.tile), batch];
     let args = [&args[..], &[product.arg()?]].concat();
@@ -212,107 +209,9 @@ fn most_tiles(rows: usize, experts: usize, tile: usize) -> usize {
     rows / tile + experts + 1
 }
 
-/// Extents of a linear cross entropy.
-struct Classes {
-    n: usize,
-    d: usize,
-    classes: usize,
-    tiles: usize,
-}
-
-impl Classes {
-    fn of(graph: &Graph, node: &Node) -> Classes {
-        let [x, w] = shapes(graph, node);
-        Classes { n: x[0], d: x[1], classes: w[0], tiles: w[0].div_ceil(TILE) }
-    }
-
-    /// The struct `Classes` of the kernels.
-    fn arg(&self) -> Result<Arg, String> {
-        let mut bytes = Vec::with_capacity(16);
-        for n in [self.n, self.d, self.classes, self.tiles] {
-            bytes.extend(int(n, "an extent of a product")?.to_le_bytes());
-        }
-        Ok(Arg::Bytes(bytes))
-    }
-
-    fn rejected(&self, launch: Launch) -> Launch {
-        launch.rejecting(format!("targets below {}, the classes", self.classes), "a target of")
-    }
-}
-
-pub(super) fn lower_linear_cross_entropy(graph: &Graph, node: &Node) -> Lowered {
-    let s = Classes::of(graph, node);
-    let Kernels { source, threads, .. } = products("cross_entropy.cu", CROSS_ENTROPY, dtype(graph, node, 0), TILE)?;
-    let mut scratch = Scratch::default();
-    let [largest, sum] = std::array::from_fn(|_| scratch.take(4 * s.n * s.tiles));
-    let of_target = scratch.take(4 * s.n);
-    let found = [largest, sum, of_target];
-    let tiles = [&[0, 1, 2].map(Arg::Operand)[..], &found, &[s.arg()?]].concat();
-    let ends = [Arg::Operand(2), Arg::Result(0), Arg::Result(1), s.arg()?, Arg::Fault, Arg::Step];
-    let rows = [&found[..], &ends].concat();
-    let actions = vec![
-        kernel(source.clone(), "cross_entropy_tiles", [s.tiles, s.n.div_ceil(TILE), 1], threads, tiles),
-        kernel(source, "cross_entropy_rows", [s.n.div_ceil(4), 1, 1], 128, rows),
-    ];
-    Ok(s.rejected(Launch::of(actions).with_scratch(scratch.bytes())))
-}
-
-pub(super) fn lower_linear_cross_entropy_grad(graph: &Graph, node: &Node) -> Lowered {
-    let s = Classes::of(graph, node);
-    let ty = dtype(graph, node, 0);
-    let of = products("cross_entropy.cu", CROSS_ENTROPY, ty, TILE)?;
-    let chunk = chunk_of_classes(s.n, s.classes, ty.bytes());
-    let chunks = s.classes.div_ceil(chunk);
-    let mut scratch = Scratch::default();
-    let c = scratch.take(ty.bytes() * s.n * chunk);
-    // dx of several chunks is added up in f32: in place where dx is f32.
-    let sum = match (chunks > 1, ty == DType::F32) {
-        (false, _) => Arg::Null,
-        (true, true) => Arg::Result(0),
-        (true, false) => scratch.take(4 * s.n * s.d),
-    };
-    let mut actions = Vec::with_capacity(3 * chunks);
-    for i in 0..chunks {
-        let class0 = i * chunk;
-        let width = chunk.min(s.classes - class0);
-        let operands = [0, 1, 2, 3, 4].map(Arg::Operand);
-        let sizes = [Arg::I32(int(class0, "classes")?), Arg::I32(int(width, "classes")?), s.arg()?];
-        let args = [&operands[..], std::slice::from_ref(&c), &sizes, &[Arg::Fault, Arg::Step]].concat();
-        let grid = [width.div_ceil(TILE), s.n.div_ceil(TILE), 1];
-        actions.push(kernel(of.source.clone(), "cross_entropy_grad", grid, of.threads, args));
-        // The rows of w, and of dw, that belong to the chunk.
-        let bytes = class0 * s.d * ty.bytes();
-        let product = |a, b, m, n, k| Product { a, a_batch: 0, b, b_batch: 0, c_batch: 0, m, n, k, wide_bias: false };
-        let of_w = product(stored(width, true), stored(s.d, false), width, s.d, s.n);
-        let args = [c.clone(), Arg::Operand(0), Arg::Null, Arg::Null, Arg::Null, Arg::ResultAt(1, bytes)];
-        actions.push(gemm(ty, &of_w, 1, args)?);
-        let of_x = product(stored(width, false), stored(s.d, false), s.n, s.d, width);
-        let add = if i == 0 { Arg::Null } else { sum.clone() };
-        let to = if i + 1 == chunks { Arg::Null } else { sum.clone() };
-        let args = [c.clone(), Arg::OperandAt(1, bytes), Arg::Null, add, to, Arg::Result(0)];
-        actions.push(gemm(ty, &of_x, 1, args)?);
-    }
-    Ok(s.rejected(Launch::of(actions).with_scratch(scratch.bytes())))
-}
-
-/// How many classes the gradient takes at a time: a multiple of a tile, and all of them where they fit.
-fn chunk_of_classes(n: usize, classes: usize, element: usize) -> usize {
-    let fit = CHUNK_BYTES / (n.max(1) * element) / TILE * TILE;
-    fit.clamp(TILE, classes.max(TILE)).min(classes)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn chunks_of_classes_fit_and_cover() {
-        assert_eq!(chunk_of_classes(9, 517, 4), 517);
-        assert_eq!(chunk_of_classes(16_384, 50_257, 2), 1024);
-        // Many rows: one tile at a time, however much that is.
-        assert_eq!(chunk_of_classes(1 << 22, 300, 4), 64);
-        assert_eq!(chunk_of_classes(0, 3, 4), 3);
-    }
 
     #[test]
     fn there_is_a_block_for_every_tile_of_every_segment() {
