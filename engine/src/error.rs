@@ -67,6 +67,14 @@ pub enum Error {
         /// The names that exist.
         there: Vec<String>,
     },
+    /// A step that cannot be launched before those launched so far are collected.
+    #[error("{launched} steps were launched and the device remembers {most}: wanted them collected first")]
+    Uncollected {
+        /// Steps that were launched.
+        launched: u64,
+        /// How many the history has room for.
+        most: usize,
+    },
     /// A loss or gradient that is not finite. Parameters and moments are as they were before the step.
     #[error("step {step}: loss {loss}, gradient norm {grad_norm}; {}", tensor(found))]
     NonFinite {

@@ -10,8 +10,10 @@ pub mod checkpoint;
 mod element;
 mod engine;
 mod error;
+mod micro;
 mod program;
 mod session;
+mod step;
 mod trainer;
 
 pub use moebius_backends::{Error as BackendError, MappedFile, Refusal};
@@ -20,9 +22,11 @@ pub use moebius_ir as ir;
 pub use element::Element;
 pub use engine::{DeviceReport, Engine, Memory};
 pub use error::{Error, Result};
+pub use micro::{MICRO_BATCH, MicroBatches};
 pub use program::Program;
 pub use session::{Session, StepTime};
-pub use trainer::{Optimizer, StepReport, Trainer, training_step};
+pub use step::{History, Optimizer, StepOptions, training_step, training_step_with};
+pub use trainer::{MicroStep, StepReport, Trainer};
 
 /// The README's example, compiled and run as a test.
 #[cfg(doctest)]

@@ -1,109 +1,14 @@
-//! Training: one graph per step, with forward, backward, clipping and AdamW in it.
+//! Training: one graph per step, run as often as the step has micro-batches, and what the host reads of it.
 
-use moebius_ir::{DType, Graph, Role, TensorType, Value, gradients};
+use moebius_ir::{Graph, Role, Value};
 
 use crate::error::{Error, Result};
+use crate::micro::MICRO_BATCH;
 use crate::program::Program;
 use crate::session::Session;
-
-/// AdamW with decoupled weight decay and clipping by the global norm.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Optimizer {
-    /// Decay of the first moment.
-    pub beta1: f32,
-    /// Decay of the second moment.
-    pub beta2: f32,
-    /// Added to the root of the second moment.
-    pub eps: f32,
-    /// Weight decay per step, times the learning rate; biases and norms ([`Optimizer::decays`]) are left out.
-    pub weight_decay: f32,
-    /// Gradients are scaled down to this norm if theirs is larger; 0 means never.
-    pub clip: f32,
-}
-
-impl Default for Optimizer {
-    /// The values of the DeepSpeed-MoE scripts: betas 0.9 and 0.95, eps 1e-8, decay 0.1, clip 1.
-    fn default() -> Self {
-        Optimizer { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip: 1.0 }
-    }
-}
-
-impl Optimizer {
-    /// Whether weight decay applies: to matrices, not to vectors, and not to biases, which experts have in rows.
-    pub fn decays(name: &str, ty: &TensorType) -> bool {
-        ty.shape.len() >= 2 && !name.ends_with("bias")
-    }
-}
-
-/// Name of the first moment of a parameter.
-pub(crate) fn first_moment(parameter: &str) -> String {
-    format!("adam.m/{parameter}")
-}
-
-/// Name of the second moment of a parameter.
-pub(crate) fn second_moment(parameter: &str) -> String {
-    format!("adam.v/{parameter}")
-}
-
-/// Turns a graph with a scalar `loss` into a training step over all its parameters.
-///
-/// Adds the feeds `learning_rate` and `step` (f32 scalars, steps from 1), states `adam.m/NAME` and `adam.v/NAME` for each
-/// parameter, and the outputs `loss` (unless there) and `grad_norm` (before clipping). If the loss or the gradient norm is
-/// not finite, no parameter and no moment changes, nor any state that the graph updates.
-///
-/// # Errors
-/// [`Error::Graph`] if an op on the way from a parameter to the loss has no gradient.
-pub fn training_step(graph: &mut Graph, loss: Value, optimizer: &Optimizer) -> Result<()> {
-    let parameter = |v: Value| graph.input_of(v).is_some_and(|i| i.role == Role::Parameter);
-    let parameters: Vec<(String, Value)> = graph.inputs().iter().filter(|(_, v)| parameter(*v)).cloned().collect();
-    let values: Vec<Value> = parameters.iter().map(|&(_, v)| v).collect();
-    let grads = gradients(graph, loss, &values)?;
-    graph.scoped("optimizer", |g| {
-        let learning_rate = g.feed("learning_rate", TensorType::f32([]))?;
-        let step = g.feed("step", TensorType::f32([]))?;
-        let norm = g.global_norm(&grads)?;
-        let one = g.scalar(1.0)?;
-        let scale = if optimizer.clip > 0.0 {
-            let limit = g.scalar(f64::from(optimizer.clip))?;
-            // As torch's clip_grad_norm_: the small term keeps the quotient finite at norm 0.
-            let shifted = g.add_scalar(norm, 1e-6)?;
-            let quotient = g.div(limit, shifted)?;
-            g.minimum(one, quotient)?
-        } else {
-            one
-        };
-        let nan = g.scalar(f64::NAN)?;
-        let loss_is_finite = g.is_finite(loss)?;
-        let norm_is_finite = g.is_finite(norm)?;
-        let scale = g.select(loss_is_finite, scale, nan)?;
-        let scale = g.select(norm_is_finite, scale, nan)?;
-        // What the graph itself keeps from step to step, such as the selection bias of a router.
-        let no = g.splat(TensorType::new(DType::Bool, []), 0.0)?;
-        let finite = g.select(loss_is_finite, norm_is_finite, no)?;
-        g.update_only_if(finite)?;
-        for ((name, value), grad) in parameters.iter().zip(grads) {
-            let ty = g.ty(*value).clone();
-            let m = g.state(first_moment(name), TensorType::f32(ty.shape.clone()))?;
-            let v = g.state(second_moment(name), TensorType::f32(ty.shape.clone()))?;
-            let decay = if Optimizer::decays(name, &ty) { optimizer.weight_decay } else { 0.0 };
-            let rule = moebius_ir::ops::Adamw {
-                beta1: optimizer.beta1,
-                beta2: optimizer.beta2,
-                eps: optimizer.eps,
-                weight_decay: decay,
-            };
-            let [new, new_m, new_v] = g.adamw(rule, *value, grad, m, v, learning_rate, step, scale)?;
-            g.update(*value, new)?;
-            g.update(m, new_m)?;
-            g.update(v, new_v)?;
-        }
-        if g.output_named("loss").is_none() {
-            g.output("loss", loss)?;
-        }
-        g.output("grad_norm", norm)
-    })?;
-    Ok(())
-}
+use crate::step::{
+    HALTED, HISTORY, HISTORY_ROW, Optimizer, StepOptions, first_moment, second_moment, training_step_with,
+};
 
 /// What one training step did.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -116,26 +21,56 @@ pub struct StepReport {
     pub grad_norm: f32,
 }
 
+/// A micro-batch that the trainer wants the feeds of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MicroStep {
+    /// The step it belongs to, from 1.
+    pub step: u64,
+    /// Its number in the step, from 0; 0 where steps have one alone.
+    pub micro_batch: usize,
+}
+
 /// A compiled training step and how many were done.
+///
+/// A step is [launched](Trainer::launch), and looked at when it is [collected](Trainer::collect). A trainer with a
+/// [`crate::History`] can launch as many steps as that remembers before it collects them all at once, so that a device beside the
+/// host need not be waited for in each; results have the same bits.
 pub struct Trainer {
     program: Program,
+    /// Steps that were collected, and those that were launched beyond.
     step: u64,
+    pending: u64,
+    micro_batches: usize,
+    /// Steps that are remembered on the device, and values of each; without a history one step, and loss and norm.
+    rows: usize,
+    columns: usize,
+    remembers: bool,
     parameters: Vec<String>,
 }
 
 impl Trainer {
-    /// Compiles the training step of a graph with a scalar `loss`; see [`training_step`]. Parameters that the session does
+    /// Compiles the training step of a graph with a scalar `loss`; see [`crate::training_step`]. Parameters that the session does
     /// not hold yet are zero.
     ///
     /// # Errors
-    /// As [`training_step`] and [`Session::compile`].
-    pub fn new(session: &mut Session, mut graph: Graph, loss: Value, optimizer: &Optimizer) -> Result<Trainer> {
-        training_step(&mut graph, loss, optimizer)?;
-        let program = session.compile(&graph)?;
+    /// As [`crate::training_step`] and [`Session::compile`].
+    pub fn new(session: &mut Session, graph: Graph, loss: Value, optimizer: &Optimizer) -> Result<Trainer> {
+        Trainer::with(session, graph, loss, StepOptions { optimizer: *optimizer, ..StepOptions::default() })
+    }
+
+    /// [`Trainer::new`] with micro-batches, recomputation or a history; see [`training_step_with`].
+    ///
+    /// # Errors
+    /// As [`training_step_with`] and [`Session::compile`].
+    pub fn with(session: &mut Session, graph: Graph, loss: Value, options: StepOptions) -> Result<Trainer> {
+        let micro_batches = options.micro_batches.as_ref().map_or(1, crate::MicroBatches::count);
+        let remembers = options.history.is_some();
+        let (rows, columns) = options.history.as_ref().map_or((1, 2), |h| (h.steps.max(1), 2 + h.outputs.len()));
+        let program = session.compile(&training_step_with(graph, loss, options)?)?;
         let graph = program.plan().graph();
         let parameter = |v: Value| graph.input_of(v).is_some_and(|i| i.role == Role::Parameter);
         let parameters = graph.inputs().iter().filter(|(_, v)| parameter(*v)).map(|(n, _)| n.clone()).collect();
-        Ok(Trainer { program, step: 0, parameters })
+        Ok(Trainer { program, step: 0, pending: 0, micro_batches, rows, columns, remembers, parameters })
     }
 
     /// The step's program: give it its feeds before [`Trainer::step`], read outputs after.
@@ -143,14 +78,24 @@ impl Trainer {
         &mut self.program
     }
 
-    /// Steps done.
+    /// Steps done, without those that were launched and not collected.
     pub fn steps_done(&self) -> u64 {
         self.step
     }
 
-    /// Goes on as if `step` steps were done: after loading a checkpoint.
+    /// Steps done and launched.
+    pub fn steps_launched(&self) -> u64 {
+        self.step + self.pending
+    }
+
+    /// How many more steps can be launched before they must be collected.
+    pub fn room(&self) -> u64 {
+        (self.rows as u64).saturating_sub(self.pending)
+    }
+
+    /// Goes on as if `step` steps were done: after loading a checkpoint. Steps that were launched are forgotten.
     pub fn resume_at(&mut self, step: u64) {
-        self.step = step;
+        (self.step, self.pending) = (step, 0);
     }
 
     /// Names of the trained tensors.
@@ -163,23 +108,125 @@ impl Trainer {
         self.parameters.iter().flat_map(|p| [first_moment(p), second_moment(p)]).collect()
     }
 
-    /// One step with this learning rate.
+    /// Gives the program everything it wants for one micro-batch.
+    fn prepare<E: From<Error>>(
+        &mut self,
+        at: MicroStep,
+        feed: &mut impl FnMut(MicroStep, &mut Program) -> Result<f32, E>,
+    ) -> Result<(), E> {
+        let learning_rate = feed(at, &mut self.program)?;
+        let program = &mut self.program;
+        program.feed("learning_rate", &[learning_rate])?;
+        program.feed("step", &[at.step as f32])?;
+        if self.micro_batches > 1 {
+            program.feed(MICRO_BATCH, &[at.micro_batch as i32])?;
+        }
+        if self.remembers {
+            program.feed(HISTORY_ROW, &[((at.step - 1) % self.rows as u64) as i32])?;
+        }
+        Ok(())
+    }
+
+    /// Runs the next step without looking at what it did. `feed` gives the feeds of each of its micro-batches and returns the
+    /// learning rate.
+    ///
+    /// # Errors
+    /// [`Error::Uncollected`] if there is no [room](Trainer::room); whatever `feed` returns; as [`Session::run`].
+    pub fn launch<E: From<Error>>(
+        &mut self,
+        session: &mut Session,
+        mut feed: impl FnMut(MicroStep, &mut Program) -> Result<f32, E>,
+    ) -> Result<(), E> {
+        if self.room() == 0 {
+            return Err(Error::Uncollected { launched: self.pending, most: self.rows }.into());
+        }
+        let step = self.step + self.pending + 1;
+        for micro_batch in 0..self.micro_batches {
+            self.prepare(MicroStep { step, micro_batch }, &mut feed)?;
+            session.run(&mut self.program)?;
+        }
+        self.pending += 1;
+        Ok(())
+    }
+
+    /// Waits for the launched steps and gives each to `seen`, with the values that the history remembers beside loss and norm.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`] if the loss or the gradient of a step is not finite, after `seen` was given those before it. Every
+    /// stored tensor that outlasts a step is as it was before that step, which is forgotten with those after it. `feed` is called
+    /// for its micro-batches once more, to find the first tensor that is not finite. Otherwise as [`Session::run`], and whatever
+    /// `feed` returns.
+    pub fn collect<E: From<Error>>(
+        &mut self,
+        session: &mut Session,
+        mut feed: impl FnMut(MicroStep, &mut Program) -> Result<f32, E>,
+        mut seen: impl FnMut(StepReport, &[f32]),
+    ) -> Result<(), E> {
+        if self.pending == 0 {
+            return Ok(());
+        }
+        let values: Vec<f32> = if self.remembers {
+            self.program.output(HISTORY)?
+        } else {
+            vec![self.program.scalar("loss")?, self.program.scalar("grad_norm")?]
+        };
+        for _ in 0..std::mem::take(&mut self.pending) {
+            let step = self.step + 1;
+            let row = ((step - 1) % self.rows as u64) as usize * self.columns;
+            let row = &values[row..row + self.columns];
+            let (loss, grad_norm) = (row[0], row[1]);
+            if !loss.is_finite() || !grad_norm.is_finite() {
+                let found = self.first_non_finite(session, step, &mut feed)?;
+                return Err(Error::NonFinite { step, loss, grad_norm, found }.into());
+            }
+            self.step = step;
+            seen(StepReport { step, loss, grad_norm }, &row[2..]);
+        }
+        Ok(())
+    }
+
+    /// Runs a step again, tensor by tensor, and lets later steps update what they train.
+    fn first_non_finite<E: From<Error>>(
+        &mut self,
+        session: &mut Session,
+        step: u64,
+        feed: &mut impl FnMut(MicroStep, &mut Program) -> Result<f32, E>,
+    ) -> Result<Option<moebius_backends::NonFinite>, E> {
+        let mut found = None;
+        for micro_batch in 0..self.micro_batches {
+            if found.is_none() {
+                self.prepare(MicroStep { step, micro_batch }, feed)?;
+                found = session.first_non_finite(&mut self.program)?;
+            }
+        }
+        if self.remembers {
+            session.write(HALTED, &[0u8])?;
+        }
+        Ok(found)
+    }
+
+    /// One step with this learning rate and the feeds that the program has, which serve every micro-batch.
     ///
     /// # Errors
     /// [`Error::NonFinite`], with every stored tensor unchanged, if the loss or the gradient is not finite; otherwise
-    /// as [`Session::run`].
+    /// as [`Trainer::launch`].
     pub fn step(&mut self, session: &mut Session, learning_rate: f32) -> Result<StepReport> {
-        let step = self.step + 1;
-        self.program.feed("learning_rate", &[learning_rate])?;
-        self.program.feed("step", &[step as f32])?;
-        session.run(&mut self.program)?;
-        let (loss, grad_norm) = (self.program.scalar("loss")?, self.program.scalar("grad_norm")?);
-        if !loss.is_finite() || !grad_norm.is_finite() {
-            let found = session.first_non_finite(&mut self.program)?;
-            return Err(Error::NonFinite { step, loss, grad_norm, found });
-        }
-        self.step = step;
-        Ok(StepReport { step, loss, grad_norm })
+        self.step_with(session, |_, _| Ok(learning_rate))
+    }
+
+    /// One step; `feed` is that of [`Trainer::launch`].
+    ///
+    /// # Errors
+    /// As [`Trainer::launch`] and [`Trainer::collect`].
+    pub fn step_with<E: From<Error>>(
+        &mut self,
+        session: &mut Session,
+        mut feed: impl FnMut(MicroStep, &mut Program) -> Result<f32, E>,
+    ) -> Result<StepReport, E> {
+        self.launch(session, &mut feed)?;
+        let mut last = StepReport { step: self.step, loss: f32::NAN, grad_norm: f32::NAN };
+        self.collect(session, feed, |report, _| last = report)?;
+        Ok(last)
     }
 
     /// `steps` steps. `before` gives the feeds and the learning rate of each step; `after` sees what it did and may end

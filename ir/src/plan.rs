@@ -2,10 +2,11 @@
 //! nothing here allocates device memory.
 //!
 //! Storage is shared where it can be: a reshape is its operand, an op that works in place is the operand it overwrites, and
-//! a fused chain writes over an operand that dies with it. Parameters and state lie outside the arena.
+//! a fused chain writes over an operand that dies with it, also over the stored tensor whose update it computes if nothing reads
+//! the old value later. Parameters and state lie outside the arena.
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BinaryHeap, HashMap};
 use std::fmt::Write;
 
 use crate::error::{Error, Result};
@@ -95,7 +96,8 @@ impl Plan {
         let mut steps: Vec<Step> = Vec::with_capacity(order.len());
         for node in order {
             step_of[node.index()] = steps.len();
-            let runs = !matches!(graph.node(node).op, Op::Input(_) | Op::Constant(_) | Op::Reshape(_));
+            let op = &graph.node(node).op;
+            let runs = !matches!(op, Op::Input(_) | Op::Constant(_)) && !op.is_alias();
             if runs {
                 steps.push(Step::Run { node, scratch: 0, scratch_bytes: scratch(&graph, node) });
             }
@@ -225,7 +227,7 @@ impl Plan {
                     live(root, at, at);
                 }
             }
-            if !matches!(node.op, Op::Reshape(_)) {
+            if !node.op.is_alias() {
                 node.operands.iter().for_each(|v| live(roots[v.index()], at, at));
             }
         }
@@ -279,8 +281,9 @@ impl Plan {
     }
 }
 
-/// Node order with every op that works in place after all other readers of what it overwrites. Otherwise nodes keep the
-/// order in which they were made.
+/// Node order with every op that works in place after all other readers of what it overwrites. A node that computes the update
+/// of a stored tensor comes as soon as its operands are there, which need not be kept then. Otherwise nodes keep the order in
+/// which they were made.
 fn order(graph: &Graph) -> Result<Vec<NodeId>> {
     let nodes = graph.nodes();
     let mut readers: Vec<Vec<NodeId>> = vec![Vec::new(); graph.value_count()];
@@ -298,20 +301,24 @@ fn order(graph: &Graph) -> Result<Vec<NodeId>> {
         for &(result, operand) in node.op.in_place() {
             let overwritten = node.operands[operand];
             let refuse = || Error::Overwrite { op: node.op.name(), operand, site: node.site.clone() };
-            let base = reshape_base(graph, overwritten);
+            let base = alias_base(graph, overwritten);
             let feed = graph.input_of(base).is_some_and(|i| i.role == Role::Feed);
             if feed || matches!(graph.node(graph.producer(base)).op, Op::Constant(_)) {
                 return Err(refuse());
             }
-            // All values that share the overwritten storage: the base and every reshape of it.
+            // All values that share the overwritten storage: the base and every alias of it.
             let mut shared = vec![base];
             while let Some(value) = shared.pop() {
                 for &reader in &readers[value.index()] {
                     if reader == id {
                         continue;
                     }
-                    if let Op::Reshape(_) = graph.node(reader).op {
-                        shared.push(graph.node(reader).results[0]);
+                    let node = graph.node(reader);
+                    if node.op.is_alias() {
+                        // What an alias only waits for it does not read.
+                        if node.operands[0] == value {
+                            shared.push(node.results[0]);
+                        }
                     } else {
                         edge(reader, id);
                     }
@@ -323,14 +330,23 @@ fn order(graph: &Graph) -> Result<Vec<NodeId>> {
             }
         }
     }
-    let mut ready: BinaryHeap<Reverse<usize>> = (0..nodes.len()).filter(|&i| waits[i] == 0).map(Reverse).collect();
+    let mut rank: Vec<usize> = (0..nodes.len()).collect();
+    for update in graph.updates() {
+        let node = graph.producer(update.new);
+        let operands = graph.node(node).operands.iter().map(|&v| graph.producer(v).index());
+        if graph.node(node).op.in_place().is_empty() {
+            rank[node.index()] = operands.max().unwrap_or(node.index());
+        }
+    }
+    let mut ready: BinaryHeap<Reverse<(usize, usize)>> =
+        (0..nodes.len()).filter(|&i| waits[i] == 0).map(|i| Reverse((rank[i], i))).collect();
     let mut order = Vec::with_capacity(nodes.len());
-    while let Some(Reverse(i)) = ready.pop() {
+    while let Some(Reverse((_, i))) = ready.pop() {
         order.push(NodeId(i as u32));
         for to in &next[i] {
             waits[to.index()] -= 1;
             if waits[to.index()] == 0 {
-                ready.push(Reverse(to.index()));
+                ready.push(Reverse((rank[to.index()], to.index())));
             }
         }
     }
@@ -344,8 +360,8 @@ fn order(graph: &Graph) -> Result<Vec<NodeId>> {
     Ok(order)
 }
 
-fn reshape_base(graph: &Graph, mut value: Value) -> Value {
-    while let Op::Reshape(_) = graph.node(graph.producer(value)).op {
+fn alias_base(graph: &Graph, mut value: Value) -> Value {
+    while graph.node(graph.producer(value)).op.is_alias() {
         value = graph.node(graph.producer(value)).operands[0];
     }
     value
@@ -359,7 +375,7 @@ fn roots(graph: &Graph, steps: &[Step], step_of: &[usize]) -> Vec<Value> {
     by_step.sort_by_key(|id| (step_of[id.index()], id.index()));
     for &id in &by_step {
         let node = graph.node(id);
-        if let Op::Reshape(_) = node.op {
+        if node.op.is_alias() {
             roots[node.results[0].index()] = roots[node.operands[0].index()];
         }
         for &(result, operand) in node.op.in_place() {
@@ -370,7 +386,7 @@ fn roots(graph: &Graph, steps: &[Step], step_of: &[usize]) -> Vec<Value> {
     let end = steps.len();
     let mut last: Vec<usize> = vec![0; graph.value_count()];
     for (id, node) in graph.nodes_with_ids() {
-        if let Op::Reshape(_) = node.op {
+        if node.op.is_alias() {
             continue;
         }
         for v in node.operands.iter().chain(&node.results) {
@@ -382,7 +398,12 @@ fn roots(graph: &Graph, steps: &[Step], step_of: &[usize]) -> Vec<Value> {
     kept.for_each(|v| last[roots[v.index()].index()] = end);
 
     // A fused chain may write a result over an operand of the same type that nobody needs afterwards.
-    let reusable = |root: Value| !matches!(graph.node(graph.producer(root)).op, Op::Input(_) | Op::Constant(_));
+    // A stored tensor may be written over by its own update.
+    let updated: HashMap<Value, Value> = graph.updates().iter().map(|u| (u.state, u.new)).collect();
+    let reusable = |root: Value, result: Value| match graph.node(graph.producer(root)).op {
+        Op::Input(_) => updated.get(&root) == Some(&result),
+        ref op => !matches!(op, Op::Constant(_)),
+    };
     for &id in &by_step {
         let node = graph.node(id);
         let Op::Elementwise(_) = node.op else { continue };
@@ -395,7 +416,7 @@ fn roots(graph: &Graph, steps: &[Step], step_of: &[usize]) -> Vec<Value> {
                 let root = roots[v.index()];
                 let shares = |o: &&Value| roots[o.index()] == root;
                 node.operands.iter().filter(shares).all(|&o| graph.ty(o) == graph.ty(result))
-                    && reusable(root)
+                    && reusable(root, result)
                     && last[root.index()] == step_of[id.index()]
                     && !taken.contains(&root)
             };

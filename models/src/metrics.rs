@@ -72,7 +72,7 @@ pub struct TrainRecord {
     /// Training speed, tokens per second.
     #[serde(with = "finite_or_null")]
     pub tokens_per_s: f64,
-    /// One entry per MoE layer, lowest layer first; empty (and left out) if this line does not report it.
+    /// One entry per MoE layer, lowest layer first; empty (and left out) in steps that the host did not look at.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub experts: Vec<LayerLoad>,
 }

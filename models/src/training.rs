@@ -7,6 +7,7 @@
 mod error;
 mod memory;
 mod state;
+mod step;
 
 use std::io::Write;
 use std::path::Path;
@@ -14,7 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use moebius::checkpoint::{CheckpointError, Checkpoints, Dtype, TensorInfo};
-use moebius::{Engine, Optimizer, Session, Trainer};
+use moebius::{Engine, MicroStep, Program, Session, StepReport, Trainer};
 
 use crate::config::Config;
 use crate::data::{Batches, Corpus, Windows};
@@ -27,6 +28,7 @@ use crate::tokenizer::Tokenizer;
 pub use error::TrainingError;
 pub use memory::{largest_batch, memory};
 use state::newest_intact;
+pub use step::{parts, trainer};
 
 /// File with the run's configuration.
 pub const CONFIG_FILE: &str = "config.toml";
@@ -43,13 +45,9 @@ pub enum Event<'a> {
     Damaged(u64, &'a CheckpointError),
     /// The run goes on after this step.
     Resumed(u64),
-    /// A step was done. Its record has the health of the routers if `logged` or if there are alarms.
-    Step {
-        /// What it measured.
-        record: &'a TrainRecord,
-        /// Whether it went into `metrics.jsonl`.
-        logged: bool,
-    },
+    /// A step was done. Its record has the health of the routers if it is one that the host looks at (`train.log_every`), or if
+    /// there are alarms.
+    Step(&'a TrainRecord),
     /// An evaluation was done.
     Evaluated(&'a EvalRecord),
     /// A router left the limits of an alarm.
@@ -90,6 +88,8 @@ pub struct Run {
     is_noisy: bool,
     tokens: Vec<i32>,
     targets: Vec<i32>,
+    /// When the first step was launched that was not collected yet.
+    begun: Option<Instant>,
     best: Option<f64>,
     last_evaluation: Option<Evaluation>,
     training_time: Duration,
@@ -102,12 +102,12 @@ pub fn parameter_infos(config: &Config) -> Vec<TensorInfo> {
     gpt::Parameter::list(&config.model).into_iter().chain(untrained).map(info).collect()
 }
 
-/// The key of a step's noise: of the seed and the step alone, so that a resumed run draws the same numbers, and another one
-/// than that of start values and batches.
-fn noise_key(seed: u64, step: u64) -> [u32; 2] {
+/// The key of a micro-batch's noise: of the seed and the number of the micro-batch in the run (from 1) alone, so that a resumed run
+/// draws the same numbers, and another one than that of start values and batches.
+fn noise_key(seed: u64, number: u64) -> [u32; 2] {
     let key = [seed as u32, (seed >> 32) as u32];
     let word = |index: u64| moebius::ir::philox::bits(key, u32::MAX, index);
-    [word(2 * step), word(2 * step + 1)]
+    [word(2 * number), word(2 * number + 1)]
 }
 
 impl Run {
@@ -135,21 +135,7 @@ impl Run {
         }
 
         let mut session = engine.session();
-        let graph = gpt::training(&config.model, train.batch)?;
-        let optimizer = Optimizer {
-            beta1: train.betas[0] as f32,
-            beta2: train.betas[1] as f32,
-            eps: train.eps as f32,
-            weight_decay: train.weight_decay as f32,
-            clip: train.clip as f32,
-        };
-        let trainer = match Trainer::new(&mut session, graph.graph, graph.loss, &optimizer) {
-            Err(moebius::Error::Backend(source @ moebius::BackendError::TooLarge { free, .. })) => {
-                let largest = largest_batch(engine, &config, free)?;
-                return Err(TrainingError::TooLarge { source, largest });
-            }
-            made => made?,
-        };
+        let trainer = step::trainer(engine, &mut session, &config)?;
         let evaluator = Evaluator::new(&mut session, &config.model, train.batch)?;
 
         // Only now, so that a model that does not fit the device leaves nothing behind.
@@ -178,6 +164,7 @@ impl Run {
             is_noisy: gpt::is_noisy(&config.model),
             tokens: vec![0; ids],
             targets: vec![0; ids],
+            begun: None,
             best: None,
             last_evaluation: None,
             training_time: Duration::ZERO,
@@ -244,21 +231,28 @@ impl Run {
         let (eval_every, save_every) = (self.config.train.eval_every, self.config.train.checkpoint_every);
         let due = |every: u64, step: u64| every > 0 && step.is_multiple_of(every);
         let mut saved = self.trainer.steps_done();
-        while self.trainer.steps_done() < total {
+        while self.trainer.steps_launched() < total {
             if stop.load(Ordering::Relaxed) {
+                self.collect(observer)?;
                 if saved != self.trainer.steps_done() {
                     self.save(observer)?;
                 }
                 return Ok(Ending::Stopped);
             }
-            let begun = Instant::now();
-            let alarmed = self.step(observer)?;
-            let step = self.trainer.steps_done();
-            if due(eval_every, step) || step == total {
-                self.evaluate(observer)?;
+            self.launch(observer)?;
+            let step = self.trainer.steps_launched();
+            let (evaluates, saves) = (due(eval_every, step) || step == total, due(save_every, step) || step == total);
+            let looks = self.has_health(step) || self.trainer.room() == 0;
+            if !(looks || evaluates || saves || stop.load(Ordering::Relaxed)) {
+                continue;
             }
-            self.training_time += begun.elapsed();
-            if due(save_every, step) || step == total {
+            let alarmed = self.collect(observer)?;
+            if evaluates {
+                let begun = Instant::now();
+                self.evaluate(observer)?;
+                self.training_time += begun.elapsed();
+            }
+            if saves {
                 self.save(observer)?;
                 saved = step;
             }
@@ -272,52 +266,94 @@ impl Run {
         Ok(Ending::Done)
     }
 
-    /// Does one step; whether an alarm was given.
-    fn step(&mut self, observer: &mut Observer<'_>) -> Result<bool, TrainingError> {
-        let begun = Instant::now();
-        let step = self.trainer.steps_done() + 1;
-        self.batches.fill(step - 1, &mut self.tokens, &mut self.targets)?;
-        let learning_rate = self.config.learning_rate_of_step(step);
-        let program = self.trainer.program();
-        program.feed("tokens", &self.tokens)?;
-        program.feed("targets", &self.targets)?;
-        if self.is_noisy {
-            program.feed(gpt::NOISE_KEY, &noise_key(self.config.train.seed, step))?;
-        }
-        let report = self.trainer.step(&mut self.session, learning_rate as f32)?;
-        let program = self.trainer.program();
-        let mut record = TrainRecord {
-            step,
-            tokens: step * self.tokens.len() as u64,
-            loss: f64::from(report.loss),
-            lm_loss: f64::from(program.scalar("lm_loss")?),
-            aux_loss: f64::from(program.scalar("aux_loss")?),
-            lr: learning_rate,
-            grad_norm: f64::from(report.grad_norm),
-            tokens_per_s: 0.0,
-            experts: Vec::new(),
-        };
+    /// Whether the record of a step has the health of the routers: on the steps that are logged, and on all where alarms watch it.
+    fn has_health(&self, step: u64) -> bool {
+        self.is_logged(step) || !self.watch.alarms().is_empty()
+    }
+
+    /// Whether the health of the routers in a step goes into `metrics.jsonl`.
+    fn is_logged(&self, step: u64) -> bool {
         let every = self.config.train.log_every.max(1);
-        let logged = step == 1 || step.is_multiple_of(every) || step == self.config.total_steps();
-        let mut alarms = Vec::new();
-        if logged || !self.watch.alarms().is_empty() {
+        step == 1 || step.is_multiple_of(every) || step == self.config.total_steps()
+    }
+
+    /// Launches the next step. What the steps before it did is not lost if that fails.
+    fn launch(&mut self, observer: &mut Observer<'_>) -> Result<(), TrainingError> {
+        self.begun.get_or_insert_with(Instant::now);
+        let mut feeds = Feeds {
+            config: &self.config,
+            batches: &self.batches,
+            is_noisy: self.is_noisy,
+            tokens: &mut self.tokens,
+            targets: &mut self.targets,
+        };
+        let launched = self.trainer.launch(&mut self.session, |at, program| feeds.give(at, program));
+        if launched.is_err() {
+            self.collect(observer)?;
+        }
+        launched
+    }
+
+    /// Looks at what the steps that were launched have done; whether an alarm was given.
+    fn collect(&mut self, observer: &mut Observer<'_>) -> Result<bool, TrainingError> {
+        let mut seen: Vec<(StepReport, Vec<f32>)> = Vec::new();
+        let mut feeds = Feeds {
+            config: &self.config,
+            batches: &self.batches,
+            is_noisy: self.is_noisy,
+            tokens: &mut self.tokens,
+            targets: &mut self.targets,
+        };
+        let collected = self.trainer.collect(
+            &mut self.session,
+            |at, program| feeds.give(at, program),
+            |report, values| seen.push((report, values.to_vec())),
+        );
+        let elapsed = self.begun.take().map_or(Duration::ZERO, |begun| begun.elapsed());
+        self.training_time += elapsed;
+        let last = self.trainer.steps_done();
+        // The outputs that tell of routers are those of the latest step, and of none after a step that was not finite.
+        let read = collected.is_ok() && self.has_health(last) && !seen.is_empty();
+        let mut experts = Vec::new();
+        if read {
             let dead_after = self.watch.alarms().dead_experts.unwrap_or(DEAD_AFTER);
-            record.experts = health::read(&self.session, program, &self.moe_layers, dead_after)?;
-            alarms = self.watch.look(step, &record.experts);
+            experts = health::read(&self.session, self.trainer.program(), &self.moe_layers, dead_after)?;
         }
-        record.tokens_per_s = self.tokens.len() as f64 / begun.elapsed().as_secs_f64();
-        let record = Record::Train(record);
-        if logged {
-            self.metrics.write(&record)?;
+        let of_step = self.config.tokens_per_step();
+        let tokens_per_s = (seen.len() as u64 * of_step) as f64 / elapsed.as_secs_f64();
+        let mut alarmed = false;
+        for (StepReport { step, loss, grad_norm }, values) in seen {
+            let [lm_loss, aux_loss] = [0, 1].map(|i| values.get(i).copied().map_or(f64::NAN, f64::from));
+            let mut record = TrainRecord {
+                step,
+                tokens: step * of_step,
+                loss: f64::from(loss),
+                lm_loss,
+                aux_loss,
+                lr: self.config.learning_rate_of_step(step),
+                grad_norm: f64::from(grad_norm),
+                tokens_per_s,
+                experts: Vec::new(),
+            };
+            let mut alarms = Vec::new();
+            if read && step == last {
+                alarms = self.watch.look(step, &experts);
+                record.experts = std::mem::take(&mut experts);
+            }
+            let with_health = record.clone();
+            if !self.is_logged(step) {
+                record.experts.clear();
+            }
+            self.metrics.write(&Record::Train(record))?;
+            observer(Event::Step(&with_health));
+            for alarm in &alarms {
+                self.metrics.write(&Record::Alarm(alarm.clone()))?;
+                observer(Event::Alarm(alarm));
+            }
+            alarmed |= !alarms.is_empty();
         }
-        if let Record::Train(record) = &record {
-            observer(Event::Step { record, logged });
-        }
-        for alarm in &alarms {
-            self.metrics.write(&Record::Alarm(alarm.clone()))?;
-            observer(Event::Alarm(alarm));
-        }
-        Ok(!alarms.is_empty())
+        collected?;
+        Ok(alarmed)
     }
 
     fn evaluate(&mut self, observer: &mut Observer<'_>) -> Result<(), TrainingError> {
@@ -325,7 +361,7 @@ impl Run {
         let step = self.trainer.steps_done();
         let record = EvalRecord {
             step,
-            tokens: step * self.tokens.len() as u64,
+            tokens: step * self.config.tokens_per_step(),
             val_loss: evaluation.loss,
             bits_per_byte: evaluation.bits_per_byte,
         };
@@ -334,6 +370,30 @@ impl Run {
         self.metrics.write(&Record::Eval(record.clone()))?;
         observer(Event::Evaluated(&record));
         Ok(())
+    }
+}
+
+/// What a micro-batch is fed.
+struct Feeds<'r> {
+    config: &'r Config,
+    batches: &'r Batches,
+    is_noisy: bool,
+    tokens: &'r mut [i32],
+    targets: &'r mut [i32],
+}
+
+impl Feeds<'_> {
+    /// Gives the program the tokens and the noise of a micro-batch; the learning rate of its step.
+    fn give(&mut self, at: MicroStep, program: &mut Program) -> Result<f32, TrainingError> {
+        // Batches are counted over the whole run, so that a resumed one goes on with those it would have seen.
+        let number = (at.step - 1) * self.config.train.accumulate as u64 + at.micro_batch as u64;
+        self.batches.fill(number, self.tokens, self.targets)?;
+        program.feed("tokens", self.tokens)?;
+        program.feed("targets", self.targets)?;
+        if self.is_noisy {
+            program.feed(gpt::NOISE_KEY, &noise_key(self.config.train.seed, number + 1))?;
+        }
+        Ok(self.config.learning_rate_of_step(at.step) as f32)
     }
 }
 

@@ -94,11 +94,13 @@ struct FaultyInstance {
 }
 
 impl FaultyInstance {
-    /// The op that computed a value; a reshape computes nothing, unless it is to be the one at fault.
+    /// The op that computed a value; an alias computes nothing, unless it is to be the one at fault.
     fn made_by(&self, value: Value) -> &'static str {
         let node = self.graph.node(self.graph.producer(value));
         match node.op.name() {
-            "reshape" if self.fault.is_some_and(|f| f.op != "reshape") => self.made_by(node.operands[0]),
+            alias @ ("reshape" | "after") if self.fault.is_some_and(|f| f.op != alias) => {
+                self.made_by(node.operands[0])
+            }
             name => name,
         }
     }

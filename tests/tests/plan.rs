@@ -41,7 +41,7 @@ struct Owners<'p> {
     plan: &'p Plan,
     arena: Vec<u32>,
     states: HashMap<Value, u32>,
-    /// What a value's bytes are marked with: a reshape has the mark of its operand.
+    /// What a value's bytes are marked with: an alias has the mark of its operand.
     mark: Vec<u32>,
 }
 
@@ -69,7 +69,7 @@ impl Owners<'_> {
         let graph = plan.graph();
         let mut mark: Vec<u32> = (0..graph.value_count() as u32).collect();
         for node in graph.nodes() {
-            if let Op::Reshape(_) = node.op {
+            if node.op.is_alias() {
                 mark[node.results[0].index()] = mark[node.operands[0].index()];
             }
         }
@@ -141,7 +141,7 @@ fn every_step_of_a_training_step_finds_what_it_reads() {
         let count = run.len();
         run.sort_unstable();
         run.dedup();
-        let silent = |n: &&Node| matches!(n.op, Op::Input(_) | Op::Constant(_) | Op::Reshape(_));
+        let silent = |n: &&Node| matches!(n.op, Op::Input(_) | Op::Constant(_)) || n.op.is_alias();
         assert_eq!(count, run.len());
         assert_eq!(count + optimised.nodes().iter().filter(silent).count(), optimised.nodes().len());
     }

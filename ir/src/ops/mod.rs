@@ -115,7 +115,8 @@ ops! {
     // Elementwise
     unary::Unary, binary::Binary, compare::Compare, select::Select, cast::Cast, elementwise::Elementwise,
     // Shape and movement
-    reshape::Reshape, transpose::Transpose, broadcast::Broadcast, slice::Slice, pad::Pad, concat::Concat,
+    reshape::Reshape, after::After, transpose::Transpose, broadcast::Broadcast, slice::Slice, pad::Pad,
+    concat::Concat,
     // Reductions and norms
     reduce::Reduce, softmax::Softmax, softmax_grad::SoftmaxGrad, layer_norm::LayerNorm, layer_norm_grad::LayerNormGrad,
     rms_norm::RmsNorm, rms_norm_grad::RmsNormGrad,
@@ -149,5 +150,10 @@ impl Op {
     /// The input this op is, if it is one.
     pub fn as_input(&self) -> Option<&Input> {
         if let Op::Input(input) = self { Some(input) } else { None }
+    }
+
+    /// Whether its only result is its first operand under another name, in the same storage.
+    pub fn is_alias(&self) -> bool {
+        matches!(self, Op::Reshape(_) | Op::After(_))
     }
 }

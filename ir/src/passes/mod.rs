@@ -5,12 +5,14 @@ mod cse;
 mod dce;
 mod fusion;
 mod narrow;
+mod recompute;
 
 pub use constant_folding::fold_constants;
 pub use cse::eliminate_common_subexpressions;
 pub use dce::eliminate_dead_code;
 pub use fusion::fuse_elementwise;
 pub use narrow::narrow_parameters;
+pub use recompute::recompute;
 
 use crate::error::Result;
 use crate::graph::Graph;

@@ -49,15 +49,17 @@ pub struct ParameterCount {
 }
 
 /// Floating-point operations of training one token, a multiplication and an addition counted as two. The backward pass is
-/// counted as twice the forward pass; recomputation is not counted.
+/// counted as twice the forward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Flops {
     /// 6 for each element of the matrices a token is multiplied with, the output matrix among them.
     pub matmul: u64,
     /// Causal attention: 6 (T + 1) H for each layer, for scores and weighted sum over (T + 1) / 2 tokens on average.
     pub attention: u64,
-    /// Both.
+    /// Both: the arithmetic of the model, without what is computed twice.
     pub total: u64,
+    /// What the backward pass computes again with `train.recompute`: the forward pass of all blocks but the last. 0 without.
+    pub recomputed: u64,
 }
 
 /// Bytes of what a training run keeps between steps, and of its gradients.
@@ -135,7 +137,9 @@ impl Config {
     pub fn flops_per_token(&self) -> Flops {
         let (m, s) = (&self.model, self.sizes());
         let mut elements = m.vocab as u128 * s.h;
+        let mut before = elements;
         for experts in m.experts_per_layer() {
+            before = elements;
             elements += 2 * s.h * (s.h + s.k);
             let network = 2 * s.h * s.f;
             elements += match experts {
@@ -152,8 +156,12 @@ impl Config {
             };
         }
         let matmul = narrow(6 * elements);
-        let attention = narrow(6 * (m.sequence as u128 + 1) * s.h * m.layers as u128);
-        Flops { matmul, attention, total: matmul.saturating_add(attention) }
+        let of_block = 6 * (m.sequence as u128 + 1) * s.h;
+        let attention = narrow(of_block * m.layers as u128);
+        // All blocks but the last: what came before it, without the output matrix.
+        let again = 2 * (before - m.vocab as u128 * s.h) + of_block / 3 * (m.layers as u128).saturating_sub(1);
+        let recomputed = if self.train.recompute { narrow(again) } else { 0 };
+        Flops { matmul, attention, total: matmul.saturating_add(attention), recomputed }
     }
 
     /// Bytes of training state. The configuration must be valid.

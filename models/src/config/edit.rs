@@ -5,7 +5,7 @@ use toml::{Table, Value};
 use super::{Config, ConfigError, UnknownKey};
 
 /// Every key, and whether it can be absent.
-pub(super) const KEYS: [(&str, bool); 68] = [
+pub(super) const KEYS: [(&str, bool); 70] = [
     ("model.name", false),
     ("model.vocab", false),
     ("model.layers", false),
@@ -55,6 +55,8 @@ pub(super) const KEYS: [(&str, bool); 68] = [
     ("model.router.expert_choice", true),
     ("model.router.allow_expert_choice_decoding", true),
     ("train.batch", false),
+    ("train.accumulate", false),
+    ("train.recompute", false),
     ("train.steps", true),
     ("train.tokens", true),
     ("train.learning_rate", false),

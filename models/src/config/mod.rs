@@ -129,8 +129,14 @@ pub struct ModelConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainConfig {
-    /// Sequences in a step.
+    /// Sequences in a micro-batch: what the device computes at once.
     pub batch: usize,
+    /// Micro-batches in a step. The gradient of a step is the mean of theirs.
+    #[serde(default = "default::accumulate")]
+    pub accumulate: usize,
+    /// Whether the backward pass computes the inside of each block again instead of keeping it from the forward pass on.
+    #[serde(default)]
+    pub recompute: bool,
     /// Length of the run in steps.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub steps: Option<u64>,
@@ -184,7 +190,7 @@ pub struct TrainConfig {
     /// Checkpoints kept; 0 for all.
     #[serde(default = "default::keep_checkpoints")]
     pub keep_checkpoints: usize,
-    /// Steps between lines of metrics.
+    /// Steps after which the host looks at what the device did, and at the health of the routers. Every step has its line of metrics.
     #[serde(default = "default::log_every")]
     pub log_every: u64,
 }
@@ -312,6 +318,9 @@ mod default {
     pub(super) fn log_every() -> u64 {
         10
     }
+    pub(super) fn accumulate() -> usize {
+        1
+    }
 }
 
 impl ModelConfig {
@@ -410,9 +419,10 @@ impl Config {
         hash(&self.model)
     }
 
-    /// Tokens of a step.
+    /// Tokens of a step, over all its micro-batches.
     pub fn tokens_per_step(&self) -> u64 {
-        (self.train.batch as u64).saturating_mul(self.model.sequence as u64)
+        let sequences = (self.train.batch as u64).saturating_mul(self.train.accumulate as u64);
+        sequences.saturating_mul(self.model.sequence as u64)
     }
 
     /// Steps of the run; a length in tokens is rounded up to whole steps. 0 when no length is given.

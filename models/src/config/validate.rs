@@ -106,6 +106,7 @@ impl Config {
     fn check_train(&self, check: &mut Check) {
         let t = &self.train;
         check.size("train.batch", t.batch, MOST_BATCH);
+        check.size("train.accumulate", t.accumulate, MOST_BATCH);
         for (key, value) in [
             ("train.steps", t.steps),
             ("train.tokens", t.tokens),

@@ -22,9 +22,11 @@ pub use outputs::{
 };
 pub use parameters::{Parameter, Parameters};
 
+use moebius::MicroBatches;
 use moebius_ir::{DType, Graph, Result, TensorType, Value};
 
 use crate::config::ModelConfig;
+use outputs::StepStatistics;
 
 /// What a pass through the blocks knows beside the rows.
 #[derive(Clone, Copy)]
@@ -46,6 +48,10 @@ pub struct Training {
     pub graph: Graph,
     /// The total loss, f32 scalar.
     pub loss: Value,
+    /// The residual stream before each block, `[batch, sequence, width]`: between which the backward pass may recompute.
+    pub borders: Vec<Value>,
+    /// What the graph knows of the other micro-batches of its step, if there are any.
+    pub micro_batches: Option<MicroBatches>,
 }
 
 /// Name of the feed with the key of a step's random numbers, u32 `[2]`, in training graphs of a model whose router is noisy
@@ -82,16 +88,36 @@ pub enum DecodingError {
 ///
 /// # Errors
 /// Those of the ops, for a configuration that was not validated.
-pub fn training(config: &ModelConfig, batch: usize) -> Result<Training> {
+pub fn training(config: &ModelConfig, batch: usize) -> moebius::Result<Training> {
     training_with(config, batch, Routes::default())
+}
+
+/// [`training`] in steps of `count` micro-batches of `batch` sequences each. The outputs after the last one are those of the step:
+/// loads and drops are sums, all others means, and a selection bias moves by the counts of them all.
+///
+/// # Errors
+/// As [`training`].
+pub fn training_accumulated(config: &ModelConfig, batch: usize, count: usize) -> moebius::Result<Training> {
+    let mut graph = Graph::new();
+    let micro_batches = MicroBatches::new(&mut graph, count)?;
+    build_training(graph, micro_batches, config, batch, Routes::default())
 }
 
 /// [`training`] whose routes are recorded or given. The routes of all tokens are in the order of the tokens.
 ///
 /// # Errors
 /// As [`training`]; there are no given routes for a router in which experts choose.
-pub fn training_with(config: &ModelConfig, batch: usize, routes: Routes) -> Result<Training> {
-    let mut graph = Graph::new();
+pub fn training_with(config: &ModelConfig, batch: usize, routes: Routes) -> moebius::Result<Training> {
+    build_training(Graph::new(), None, config, batch, routes)
+}
+
+fn build_training(
+    mut graph: Graph,
+    mut micro_batches: Option<MicroBatches>,
+    config: &ModelConfig,
+    batch: usize,
+    routes: Routes,
+) -> moebius::Result<Training> {
     let g = &mut graph;
     let ids = TensorType::i32([batch, config.sequence]);
     let tokens = g.feed("tokens", ids.clone())?;
@@ -100,26 +126,30 @@ pub fn training_with(config: &ModelConfig, batch: usize, routes: Routes) -> Resu
     let x = embed_sequence(g, &mut p, tokens)?;
     let noise = if is_noisy(config) { Some(g.feed(NOISE_KEY, TensorType::new(DType::U32, [2]))?) } else { None };
     let mode = Mode { training: true, noise, ids: tokens, routes };
-    let (x, statistics) = blocks(g, &mut p, x, mode, &mut |g, p, layer, x| layers::attention(g, p, layer, x))?;
+    let Blocks { x, statistics, borders } =
+        blocks(g, &mut p, x, mode, &mut |g, p, layer, x| layers::attention(g, p, layer, x))?;
     let loss = token_losses(g, &mut p, x, targets)?;
     let lm_loss = g.mean_all(loss)?;
-    g.output("lm_loss", lm_loss)?;
     let mut aux_loss = g.scalar(0.0)?;
     for (layer, s) in &statistics {
         let balance = g.mul_scalar(s.load_balancing_loss, config.aux_coef)?;
         let z = g.mul_scalar(s.z_loss, config.z_coef)?;
         let both = g.add(balance, z)?;
         aux_loss = g.add(aux_loss, both)?;
-        outputs::health(g, *layer, s)?;
+        let of_step = StepStatistics::of(g, *layer, s, &mut micro_batches)?;
+        outputs::health(g, *layer, &of_step)?;
         if let Some(bias) = s.selection_bias {
-            let moved = router::moved_bias(g, bias, s.counts, config.routing().bias_rate)?;
+            let moved = router::moved_bias(g, bias, of_step.counts, config.routing().bias_rate)?;
             g.update(bias, moved)?;
         }
     }
     routes.outputs(g, &statistics)?;
-    g.output("aux_loss", aux_loss)?;
     let loss = g.add(lm_loss, aux_loss)?;
-    Ok(Training { graph, loss })
+    for (name, value) in [("lm_loss", lm_loss), ("aux_loss", aux_loss)] {
+        let of_step = outputs::mean(g, &mut micro_batches, name, value)?;
+        g.output(name, of_step)?;
+    }
+    Ok(Training { graph, loss, borders, micro_batches })
 }
 
 /// The graph of an evaluation of `batch` sequences: feeds `tokens` and `targets`, output `loss`, the cross entropy of every
@@ -144,7 +174,8 @@ pub fn evaluation_with(config: &ModelConfig, batch: usize, routes: Routes) -> Re
     let mut p = Parameters::new(config);
     let x = embed_sequence(g, &mut p, tokens)?;
     let mode = Mode { training: false, noise: None, ids: tokens, routes };
-    let (x, statistics) = blocks(g, &mut p, x, mode, &mut |g, p, layer, x| layers::attention(g, p, layer, x))?;
+    let Blocks { x, statistics, .. } =
+        blocks(g, &mut p, x, mode, &mut |g, p, layer, x| layers::attention(g, p, layer, x))?;
     let loss = token_losses(g, &mut p, x, targets)?;
     g.output("loss", loss)?;
     routes.outputs(g, &statistics)?;
@@ -183,7 +214,7 @@ pub fn decoding_with(config: &ModelConfig, tokens: usize, routes: Routes) -> Res
         g.add(token, position)
     })?;
     let mode = Mode { training: false, noise: None, ids, routes };
-    let (x, statistics) =
+    let Blocks { x, statistics, .. } =
         blocks(g, &mut p, x, mode, &mut |g, p, layer, x| layers::attention_cached(g, p, layer, x, start))?;
     let width = config.width;
     let x = g.reshape(x, [tokens, width])?;
@@ -218,6 +249,16 @@ impl Mode {
 
 type Attention<'f> = dyn FnMut(&mut Graph, &mut Parameters<'_>, usize, Value) -> Result<Value> + 'f;
 
+/// What comes out of the blocks.
+struct Blocks {
+    /// After the final norm.
+    x: Value,
+    /// Of the MoE layers.
+    statistics: Vec<(usize, MoeStatistics)>,
+    /// The residual stream before each block.
+    borders: Vec<Value>,
+}
+
 /// All blocks and the final norm; `attention` is given the layer and the normalised input.
 fn blocks(
     g: &mut Graph,
@@ -225,9 +266,10 @@ fn blocks(
     mut x: Value,
     mode: Mode,
     attention: &mut Attention<'_>,
-) -> Result<(Value, Vec<(usize, MoeStatistics)>)> {
-    let mut statistics = Vec::new();
+) -> Result<Blocks> {
+    let (mut statistics, mut borders) = (Vec::new(), Vec::new());
     for (layer, experts) in p.config().experts_per_layer().into_iter().enumerate() {
+        borders.push(x);
         x = g.scoped(format!("layers.{layer}"), |g| {
             let h = layers::norm(g, p, &format!("layers.{layer}.attention_norm"), x)?;
             let h = g.scoped("attention", |g| attention(g, p, layer, h))?;
@@ -245,7 +287,7 @@ fn blocks(
         })?;
     }
     let x = layers::norm(g, p, "norm", x)?;
-    Ok((x, statistics))
+    Ok(Blocks { x, statistics, borders })
 }
 
 /// Cross entropy of every token against the tied embedding, f32 `[B * S]`.

@@ -1,5 +1,6 @@
 //! What graphs give and take besides loss and logits: the health of each router, and the routes of each token.
 
+use moebius::MicroBatches;
 use moebius_ir::ops::CompareFn;
 use moebius_ir::{Graph, Result, TensorType, Value};
 
@@ -93,8 +94,52 @@ impl Routes {
     }
 }
 
+/// The mean of an f32 value over the micro-batches of a step; the value itself where there is one micro-batch alone.
+pub(super) fn mean(
+    g: &mut Graph,
+    micro_batches: &mut Option<MicroBatches>,
+    name: &str,
+    value: Value,
+) -> moebius::Result<Value> {
+    micro_batches.as_mut().map_or(Ok(value), |micro| micro.mean(g, name, value))
+}
+
+/// What is told of a router after a whole step.
+pub(super) struct StepStatistics {
+    /// Choices per expert before dropping, i32 `[E]`.
+    pub(super) counts: Value,
+    /// Choices that found no slot, i32 scalar.
+    dropped: Value,
+    /// Mean entropy, f32 scalar.
+    entropy: Value,
+    /// Router z-loss, f32 scalar.
+    z_loss: Value,
+    /// Means of the coefficients, f32 `[2]`.
+    coefficient: Option<Value>,
+}
+
+impl StepStatistics {
+    /// Sums and means over the micro-batches of what `s` has of this one.
+    pub(super) fn of(
+        g: &mut Graph,
+        layer: usize,
+        s: &MoeStatistics,
+        micro_batches: &mut Option<MicroBatches>,
+    ) -> moebius::Result<StepStatistics> {
+        let mut sum = |g: &mut Graph, name: String, value: Value| {
+            micro_batches.as_mut().map_or(Ok(value), |micro| micro.sum(g, &name, value))
+        };
+        let counts = sum(g, load_output(layer), s.counts)?;
+        let dropped = sum(g, dropped_output(layer), s.dropped)?;
+        let entropy = mean(g, micro_batches, &entropy_output(layer), s.entropy)?;
+        let z_loss = mean(g, micro_batches, &z_output(layer), s.z_loss)?;
+        let coefficient = s.coefficient.map(|c| mean(g, micro_batches, &coefficient_output(layer), c)).transpose()?;
+        Ok(StepStatistics { counts, dropped, entropy, z_loss, coefficient })
+    }
+}
+
 /// The health of a router in a training step: its outputs, and the count of idle steps.
-pub(super) fn health(g: &mut Graph, layer: usize, s: &MoeStatistics) -> Result<()> {
+pub(super) fn health(g: &mut Graph, layer: usize, s: &StepStatistics) -> Result<()> {
     g.output(load_output(layer), s.counts)?;
     g.output(dropped_output(layer), s.dropped)?;
     g.output(entropy_output(layer), s.entropy)?;

@@ -1,19 +1,16 @@
 //! What a run takes of a device's memory, known before it starts.
 
-use moebius::{Engine, Memory, Optimizer, training_step};
+use moebius::{Engine, Memory, training_step_with};
 
 use crate::config::Config;
-use crate::gpt;
 
 /// The memory of a training step of this configuration on a device, from its plan. Allocates nothing on the device.
 ///
 /// # Errors
 /// As [`Engine::memory`].
 pub fn memory(engine: &Engine, config: &Config) -> moebius::Result<Memory> {
-    let training = gpt::training(&config.model, config.train.batch)?;
-    let mut graph = training.graph;
-    training_step(&mut graph, training.loss, &Optimizer::default())?;
-    engine.memory(&graph)
+    let (graph, loss, options) = super::step::parts(config)?;
+    engine.memory(&training_step_with(graph, loss, options)?)
 }
 
 /// The largest batch up to the configuration's of which a training step takes at most `free` bytes; 0 if there is none.

@@ -89,9 +89,9 @@ impl Run {
         let snapshot = Snapshot {
             state: TrainState {
                 step,
-                tokens: step * self.tokens.len() as u64,
+                tokens: step * self.config.tokens_per_step(),
                 seed: self.config.train.seed,
-                data_position: step,
+                data_position: step * self.config.train.accumulate as u64,
                 config: self.config.to_toml()?,
                 config_hash: self.config.model_hash(),
                 model: self.config.model.name.clone(),

@@ -53,7 +53,7 @@ pub(crate) fn lower(graph: &Graph, id: NodeId, threads: usize) -> Lowered {
     let node = graph.node(id);
     match &node.op {
         // Nothing to run: these are places in memory, settled by the plan.
-        Op::Input(_) | Op::Constant(_) | Op::Reshape(_) => Ok(Launch::new(0, |_| {})),
+        Op::Input(_) | Op::Constant(_) | Op::Reshape(_) | Op::After(_) => Ok(Launch::new(0, |_| {})),
 
         Op::Random(op) => movement::lower_random(graph, node, op),
         Op::Transpose(op) => movement::lower_transpose(graph, node, op),

@@ -57,7 +57,7 @@ pub(crate) fn lower(graph: &Graph, id: NodeId) -> Lowered {
     let node = graph.node(id);
     let launch = match &node.op {
         // Nothing to run: these are places in memory, settled by the plan.
-        Op::Input(_) | Op::Constant(_) | Op::Reshape(_) => Ok(Launch::default()),
+        Op::Input(_) | Op::Constant(_) | Op::Reshape(_) | Op::After(_) => Ok(Launch::default()),
 
         Op::Random(op) => movement::lower_random(graph, node, op),
         Op::Transpose(op) => movement::lower_transpose(graph, node, op),

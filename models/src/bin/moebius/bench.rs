@@ -2,11 +2,12 @@
 
 use std::time::Instant;
 
-use moebius::{Engine, Optimizer, StepTime, Trainer};
+use moebius::{Engine, StepTime};
 use moebius_models::config::Config;
 use moebius_models::generate::Generator;
 use moebius_models::gpt;
 use moebius_models::routes::RouteTap;
+use moebius_models::training;
 use serde_json::{Value, json};
 
 use crate::cli::{BenchArgs, BenchKind};
@@ -84,20 +85,21 @@ fn ids(n: usize, limit: usize, seed: u64) -> Vec<i32> {
 fn step(args: &BenchArgs, config: &Config, engine: &Engine) -> Result<Value, Failure> {
     let steps = args.steps.unwrap_or(12).max(1);
     let mut session = engine.session();
-    let training = gpt::training(&config.model, config.train.batch)?;
-    let mut trainer = Trainer::new(&mut session, training.graph, training.loss, &Optimizer::default())?;
+    let mut trainer = training::trainer(engine, &mut session, config)?;
     gpt::initialise(&config.model, config.train.seed, |p, values| session.write(&p.name, values))?;
     let tokens = config.train.batch * config.model.sequence;
     let mut times = Vec::with_capacity(steps);
     for i in 0..steps + WARM_UP {
         let text = ids(tokens + 1, config.model.vocab, i as u64);
         let begun = Instant::now();
-        trainer.program().feed("tokens", &text[..tokens])?;
-        trainer.program().feed("targets", &text[1..])?;
-        if gpt::is_noisy(&config.model) {
-            trainer.program().feed(gpt::NOISE_KEY, &[0u32, 0])?;
-        }
-        trainer.step(&mut session, 3e-4)?;
+        trainer.step_with(&mut session, |_, program| {
+            program.feed("tokens", &text[..tokens])?;
+            program.feed("targets", &text[1..])?;
+            if gpt::is_noisy(&config.model) {
+                program.feed(gpt::NOISE_KEY, &[0u32, 0])?;
+            }
+            Ok::<_, moebius::Error>(3e-4)
+        })?;
         if i >= WARM_UP {
             times.push(begun.elapsed().as_secs_f64());
         }
@@ -106,18 +108,21 @@ fn step(args: &BenchArgs, config: &Config, engine: &Engine) -> Result<Value, Fai
         print_profile(&session.profile(trainer.program(), 3)?);
     }
     let seconds = median(times);
-    let flops = config.flops_per_token().total as f64;
+    let flops = config.flops_per_token();
+    let (recomputed, flops) = (flops.recomputed, flops.total as f64);
+    let of_step = config.tokens_per_step() as f64;
     let plan = trainer.program().plan();
     Ok(json!({
         "bench": "step",
         "state_bytes": plan.state_bytes(),
         "arena_bytes": plan.arena_bytes(),
         "steps": steps,
-        "tokens": tokens,
+        "tokens": of_step,
         "step_ms": seconds * 1e3,
-        "tokens_per_s": tokens as f64 / seconds,
+        "tokens_per_s": of_step / seconds,
         "flops_per_token": flops,
-        "gflops": flops * tokens as f64 / seconds / 1e9,
+        "recomputed_flops_per_token": recomputed,
+        "gflops": flops * of_step / seconds / 1e9,
     }))
 }
 

@@ -83,6 +83,12 @@ pub(crate) struct TrainArgs {
     /// Steps between evaluations
     #[arg(long, value_name = "N")]
     pub(crate) eval_every: Option<u64>,
+    /// Micro-batches in a step: the gradient is the mean of theirs, and memory is taken for one [default: the preset's]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub(crate) accumulate: Option<usize>,
+    /// Compute the inside of each block again in the backward pass instead of keeping it: less memory, more time
+    #[arg(long)]
+    pub(crate) recompute: bool,
     /// Warn once when a router leaves its limits, as in `dead-experts=100,drop=0.3`; keys: dead-experts (steps without a
     /// token), drop (at most, fraction of choices), entropy (at least, nats per token), coefficient (LOW..HIGH),
     /// logit-scale (at most)

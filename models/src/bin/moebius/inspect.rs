@@ -34,6 +34,16 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
     let engine = Engine::open(&args.device)?;
     let memory = training::memory(&engine, &config)?;
     let activations = memory.arena;
+    let (accumulate, recomputes) = (config.train.accumulate, config.train.recompute);
+    // What the device would have to hold without it.
+    let kept = if recomputes {
+        let mut keeps = config.clone();
+        keeps.train.recompute = false;
+        training::memory(&engine, &keeps)?.arena
+    } else {
+        activations
+    };
+    let accumulators = if accumulate > 1 { bytes.gradients } else { 0 };
     let free = engine.free_memory();
     let largest = match free {
         Some(free) if memory.total() > free => Some(training::largest_batch(&engine, &config, free)?),
@@ -56,13 +66,17 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
             "total_params": parameters.total,
             "active_params": parameters.active,
             "flops_per_token": flops.total,
+            "recomputed_flops_per_token": flops.recomputed,
             "weight_bytes": bytes.weights,
             "compute_weight_bytes": bytes.compute_weights,
             "gradient_bytes": bytes.gradients,
             "optimizer_bytes": bytes.optimizer,
             "batch": batch,
             "sequence": config.model.sequence,
+            "accumulate": accumulate,
+            "accumulator_bytes": accumulators,
             "activation_bytes": activations,
+            "activation_bytes_without_recomputation": kept,
             "device": engine.name(),
             "peak_bytes": memory.total(),
             "free_bytes": free,
@@ -84,7 +98,11 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
     println!();
     println!("parameters       {:>10}", text::count(parameters.total as f64));
     println!("active per token {:>10}", text::count(parameters.active as f64));
-    println!("training FLOPs   {:>10} per token", text::count(flops.total as f64));
+    print!("training FLOPs   {:>10} per token", text::count(flops.total as f64));
+    match flops.recomputed {
+        0 => println!(),
+        again => println!(", and {} computed again in the backward pass", text::count(again as f64)),
+    }
     if m.experts_per_layer().iter().any(|&e| e > 0) {
         println!("router           top {}: {}", m.top_k(), m.routing());
     }
@@ -111,18 +129,33 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
         text::count(parameters.position_embedding as f64)
     );
     println!();
-    println!("memory of training, batch {batch} x {}:", m.sequence);
+    match accumulate {
+        1 => println!("memory of training, batch {batch} x {}:", m.sequence),
+        n => println!("memory of training, {n} micro-batches of {batch} x {} in a step:", m.sequence),
+    }
     println!("  weights      {:>10}", text::bytes(bytes.weights as f64));
     if bytes.compute_weights > 0 {
         println!("  bf16 copy    {:>10}", text::bytes(bytes.compute_weights as f64));
     }
-    println!("  gradients    {:>10}", text::bytes(bytes.gradients as f64));
+    if accumulators > 0 {
+        println!("  gradients    {:>10}  (their sums over the micro-batches)", text::bytes(accumulators as f64));
+    } else {
+        println!("  gradients    {:>10}", text::bytes(bytes.gradients as f64));
+    }
     println!("  optimizer    {:>10}", text::bytes(bytes.optimizer as f64));
-    println!(
-        "  activations  {:>10}  (with gradients in the device's arena: {})",
-        text::bytes(activations.saturating_sub(bytes.gradients) as f64),
-        text::bytes(activations as f64)
-    );
+    if accumulators > 0 {
+        println!("  activations  {:>10}  (the device's arena)", text::bytes(activations as f64));
+    } else {
+        println!(
+            "  activations  {:>10}  (with gradients in the device's arena: {})",
+            text::bytes(activations.saturating_sub(bytes.gradients) as f64),
+            text::bytes(activations as f64)
+        );
+    }
+    if recomputes {
+        let share = activations as f64 / kept as f64;
+        println!("  arena without recomputation {} (now {:.0} % of it)", text::bytes(kept as f64), 100.0 * share);
+    }
     let total = text::bytes(memory.total() as f64);
     print!("  on {:<9} {total:>10}", engine.name());
     match (free, largest) {

@@ -66,7 +66,7 @@ pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
     let mut run = Run::open(&engine, config, &tokenizer, &corpus, &out, args.resume, &mut |event| match event {
         Event::Damaged(step, why) => early.push(format!("warning: checkpoint step-{step} cannot be used: {why}")),
         Event::Resumed(step) => early.push(format!("resuming after step {step}")),
-        Event::Step { .. } | Event::Evaluated(_) | Event::Alarm(_) | Event::Saved(_) => {}
+        Event::Step(_) | Event::Evaluated(_) | Event::Alarm(_) | Event::Saved(_) => {}
     })?;
     early.iter().for_each(|line| note!("{line}"));
     run.watch(alarms, args.alarm_exit);
@@ -82,7 +82,7 @@ pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
     let mut progress = Progress::new(run.config().total_steps(), run.steps_done());
     let mut saved: Option<PathBuf> = None;
     let ending = run.train(&stop, &mut |event| match event {
-        Event::Step { record, .. } => progress.step(record),
+        Event::Step(record) => progress.step(record),
         Event::Evaluated(record) => progress.evaluated(record),
         Event::Alarm(record) => progress.say(&format!("alarm: {record}")),
         Event::Saved(path) => saved = Some(path.to_owned()),
@@ -186,6 +186,10 @@ fn configuration(args: &TrainArgs, out: &Path) -> Result<Config, Failure> {
     if let Some(every) = args.eval_every {
         config.train.eval_every = every;
     }
+    if let Some(count) = args.accumulate {
+        config.train.accumulate = count;
+    }
+    config.train.recompute |= args.recompute;
     for setting in &args.set {
         config.set(setting)?;
     }

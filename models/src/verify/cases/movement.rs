@@ -41,6 +41,19 @@ pub(super) fn cases() -> Vec<Case> {
             }),
         ),
     ];
+    cases.push(exact(
+        "after",
+        "computed from before and after another value".into(),
+        Box::new(|s| {
+            let x = s.float([4, 6], |x| x)?;
+            let (early, trigger) = (s.graph.transpose(x, &[1, 0])?, s.graph.pad(x, 0, 1, 2)?);
+            let late = s.graph.after(x, trigger)?;
+            let moved = s.graph.transpose(late, &[1, 0])?;
+            s.out(early)?;
+            s.out(moved)?;
+            s.out(late)
+        }),
+    ));
     for perm in [vec![1, 0], vec![0, 2, 1], vec![2, 0, 1], vec![1, 0, 2], vec![0, 2, 1, 3], vec![3, 2, 1, 0], vec![0]] {
         cases.push(exact(
             "transpose",
@@ -113,7 +126,7 @@ pub(super) fn cases() -> Vec<Case> {
         ));
     }
     for dtype in [DType::I32, DType::U32, DType::Bool] {
-        for op in ["transpose", "broadcast", "slice", "pad", "concat", "reshape"] {
+        for op in ["transpose", "broadcast", "slice", "pad", "concat", "reshape", "after"] {
             cases.push(case(op, format!("of {dtype}"), Class::Exact, ONE, move |s| {
                 let data =
                     (0..12).map(|i| f64::from(if dtype == DType::Bool { i % 3 % 2 } else { i * 1_001 })).collect();
@@ -125,6 +138,7 @@ pub(super) fn cases() -> Vec<Case> {
                     "slice" => g.slice(x, 1, 1, 2)?,
                     "pad" => g.pad(x, 0, 1, 1)?,
                     "concat" => g.concat(&[x, x], 1)?,
+                    "after" => g.after(x, x)?,
                     _reshape => g.reshape(x, [12])?,
                 };
                 s.aux(y)

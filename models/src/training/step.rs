@@ -1,0 +1,63 @@
+//! The training step of a configuration, as it is trained, inspected and measured.
+
+use moebius::ir::{Graph, Value};
+use moebius::{Engine, History, Optimizer, Session, StepOptions, Trainer};
+
+use super::TrainingError;
+use super::memory::largest_batch;
+use crate::config::Config;
+use crate::gpt;
+
+/// Most steps between two looks of the host: what the device remembers has to be read with each of them.
+const MOST_REMEMBERED: u64 = 256;
+
+/// Outputs that are remembered of each step, beside loss and norm.
+pub(super) const REMEMBERED: [&str; 2] = ["lm_loss", "aux_loss"];
+
+impl Config {
+    /// How parameters are moved.
+    pub fn optimizer(&self) -> Optimizer {
+        let train = &self.train;
+        Optimizer {
+            beta1: train.betas[0] as f32,
+            beta2: train.betas[1] as f32,
+            eps: train.eps as f32,
+            weight_decay: train.weight_decay as f32,
+            clip: train.clip as f32,
+        }
+    }
+}
+
+/// The graph and the options of a configuration's training step: with its micro-batches and recomputation, and a history for the
+/// steps between two looks of the host.
+///
+/// # Errors
+/// As [`gpt::training`].
+pub fn parts(config: &Config) -> moebius::Result<(Graph, Value, StepOptions)> {
+    let train = &config.train;
+    let training = gpt::training_accumulated(&config.model, train.batch, train.accumulate)?;
+    let steps = train.log_every.clamp(1, MOST_REMEMBERED) as usize;
+    let history = History { steps, outputs: REMEMBERED.map(str::to_owned).to_vec() };
+    let options = StepOptions {
+        optimizer: config.optimizer(),
+        micro_batches: training.micro_batches,
+        borders: if train.recompute { training.borders } else { Vec::new() },
+        history: Some(history),
+    };
+    Ok((training.graph, training.loss, options))
+}
+
+/// The compiled training step of a configuration.
+///
+/// # Errors
+/// [`TrainingError::TooLarge`] with the largest batch that the device has memory for; as [`Trainer::with`].
+pub fn trainer(engine: &Engine, session: &mut Session, config: &Config) -> Result<Trainer, TrainingError> {
+    let (graph, loss, options) = parts(config)?;
+    match Trainer::with(session, graph, loss, options) {
+        Err(moebius::Error::Backend(source @ moebius::BackendError::TooLarge { free, .. })) => {
+            let largest = largest_batch(engine, config, free)?;
+            Err(TrainingError::TooLarge { source, largest })
+        }
+        made => Ok(made?),
+    }
+}
