@@ -489,12 +489,23 @@ fn write_folder(
         let path = out.join(TOKENIZER_FILE);
         write_whole(&path, json)?;
     }
-    if let Some(course) = course {
-        course.write(out)?;
+    match course {
+        Some(course) => course.write(out)?,
+        // Left by a run that was killed before it was one.
+        None => remove_if_there(&out.join(DISTILL_FILE))?,
     }
     // Last, as this file is what makes the folder a run.
     let path = out.join(CONFIG_FILE);
     write_whole(&path, config.to_toml()?.as_bytes())
+}
+
+fn remove_if_there(path: &Path) -> Result<(), TrainingError> {
+    match std::fs::remove_file(path) {
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+            Err(TrainingError::Io { operation: "remove", path: path.to_owned(), source })
+        }
+        Err(_) | Ok(()) => Ok(()),
+    }
 }
 
 /// Writes a file so that it is whole or not there.

@@ -9,7 +9,7 @@ use crate::config::Config;
 use crate::data::{Batches, Corpus};
 use crate::distill::cache::{Build, CacheReader, Identity, build};
 use crate::distill::{Course, DistillError};
-use crate::gpt::{self, Distilling, Lesson};
+use crate::gpt::{Distilling, Lesson};
 use crate::tokenizer::Tokenizer;
 
 /// What a run has of its teacher while it follows it; a whole teacher is in the session.
@@ -68,12 +68,10 @@ impl Distillation<'_> {
 impl Teaching {
     /// Gives the program what is kept of the teacher for a batch of the run, counted from 0; a whole teacher needs nothing.
     pub(super) fn give(&mut self, batch: u64, program: &mut Program) -> Result<(), TrainingError> {
-        let Some(reader) = &self.reader else { return Ok(()) };
-        let block = reader.read(batch, &mut self.ids).map_err(DistillError::from)?;
-        program.feed(gpt::KEPT_IDS, &self.ids)?;
-        program.feed_bytes(gpt::KEPT_LOG_P, block.log_p)?;
-        program.feed_bytes(gpt::KEPT_LOG_TAIL, block.log_tail)?;
-        Ok(())
+        match &self.reader {
+            Some(reader) => Ok(reader.feed(batch, &mut self.ids, program)?),
+            None => Ok(()),
+        }
     }
 }
 

@@ -354,3 +354,7 @@ pub fn linear_distillation_grad<T: Element, G: Element>(
     gradients(shape, (x, w), &LossGrads { targets, teacher, rows }, dx, dw, workspace);
     Ok(())
 }
+
+#[cfg(test)]
+#[path = "linear_distillation_tests.rs"]
+mod tests;

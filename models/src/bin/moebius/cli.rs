@@ -28,7 +28,7 @@ pub(crate) struct Cli {
 
 #[derive(Subcommand)]
 pub(crate) enum Command {
-    /// Train a model; with no arguments, the quick-start model on the built-in Tiny Shakespeare
+    /// Train a model; with no arguments, the quick-start model (tiny-pr-moe) on the built-in Tiny Shakespeare
     Train(TrainArgs),
     /// Train a student that follows a trained teacher for a part of the run
     Distill(DistillArgs),
@@ -50,7 +50,7 @@ pub(crate) enum Command {
 
 #[derive(Args)]
 pub(crate) struct TrainArgs {
-    /// Model and training settings by name (see `inspect --list`) [default: tiny-pr-moe]
+    /// Model and training settings by name (see `inspect --list`)
     #[arg(long, value_name = "NAME", conflicts_with = "config")]
     pub(crate) preset: Option<String>,
     /// Model and training settings from a TOML file
@@ -266,6 +266,12 @@ pub(crate) struct BenchArgs {
     /// Device to compute on: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub(crate) device: String,
+    /// The teacher of `distill`: a model by name, with start values
+    #[arg(long, value_name = "NAME")]
+    pub(crate) teacher: Option<String>,
+    /// Tokens that the cache of `distill` keeps for each token
+    #[arg(long, value_name = "K", default_value_t = 32)]
+    pub(crate) cache_top: usize,
     /// Measured steps, or decoded tokens [default: 12 steps, 128 tokens]
     #[arg(long, value_name = "N")]
     pub(crate) steps: Option<usize>,
@@ -286,6 +292,8 @@ pub(crate) enum BenchKind {
     Step,
     /// Generation of one token at a time with a key/value cache
     Decode,
+    /// Training steps of a student: plain, taught from a cache, and by a teacher in memory, side by side
+    Distill,
 }
 
 #[derive(Args)]

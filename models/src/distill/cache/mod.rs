@@ -18,7 +18,7 @@ use std::path::PathBuf;
 
 pub use build::{Build, Progress, build};
 pub use file::Identity;
-pub use read::CacheReader;
+pub use read::{Block, CacheReader};
 
 /// Name of the file in the cache's folder.
 pub const CACHE_FILE: &str = "teacher.logits";

@@ -3,10 +3,12 @@
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 
-use moebius::MappedFile;
+use moebius::{MappedFile, Program};
 
 use super::file::{FIXED, Layout, is_whole, parse};
 use super::{CacheError, Identity};
+use crate::distill::DistillError;
+use crate::gpt;
 
 /// A cache that is open for reading. It is mapped, so that it takes no memory that the system could not take back.
 #[derive(Debug)]
@@ -88,6 +90,18 @@ impl CacheReader {
     /// Bytes of the file.
     pub fn bytes(&self) -> usize {
         self.bytes.len()
+    }
+
+    /// Gives a student's program the feeds that are kept for a batch, counted from 0 over the run; `ids` is room for its tokens.
+    ///
+    /// # Errors
+    /// As [`CacheReader::read`], and [`moebius::Error`] if the program has other feeds.
+    pub fn feed(&self, batch: u64, ids: &mut Vec<i32>, program: &mut Program) -> Result<(), DistillError> {
+        let block = self.read(batch, ids)?;
+        program.feed(gpt::KEPT_IDS, ids)?;
+        program.feed_bytes(gpt::KEPT_LOG_P, block.log_p)?;
+        program.feed_bytes(gpt::KEPT_LOG_TAIL, block.log_tail)?;
+        Ok(())
     }
 
     /// What is kept for a batch, counted from 0 over the run; its ids, `[N,K]`, go to `ids`.
