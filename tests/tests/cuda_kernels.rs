@@ -6,15 +6,15 @@ use std::collections::BTreeSet;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use moebius_backends::cuda::{Compiler, Cuda, KernelText};
+use moebius_backends::cuda::{Chip, Compiler, Cuda, KernelText};
 use moebius_ir::passes;
 use moebius_tests::cases;
 
 /// The oldest GPU that is supported, and one whose code is made with the features of its chip.
-const ARCHITECTURES: [&str; 2] = ["sm_80", "sm_90a"];
+const ARCHITECTURES: [(&str, Chip); 2] = [("sm_80", Chip::AMPERE), ("sm_90a", Chip::HOPPER)];
 
 /// The kernels of all cases in all dtypes, forward and backward, each once.
-fn kernels() -> Vec<KernelText> {
+fn kernels(chip: Chip) -> Vec<KernelText> {
     let mut all = BTreeSet::new();
     for (_, cases) in cases::groups() {
         for case in cases {
@@ -24,7 +24,7 @@ fn kernels() -> Vec<KernelText> {
                     sketch.differentiate().unwrap_or_else(|e| panic!("{}: {e}", case.title(dtype)));
                 }
                 let graph = passes::optimise(&sketch.graph).unwrap_or_else(|e| panic!("{e}"));
-                all.extend(Cuda::kernels(&graph).unwrap_or_else(|e| panic!("{}: {e}", case.title(dtype))));
+                all.extend(Cuda::kernels(&graph, chip).unwrap_or_else(|e| panic!("{}: {e}", case.title(dtype))));
             }
         }
     }
@@ -44,23 +44,27 @@ fn kind(title: &str) -> String {
 #[test]
 #[expect(clippy::print_stdout, reason = "what was compiled, or that nothing was, is the result")]
 fn every_kernel_compiles() {
-    let kernels = kernels();
-    assert!(kernels.len() > 100, "only {} kernels", kernels.len());
+    let of_chips = ARCHITECTURES.map(|(arch, chip)| (arch, kernels(chip)));
+    let count: usize = of_chips.iter().map(|(_, kernels)| kernels.len()).sum();
+    assert!(of_chips.iter().all(|(_, kernels)| kernels.len() > 100), "only {count} kernels");
+    let hopper = of_chips.iter().flat_map(|(_, kernels)| kernels).filter(|k| k.title.contains("hopper")).count();
+    assert!(hopper > 5, "only {hopper} kernels of Hopper's own");
     let compiler = match Compiler::find() {
         Ok(compiler) => compiler,
         Err(why) => {
-            println!("{} kernels are not compiled: {why}", kernels.len());
+            println!("{count} kernels are not compiled: {why}");
             return;
         }
     };
     let mut work: Vec<(&str, &KernelText)> = Vec::new();
-    let mut kinds = BTreeSet::new();
-    for kernel in &kernels {
-        if kernel.title.starts_with("elementwise.cu") {
+    for (arch, kernels) in &of_chips {
+        let mut kinds = BTreeSet::new();
+        for kernel in kernels {
             // Generated chains are many and plain: one GPU is enough.
-            work.push((ARCHITECTURES[0], kernel));
-        } else if kinds.insert(kind(&kernel.title)) {
-            work.extend(ARCHITECTURES.map(|arch| (arch, kernel)));
+            let chain = kernel.title.starts_with("elementwise.cu");
+            if if chain { *arch == ARCHITECTURES[0].0 } else { kinds.insert(kind(&kernel.title)) } {
+                work.push((arch, kernel));
+            }
         }
     }
     let (next, failures) = (AtomicUsize::new(0), Mutex::new(Vec::new()));

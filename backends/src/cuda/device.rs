@@ -10,6 +10,7 @@ use cust::stream::{Stream, StreamFlags};
 use cust::{CudaFlags, sys};
 
 use super::cache::{Cache, Found};
+use super::chip::Chip;
 use super::compiler::Compiler;
 use super::driver::{self, check, failed};
 use super::error::{CudaError, Result};
@@ -25,6 +26,8 @@ pub(crate) struct Device {
     pub(crate) capability: (i32, i32),
     /// Bytes of its memory.
     pub(crate) total: u64,
+    /// What the lowering asks of it.
+    pub(crate) chip: Chip,
     modules: Mutex<HashMap<u128, Arc<Module>>>,
     notes: Mutex<Vec<String>>,
     compiler: &'static Compiler,
@@ -82,6 +85,8 @@ impl Device {
             });
         }
         let total = device.total_memory().map_err(failed("cuDeviceTotalMem"))? as u64;
+        let processors = attribute(DeviceAttribute::MultiprocessorCount)?.max(2) as usize;
+        let chip = Chip { hopper: capability == (9, 0) && driver::has_tensor_boxes(), processors };
         let context = Context::new(device).map_err(failed("cuDevicePrimaryCtxRetain"))?;
         let stream = Stream::new(StreamFlags::NON_BLOCKING, None).map_err(failed("cuStreamCreate"))?;
         Ok(Device {
@@ -89,6 +94,7 @@ impl Device {
             name,
             capability,
             total,
+            chip,
             modules: Mutex::new(HashMap::new()),
             notes: Mutex::new(Vec::new()),
             compiler,

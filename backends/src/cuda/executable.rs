@@ -8,7 +8,7 @@ use cust::sys;
 use moebius_ir::{NodeId, Op, Plan, Step, Storage, Value};
 
 use super::device::Device;
-use super::driver::{check, failed};
+use super::driver::{check, describe, failed};
 use super::instance::CudaInstance;
 use super::launch::{Action, Arg, Launch, Rejects};
 use super::memory::Memory;
@@ -25,7 +25,7 @@ unsafe impl Sync for Function {}
 
 /// An [`Action`] with its kernel loaded.
 enum Bound {
-    Kernel { function: Function, grid: [u32; 3], threads: u32, args: Vec<Arg> },
+    Kernel { function: Function, grid: [u32; 3], threads: u32, shared: u32, args: Vec<Arg> },
     Clear { at: Arg, bytes: usize },
 }
 
@@ -74,8 +74,8 @@ impl Addresses<'_> {
     }
 
     /// The bytes of an argument.
-    fn value(&self, step: &Launched, arg: &Arg) -> Vec<u8> {
-        match arg {
+    fn value(&self, step: &Launched, arg: &Arg) -> Result<Vec<u8>> {
+        Ok(match arg {
             Arg::Operand(i) => self.of(step.places.operands[*i]).to_le_bytes().to_vec(),
             Arg::OperandAt(i, at) => (self.of(step.places.operands[*i]) + *at as u64).to_le_bytes().to_vec(),
             Arg::Result(i) => self.of(step.places.results[*i]).to_le_bytes().to_vec(),
@@ -89,13 +89,14 @@ impl Addresses<'_> {
             Arg::I64(n) => n.to_le_bytes().to_vec(),
             Arg::F32(x) => x.to_le_bytes().to_vec(),
             Arg::Bytes(bytes) => bytes.clone(),
-        }
+            Arg::Box(tensor) => describe(tensor, self.address(step, &tensor.at)?)?,
+        })
     }
 
     /// The address that an argument is.
-    fn address(&self, step: &Launched, arg: &Arg) -> u64 {
-        let bytes = self.value(step, arg);
-        u64::from_le_bytes(bytes.try_into().unwrap_or_else(|_| unreachable!("only addresses are cleared")))
+    fn address(&self, step: &Launched, arg: &Arg) -> Result<u64> {
+        let bytes = self.value(step, arg)?;
+        Ok(u64::from_le_bytes(bytes.try_into().unwrap_or_else(|_| unreachable!("only addresses are asked for"))))
     }
 }
 
@@ -104,10 +105,11 @@ impl Program {
     pub(super) fn enqueue(&self, step: &Launched, addresses: Addresses<'_>) -> Result<()> {
         for action in &step.actions {
             match action {
-                Bound::Clear { at, bytes } => self.device.fill(addresses.address(step, at), 0, *bytes)?,
-                Bound::Kernel { function, grid, threads, args } => {
+                Bound::Clear { at, bytes } => self.device.fill(addresses.address(step, at)?, 0, *bytes)?,
+                Bound::Kernel { function, grid, threads, shared, args } => {
                     // Each argument in words of 16 bytes, the strictest alignment of a struct.
-                    let values: Vec<Vec<u128>> = args.iter().map(|arg| words(&addresses.value(step, arg))).collect();
+                    let values: Vec<Vec<u128>> =
+                        args.iter().map(|arg| Ok(words(&addresses.value(step, arg)?))).collect::<Result<_>>()?;
                     let mut pointers: Vec<*mut c_void> = values.iter().map(|v| v.as_ptr().cast_mut().cast()).collect();
                     let [x, y, z] = *grid;
                     // SAFETY: the lowering gives each kernel arguments of its parameters' types, whose addresses are planned
@@ -121,7 +123,7 @@ impl Program {
                             *threads,
                             1,
                             1,
-                            0,
+                            *shared,
                             self.device.raw_stream(),
                             pointers.as_mut_ptr(),
                             std::ptr::null_mut(),
@@ -158,7 +160,14 @@ impl CudaExecutable {
         let sources: Vec<_> = kernels.iter().map(|k| &k.source).collect();
         let modules = device.modules(&sources)?;
         let functions = kernels.iter().zip(&modules).map(|(k, module)| {
-            Ok(Function(module.get_function(k.name).map_err(failed("cuModuleGetFunction"))?.to_raw()))
+            let function = module.get_function(k.name).map_err(failed("cuModuleGetFunction"))?.to_raw();
+            if k.shared > 0 {
+                let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                // SAFETY: a function of a live module.
+                let result = unsafe { sys::cuFuncSetAttribute(function, attribute, k.shared as i32) };
+                check("cuFuncSetAttribute", result)?;
+            }
+            Ok(Function(function))
         });
         let mut functions = functions.collect::<Result<Vec<_>>>()?.into_iter();
         let mut bound: Vec<Option<(Vec<Bound>, Option<Rejects>)>> = Vec::with_capacity(launches.len());
@@ -169,6 +178,7 @@ impl CudaExecutable {
                     function: functions.next().unwrap_or_else(|| unreachable!("a function for each kernel")),
                     grid: k.grid.map(|n| n as u32),
                     threads: k.threads,
+                    shared: k.shared as u32,
                     args: k.args,
                 },
             });

@@ -1,5 +1,7 @@
 //! A node's work on the GPU as plain data: which kernels, over which grids, with which arguments.
 
+use moebius_ir::DType;
+
 use super::source::Source;
 
 /// What a kernel is given. Addresses are known when an instance is made.
@@ -31,6 +33,24 @@ pub(crate) enum Arg {
     F32(f32),
     /// A struct by value.
     Bytes(Vec<u8>),
+    /// A tensor as the tensor memory accelerator copies it: the driver's description by value.
+    Box(Box<TensorBox>),
+}
+
+/// A tensor of three axes in row-major order, the innermost first, and the box that is copied of it at a time: into shared
+/// memory, lines of 128 bytes, swizzled; 0 outside of the tensor.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct TensorBox {
+    /// Its address, a multiple of 16.
+    pub(crate) at: Arg,
+    /// A float of 16 bits.
+    pub(crate) dtype: DType,
+    /// Elements along each axis.
+    pub(crate) dims: [usize; 3],
+    /// Bytes between neighbours along the second and third axis: multiples of 16.
+    pub(crate) strides: [usize; 2],
+    /// Elements of the box along each axis.
+    pub(crate) extent: [usize; 3],
 }
 
 impl Arg {
@@ -51,6 +71,8 @@ pub(crate) struct Kernel {
     pub(crate) grid: [usize; 3],
     /// Threads of a block.
     pub(crate) threads: u32,
+    /// Bytes of shared memory that are asked for at the launch.
+    pub(crate) shared: usize,
     /// In the order of the kernel's parameters.
     pub(crate) args: Vec<Arg>,
 }
@@ -141,9 +163,9 @@ impl Launch {
     }
 }
 
-/// A kernel as an action.
+/// A kernel, with the shared memory of its text alone, as an action.
 pub(crate) fn kernel(source: Source, name: &'static str, grid: [usize; 3], threads: u32, args: Vec<Arg>) -> Action {
-    Action::Kernel(Kernel { source, name, grid, threads, args })
+    Action::Kernel(Kernel { source, name, grid, threads, shared: 0, args })
 }
 
 /// Places in scratch memory handed out one after another, each at a multiple of 128 bytes.

@@ -7,6 +7,7 @@
 //! is read.
 
 mod cache;
+mod chip;
 mod compiler;
 mod device;
 mod driver;
@@ -25,6 +26,7 @@ use moebius_ir::{Fences, Graph, NodeId, Plan};
 
 use crate::{Backend, Executable, Result, Store, lowering};
 
+pub use chip::Chip;
 pub use compiler::Compiler;
 pub use error::CudaError;
 
@@ -77,13 +79,13 @@ impl Cuda {
         self.device.ordinal
     }
 
-    /// The kernels that an optimised graph needs, each once. Needs no GPU.
+    /// The kernels that an optimised graph needs on such a GPU, each once. Needs no GPU.
     ///
     /// # Errors
     /// [`crate::Error::Unsupported`].
-    pub fn kernels(graph: &Graph) -> Result<Vec<KernelText>> {
+    pub fn kernels(graph: &Graph, chip: Chip) -> Result<Vec<KernelText>> {
         let mut texts = Vec::new();
-        for launch in launches(graph)? {
+        for launch in launches(graph, chip)? {
             for action in launch.actions {
                 if let launch::Action::Kernel(k) = action {
                     let (title, text, options) = (k.source.title(), k.source.text(), k.source.options().to_vec());
@@ -98,8 +100,8 @@ impl Cuda {
 }
 
 /// The launch of every node, or all refusals.
-fn launches(graph: &Graph) -> Result<Vec<launch::Launch>> {
-    lowering::launches(BACKEND, graph, |id| lower::lower(graph, id))
+fn launches(graph: &Graph, chip: Chip) -> Result<Vec<launch::Launch>> {
+    lowering::launches(BACKEND, graph, |id| lower::lower(graph, id, chip))
 }
 
 impl Backend for Cuda {
@@ -120,13 +122,13 @@ impl Backend for Cuda {
     }
 
     fn plan(&self, graph: Graph) -> Result<Plan> {
-        let scratch: Vec<usize> = launches(&graph)?.iter().map(|l| l.scratch).collect();
+        let scratch: Vec<usize> = launches(&graph, self.device.chip)?.iter().map(|l| l.scratch).collect();
         let fences = if self.checks { Fences::On } else { Fences::Off };
         Ok(Plan::new(graph, &|_, node: NodeId| scratch[node.index()], fences)?)
     }
 
     fn compile(&self, plan: Plan) -> Result<Arc<dyn Executable>> {
-        let launches = launches(plan.graph())?;
+        let launches = launches(plan.graph(), self.device.chip)?;
         Ok(Arc::new(executable::CudaExecutable::new(Arc::clone(&self.device), plan, launches, self.checks)?))
     }
 

@@ -25,6 +25,7 @@ macro_rules! header {
 
 header!(COMMON, "common.cuh");
 header!(MMA, "mma.cuh");
+header!(HOPPER, "hopper.cuh");
 header!(GEMM, "gemm.cuh");
 header!(FUNCTIONS, "functions.cuh");
 header!(ROUTER, "router.cuh");

@@ -4,6 +4,7 @@
 //! entries return "no device" until [`load`] has found `libcuda.so.1` and filled it. So the program has no libcuda among
 //! its needs and starts on any machine.
 
+mod tensor_box;
 mod trampolines;
 
 use std::ffi::CStr;
@@ -14,6 +15,8 @@ use std::sync::atomic::Ordering;
 use cust::sys;
 
 use super::error::{CudaError, Result};
+
+pub(crate) use tensor_box::{describe, has_tensor_boxes};
 
 /// Where the driver is looked for: the loader's path, where every installation of it puts itself.
 const LIBRARY: &str = "libcuda.so.1";

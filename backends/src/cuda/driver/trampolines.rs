@@ -6,7 +6,7 @@ use std::arch::naked_asm;
 use std::sync::atomic::AtomicPtr;
 
 /// `CUDA_ERROR_NO_DEVICE`: what every function returns until the driver is loaded.
-extern "C" fn no_device() -> i32 {
+pub(super) extern "C" fn no_device() -> i32 {
     100
 }
 
@@ -80,7 +80,7 @@ trampolines! {
     cuDestroyExternalMemory, cuDeviceGet, cuDeviceGetAttribute, cuDeviceGetCount, cuDeviceGetName,
     cuDevicePrimaryCtxRelease_v2, cuDevicePrimaryCtxReset_v2, cuDevicePrimaryCtxRetain, cuDevicePrimaryCtxSetFlags_v2,
     cuDeviceTotalMem_v2, cuDriverGetVersion, cuEventCreate, cuEventDestroy_v2, cuEventElapsedTime, cuEventQuery,
-    cuEventRecord, cuEventSynchronize, cuExternalMemoryGetMappedBuffer, cuFuncGetAttribute, cuFuncSetCacheConfig,
+    cuEventRecord, cuEventSynchronize, cuExternalMemoryGetMappedBuffer, cuFuncGetAttribute, cuFuncSetAttribute, cuFuncSetCacheConfig,
     cuFuncSetSharedMemConfig, cuGetErrorName, cuGetErrorString, cuGraphAddKernelNode, cuGraphCreate,
     cuGraphDebugDotPrint, cuGraphDestroy, cuGraphExecDestroy, cuGraphGetEdges, cuGraphGetNodes,
     cuGraphInstantiateWithFlags, cuGraphKernelNodeGetParams, cuGraphLaunch, cuGraphNodeGetType,
@@ -95,10 +95,13 @@ trampolines! {
     cuStreamCreateWithPriority, cuStreamDestroy_v2, cuStreamEndCapture, cuStreamGetFlags, cuStreamGetPriority,
     cuStreamSynchronize, cuStreamWaitEvent, cuSurfObjectCreate, cuSurfObjectDestroy, cuSurfObjectGetResourceDesc,
     cuTexObjectCreate, cuTexObjectDestroy, cuTexObjectGetResourceDesc, cuTexObjectGetResourceViewDesc,
+    cuTensorMapEncodeTiled,
 }
 
 /// Place of the function that gives an error's name.
 pub(super) const GET_ERROR_NAME: usize = Entry::cuGetErrorName as usize;
+/// Place of the function that describes a tensor to the tensor memory accelerator.
+pub(super) const ENCODE_TENSOR: usize = Entry::cuTensorMapEncodeTiled as usize;
 /// Place of the function that gives an error's text.
 pub(super) const GET_ERROR_STRING: usize = Entry::cuGetErrorString as usize;
 

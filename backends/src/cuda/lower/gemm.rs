@@ -4,7 +4,9 @@ use moebius_ir::ops::{ExpertMatmul, Matmul};
 use moebius_ir::{DType, Graph, Node, Shape};
 
 use super::few_rows::{self, Few, Operands};
+use super::hopper::{self, End, Segments};
 use super::{Lowered, dtype, float, int, shapes};
+use crate::cuda::chip::Chip;
 use crate::cuda::launch::{Action, Arg, Launch, kernel};
 use crate::cuda::source::{GEMM, MMA, Source};
 
@@ -24,7 +26,7 @@ const LONG: usize = 256;
 /// The most blocks along z of a grid.
 const MOST_Z: usize = 65_535;
 /// The most experts of one product, as in the kernel.
-const MOST_EXPERTS: usize = 1024;
+pub(super) const MOST_EXPERTS: usize = 1024;
 
 /// The kernels of a file of products for one float type and tile.
 pub(super) struct Kernels {
@@ -86,6 +88,11 @@ pub(super) struct Product {
 }
 
 impl Product {
+    /// One product without a bias.
+    pub(super) fn of(a: Strides, b: Strides, m: usize, n: usize, k: usize) -> Product {
+        Product { a, a_batch: 0, b, b_batch: 0, c_batch: 0, m, n, k, wide_bias: false }
+    }
+
     fn arg(&self) -> Result<Arg, String> {
         let mut bytes = Vec::with_capacity(72);
         let strides = [self.a.row, self.a.column, self.a_batch, self.b.row, self.b.column, self.b_batch, self.c_batch];
@@ -118,7 +125,7 @@ pub(super) fn gemm(dtype: DType, product: &Product, batch: usize, args: [Arg; 6]
     Ok(kernel(of.source, "gemm", grid, of.threads, args))
 }
 
-pub(super) fn lower_matmul(graph: &Graph, node: &Node, op: &Matmul) -> Lowered {
+pub(super) fn lower_matmul(graph: &Graph, node: &Node, op: &Matmul, chip: Chip) -> Lowered {
     let [a, b] = shapes(graph, node);
     let out = &graph.ty(node.results[0]).shape;
     let (bias, wide_bias) = bias(graph, node, 2)?;
@@ -139,9 +146,15 @@ pub(super) fn lower_matmul(graph: &Graph, node: &Node, op: &Matmul) -> Lowered {
         k,
         wide_bias,
     };
+    let operands = Operands { a: Arg::Operand(0), b: Arg::Operand(1), offsets: Arg::Null, bias: bias.clone() };
     if let Some(side) = few(batch, m, n, k) {
-        let operands = Operands { a: Arg::Operand(0), b: Arg::Operand(1), offsets: Arg::Null, bias };
         return few_rows::launch(dtype(graph, node, 0), &product, side, batch, None, operands);
+    }
+    if batch == 1 {
+        let launch = hopper::launch(chip, dtype(graph, node, 0), &product, Segments::None, &operands)?;
+        if let Some(launch) = launch {
+            return Ok(launch);
+        }
     }
     let args = [Arg::Operand(0), Arg::Operand(1), bias, Arg::Null, Arg::Null, Arg::Result(0)];
     Ok(Launch::of(vec![gemm(dtype(graph, node, 0), &product, batch, args)?]))
@@ -153,7 +166,7 @@ fn experts(offsets: &Shape) -> Result<usize, String> {
     if experts > MOST_EXPERTS { Err(format!("at most {MOST_EXPERTS} experts, not {experts}")) } else { Ok(experts) }
 }
 
-pub(super) fn lower_expert_matmul(graph: &Graph, node: &Node, op: &ExpertMatmul) -> Lowered {
+pub(super) fn lower_expert_matmul(graph: &Graph, node: &Node, op: &ExpertMatmul, chip: Chip) -> Lowered {
     let [rows, w, offsets] = shapes(graph, node);
     let (bias, wide_bias) = bias(graph, node, 3)?;
     let experts = experts(&offsets)?;
@@ -170,9 +183,14 @@ pub(super) fn lower_expert_matmul(graph: &Graph, node: &Node, op: &ExpertMatmul)
         wide_bias,
     };
     // The columns of experts are never the short side: their rows may be many.
+    let operands = Operands { a: Arg::Operand(0), b: Arg::Operand(1), offsets: Arg::Operand(2), bias: bias.clone() };
     if few(1, m, usize::MAX, k) == Some(Few::Rows) {
-        let operands = Operands { a: Arg::Operand(0), b: Arg::Operand(1), offsets: Arg::Operand(2), bias };
         return few_rows::launch(dtype(graph, node, 0), &product, Few::Rows, 1, Some(experts), operands);
+    }
+    let segments = Segments::Rows(experts);
+    let launch = hopper::launch(chip, dtype(graph, node, 0), &product, segments, &operands)?;
+    if let Some(launch) = launch {
+        return Ok(launch);
     }
     // As if the rows were dealt out evenly.
     let of = products("gemm.cu", TEXT, dtype(graph, node, 0), tile(experts, m / experts.max(1), n))?;
@@ -182,7 +200,7 @@ pub(super) fn lower_expert_matmul(graph: &Graph, node: &Node, op: &ExpertMatmul)
     Ok(Launch::one(of.source, "gemm_m_grouped", [n.div_ceil(of.tile), tiles, 1], of.threads, args))
 }
 
-pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node) -> Lowered {
+pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node, chip: Chip) -> Lowered {
     let [a, b, offsets] = shapes(graph, node);
     let (s, m, n) = (a[0], a[1], b[1]);
     let product = Product {
@@ -197,6 +215,12 @@ pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node) -> Lowered {
         wide_bias: false,
     };
     let experts = offsets[0] - 1;
+    let operands = Operands { a: Arg::Operand(0), b: Arg::Operand(1), offsets: Arg::Operand(2), bias: Arg::Null };
+    let segments = Segments::K(experts);
+    let launch = hopper::launch(chip, dtype(graph, node, 0), &product, segments, &operands)?;
+    if let Some(launch) = launch {
+        return Ok(launch);
+    }
     let of = products("gemm.cu", TEXT, dtype(graph, node, 0), tile(experts, m, n))?;
     let args = vec![Arg::Operand(0), Arg::Operand(1), Arg::Operand(2), Arg::Result(0), product.arg()?];
     let grid = [n.div_ceil(of.tile), m.div_ceil(of.tile), experts];
@@ -207,6 +231,25 @@ pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node) -> Lowered {
 /// most one tile that is not full.
 fn most_tiles(rows: usize, experts: usize, tile: usize) -> usize {
     rows / tile + experts + 1
+}
+
+/// One product without a bias; `add`, `sum` and `c` as the kernel's.
+pub(super) fn plain(
+    chip: Chip,
+    ty: DType,
+    product: &Product,
+    [a, b]: [&Arg; 2],
+    [add, sum, c]: [&Arg; 3],
+) -> Result<Action, String> {
+    let end = if *add == Arg::Null && *sum == Arg::Null {
+        End::stored(product, &Arg::Null, c)
+    } else {
+        End::added([add, sum, c])
+    };
+    if let Some(action) = hopper::action(chip, ty, product, Segments::None, [a, b, &Arg::Null], end)? {
+        return Ok(action);
+    }
+    gemm(ty, product, 1, [a, b, &Arg::Null, add, sum, c].map(Arg::clone))
 }
 
 #[cfg(test)]

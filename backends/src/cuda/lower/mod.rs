@@ -1,6 +1,6 @@
 //! From a node to its kernels. This one function is also the support check: a node it gives no launch for is refused.
 //!
-//! The files beside this one hold the launches, grouped as the kernels are; each decides from the graph alone, so that what is
+//! The files beside this one hold the launches, grouped as the kernels are; each decides from the graph and the kind of GPU alone, so that what is
 //! said here of a machine with a GPU can be tested on one without.
 
 mod attention;
@@ -9,6 +9,7 @@ mod elementwise;
 mod embedding;
 mod few_rows;
 mod gemm;
+mod hopper;
 mod movement;
 mod norm;
 mod optimizer;
@@ -17,6 +18,7 @@ mod sparse;
 
 use moebius_ir::{DType, Graph, Node, NodeId, Op};
 
+use super::chip::Chip;
 use super::launch::Launch;
 use super::source::{Header, Source};
 use crate::lowering::shapes;
@@ -49,11 +51,11 @@ fn dtype(graph: &Graph, node: &Node, i: usize) -> DType {
     graph.ty(node.operands[i]).dtype
 }
 
-/// The launch of a node.
+/// The launch of a node on such a GPU.
 ///
 /// # Errors
 /// What the backend wants instead.
-pub(crate) fn lower(graph: &Graph, id: NodeId) -> Lowered {
+pub(crate) fn lower(graph: &Graph, id: NodeId, chip: Chip) -> Lowered {
     let node = graph.node(id);
     let launch = match &node.op {
         // Nothing to run: these are places in memory, settled by the plan.
@@ -79,19 +81,19 @@ pub(crate) fn lower(graph: &Graph, id: NodeId) -> Lowered {
         Op::RmsNorm(op) => norm::lower_rms_norm(graph, node, op.eps),
         Op::RmsNormGrad(_) => norm::lower_rms_norm_grad(graph, node),
 
-        Op::Matmul(op) => gemm::lower_matmul(graph, node, op),
+        Op::Matmul(op) => gemm::lower_matmul(graph, node, op, chip),
         Op::Attention(op) => attention::lower_attention(graph, node, op),
         Op::AttentionGrad(op) => attention::lower_attention_grad(graph, node, op),
         Op::AttentionCached(op) => attention::lower_attention_cached(graph, node, op),
         Op::Embedding(_) => embedding::lower_embedding(graph, node),
         Op::EmbeddingGrad(_) => embedding::lower_embedding_grad(graph, node),
-        Op::LinearCrossEntropy(_) => classifier::lower_linear_cross_entropy(graph, node),
-        Op::LinearCrossEntropyGrad(_) => classifier::lower_linear_cross_entropy_grad(graph, node),
+        Op::LinearCrossEntropy(_) => classifier::lower_linear_cross_entropy(graph, node, chip),
+        Op::LinearCrossEntropyGrad(_) => classifier::lower_linear_cross_entropy_grad(graph, node, chip),
         Op::LinearDistillation(op) => classifier::lower_linear_distillation(graph, node, op.temperature),
-        Op::LinearDistillationGrad(op) => classifier::lower_linear_distillation_grad(graph, node, op.temperature),
+        Op::LinearDistillationGrad(op) => classifier::lower_linear_distillation_grad(graph, node, op.temperature, chip),
         Op::LinearDistillationCached(op) => classifier::lower_linear_distillation_cached(graph, node, op.temperature),
         Op::LinearDistillationCachedGrad(op) => {
-            classifier::lower_linear_distillation_cached_grad(graph, node, op.temperature)
+            classifier::lower_linear_distillation_cached_grad(graph, node, op.temperature, chip)
         }
 
         Op::Route(op) => sparse::lower_route(graph, node, op),
@@ -101,8 +103,8 @@ pub(crate) fn lower(graph: &Graph, id: NodeId) -> Lowered {
         Op::Combine(op) => sparse::lower_combine(graph, node, *op),
         Op::GateGrad(_) => sparse::lower_gate_grad(graph, node),
         Op::SegmentSum(_) => sparse::lower_segment_sum(graph, node),
-        Op::ExpertMatmul(op) => gemm::lower_expert_matmul(graph, node, op),
-        Op::ExpertMatmulWgrad(_) => gemm::lower_expert_matmul_wgrad(graph, node),
+        Op::ExpertMatmul(op) => gemm::lower_expert_matmul(graph, node, op, chip),
+        Op::ExpertMatmulWgrad(_) => gemm::lower_expert_matmul_wgrad(graph, node, chip),
 
         Op::GlobalNorm(_) => optimizer::lower_global_norm(graph, node),
         Op::Adamw(op) => optimizer::lower_adamw(graph, node, op),

@@ -8,11 +8,14 @@ use crate::verify::tolerance::Class;
 
 fn matmul() -> Vec<Case> {
     let mut cases = Vec::new();
-    let sizes: [(&[usize], usize, usize, usize, bool); 15] = [
+    let sizes: [(&[usize], usize, usize, usize, bool); 17] = [
         (&[], 1, 1, 1, true),
         (&[], 5, 3, 7, true),
         (&[], 33, 65, 17, true),
         (&[], 70, 130, 40, true),
+        // Rows of a multiple of 16 bytes, which some GPUs copy by themselves.
+        (&[], 88, 136, 72, true),
+        (&[], 296, 264, 136, true),
         // Few rows and deep sums, which decoding has and kernels treat by themselves.
         (&[], 1, 150, 530, true),
         (&[], 4, 67, 300, true),
@@ -169,7 +172,7 @@ fn embedding() -> Vec<Case> {
 
 fn cross_entropy() -> Vec<Case> {
     let mut cases = Vec::new();
-    for (n, d, v) in [(1, 1, 1), (5, 8, 3), (9, 16, 517), (70, 33, 40)] {
+    for (n, d, v) in [(1, 1, 1), (5, 8, 3), (9, 16, 517), (70, 33, 40), (88, 64, 200), (296, 72, 328)] {
         let name = format!("{n} rows of {d}, {v} classes");
         let targets: Vec<i32> =
             (0..n as i32).map(|i| if i % 4 == 2 { -1 - i } else { (i * 37 + 5) % v as i32 }).collect();

@@ -301,6 +301,29 @@ fn few() -> Vec<Case> {
     cases
 }
 
+/// Rows of a multiple of 16 bytes, which some GPUs copy by themselves: segments of one tile and of several, an idle expert, and
+/// unused slots.
+fn aligned() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (tokens, k, n) in [(83, 72, 136), (700, 64, 264)] {
+        for transpose in [false, true] {
+            let expert_index =
+                (0..tokens as i32).map(|t| if t % 13 == 5 { -1 } else { [0, 3, 3, 4, 3][t as usize % 5] }).collect();
+            let r = Routing { name: "", tokens, k: 1, experts: 6, capacity: None, expert_index };
+            let name = format!("{tokens} slots, {k}x{n}, transposed {transpose}");
+            cases.push(case("expert_matmul", name, Class::Sum, FLOATS, move |s| {
+                let [_, _, offsets] = assigned(s, &r)?;
+                let rows = s.float([tokens, k], |x| x)?;
+                let w = s.float([r.experts, if transpose { n } else { k }, if transpose { k } else { n }], |x| x)?;
+                let bias = s.float([r.experts, n], |x| x)?;
+                let y = s.graph.expert_matmul(rows, w, offsets, Some(bias), transpose)?;
+                s.out(y)
+            }));
+        }
+    }
+    cases
+}
+
 /// Segments of many large tiles, as a GPU cuts them, with an idle expert and unused slots.
 fn larger() -> Vec<Case> {
     let (experts, k, n) = (4, 21, 800);
@@ -332,6 +355,7 @@ pub(super) fn cases() -> Vec<Case> {
         cases.extend(movement(&r));
         cases.extend(products(&r));
     }
+    cases.extend(aligned());
     cases.extend([large(), long_segments()]);
     cases.extend(few());
     cases.extend(larger());

@@ -1,0 +1,236 @@
+//! Launches of the products of 16-bit floats on Hopper: by the tensor memory accelerator and wgmma.
+//!
+//! One rule says which products these are ([`action`] gives `None` for others) and how high their tiles are ([`height`]).
+
+use moebius_ir::DType;
+
+use super::few_rows::Operands;
+use super::gemm::{MOST_EXPERTS, Product};
+use super::{float, int};
+use crate::cuda::chip::Chip;
+use crate::cuda::launch::{Action, Arg, Kernel, Launch, TensorBox};
+use crate::cuda::source::{HOPPER, Source};
+
+const PRODUCTS: &str = include_str!("../kernels/gemm_hopper.cuh");
+const STORED: &str = include_str!("../kernels/gemm_hopper.cu");
+const CROSS_ENTROPY: &str = include_str!("../kernels/cross_entropy_hopper.cu");
+/// Columns of the tile of a block, and elements of k of a stage, as in the kernel.
+const COLUMNS: usize = 128;
+const DEPTH: usize = 64;
+/// Heights of a tile that one may be limited to.
+const HEIGHTS: [usize; 3] = [256, 128, 64];
+/// What a tile costs beside its rows, in rows: its loads of w and its start and end.
+const OVERHEAD: usize = 150;
+/// Columns below which most of a tile would be empty.
+const LEAST_COLUMNS: usize = 64;
+/// Row lengths are multiples of this: 16 bytes.
+const ALIGNED: usize = 8;
+const THREADS: u32 = 384;
+/// Bytes of shared memory: four stages, the pieces of the result, the barriers, the segments, and what aligns them.
+const SHARED: usize =
+    4 * (COLUMNS + 256) * DEPTH * 2 + 2 * 2 * 32 * 64 * 2 + 2 * 4 * 8 + 2 * (MOST_EXPERTS + 2) * 4 + 1024;
+
+/// What cuts a product into segments.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Segments {
+    /// Nothing.
+    None,
+    /// The rows are slots of so many experts.
+    Rows(usize),
+    /// k are slots of so many experts.
+    K(usize),
+}
+
+impl Segments {
+    fn experts(self) -> usize {
+        match self {
+            Segments::None => 0,
+            Segments::Rows(experts) | Segments::K(experts) => experts,
+        }
+    }
+}
+
+/// A matrix as the tensor memory accelerator copies it: `rows` lines along the tile, `k` along the sum, of `count` matrices.
+struct Side {
+    along_k: bool,
+    /// Elements from one line in memory to the next.
+    pitch: usize,
+    rows: usize,
+    k: usize,
+    count: usize,
+    apart: usize,
+}
+
+impl Side {
+    /// Whether its lines and their starts are multiples of 16 bytes.
+    fn aligned(&self) -> bool {
+        [self.pitch, self.apart, if self.along_k { self.k } else { self.rows }].iter().all(|n| n % ALIGNED == 0)
+    }
+
+    /// In boxes of `rows` along the tile where those lie together along k, else of 64.
+    fn boxed(&self, at: Arg, dtype: DType, rows: usize) -> Arg {
+        let (inner, outer) = if self.along_k { (self.k, self.rows) } else { (self.rows, self.k) };
+        Arg::Box(Box::new(TensorBox {
+            at,
+            dtype,
+            dims: [inner, outer, self.count],
+            strides: [2 * self.pitch, 2 * self.apart],
+            extent: if self.along_k { [DEPTH, rows, 1] } else { [64, DEPTH, 1] },
+        }))
+    }
+}
+
+/// The most rows of a tile: with `groups` products of `rows` rows and `columns` columns each, the height whose rounds over the
+/// GPU take the least time.
+fn height(chip: Chip, groups: usize, rows: usize, columns: usize) -> usize {
+    let cost = |height: usize| {
+        let tiles = groups * rows.div_ceil(height) * columns.div_ceil(2 * COLUMNS) * 2;
+        tiles.div_ceil(chip.processors) * (height.min(rows) + OVERHEAD)
+    };
+    HEIGHTS.into_iter().min_by_key(|&height| cost(height)).unwrap_or(HEIGHTS[0])
+}
+
+/// `wgmma` for sums of `rows` rows: the operands in shared memory, either way round, as overloads by the number of sums.
+fn instructions(dtype: DType, rows: &[usize], x_along_k: bool, w_along_k: bool) -> Result<String, String> {
+    let (kind, [x, w]) = (float(dtype)?, [!x_along_k, !w_along_k].map(u8::from));
+    let one = |&n: &usize| {
+        let sums = n / 2;
+        let list = |f: &dyn Fn(usize) -> String| (0..sums).map(f).collect::<Vec<_>>().join(", ");
+        let (registers, operands) = (list(&|i| format!("%{i}")), list(&|i| format!("\"+f\"(d[{i}])")));
+        format!(
+            "__device__ __forceinline__ void wgmma(float (&d)[{sums}], u64 w, u64 x, int add) {{\n    asm volatile(\"{{\\n .reg .pred \
+             add;\\n setp.ne.b32 add, %{flag}, 0;\\n wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} {{{registers}}}, \
+             %{sums}, %{second}, add, 1, 1, {w}, {x};\\n}}\" : {operands} : \"l\"(w), \"l\"(x), \"r\"(add));\n}}\n",
+            second = sums + 1,
+            flag = sums + 2,
+        )
+    };
+    Ok(rows.iter().map(one).collect())
+}
+
+/// What becomes of the sums: a kernel of a file, and its parameters behind those of the product.
+pub(super) struct End {
+    file: &'static str,
+    text: &'static str,
+    name: &'static str,
+    args: Vec<Arg>,
+}
+
+impl End {
+    /// Rows of `out`, with a bias or none.
+    pub(super) fn stored(p: &Product, bias: &Arg, out: &Arg) -> End {
+        let args = vec![bias.clone(), Arg::I32(i32::from(p.wide_bias)), out.clone()];
+        End { file: "gemm_hopper.cu", text: STORED, name: "gemm_hopper", args }
+    }
+
+    /// Added to `add` if that is not null, and rows of f32 in `sum` if that is not null, else of `out`.
+    pub(super) fn added(args: [&Arg; 3]) -> End {
+        End { file: "gemm_hopper.cu", text: STORED, name: "gemm_added_hopper", args: args.map(Arg::clone).to_vec() }
+    }
+
+    /// The largest logit and the sum of exponentials of every 64 classes, as `cross_entropy_tiles`.
+    pub(super) fn cross_entropy_tiles(args: Vec<Arg>) -> End {
+        End { file: "cross_entropy_hopper.cu", text: CROSS_ENTROPY, name: "cross_entropy_tiles_hopper", args }
+    }
+
+    /// The gradient of the logits, as `cross_entropy_grad`.
+    pub(super) fn cross_entropy_grad(args: Vec<Arg>) -> End {
+        End { file: "cross_entropy_hopper.cu", text: CROSS_ENTROPY, name: "cross_entropy_grad_hopper", args }
+    }
+}
+
+/// The kernel's text for a kind of product.
+fn source(dtype: DType, x_along_k: bool, w_along_k: bool, k_grouped: bool, end: &End) -> Result<Source, String> {
+    let step = if x_along_k { 16 } else { 64 };
+    let rows: Vec<usize> = (1..=HEIGHTS[0] / step).map(|i| i * step).collect();
+    let wgmma = instructions(dtype, &rows, x_along_k, w_along_k)?;
+    let text = format!("{wgmma}\n#line 1 \"gemm_hopper.cuh\"\n{PRODUCTS}\n#line 1 \"{}\"\n{}", end.file, end.text);
+    let source = Source::generated(end.file, &[HOPPER], text).define("T", float(dtype)?).define("SHARED", SHARED);
+    let flag = |source: Source, name, on: bool| source.define(name, u8::from(on));
+    Ok(flag(flag(flag(source, "X_ALONG_K", x_along_k), "W_ALONG_K", w_along_k), "K_GROUPED", k_grouped))
+}
+
+/// The launch of a product with an end, if it is one for these kernels: `a` and `b` are its operands, `offsets` those of the
+/// segments.
+///
+/// # Errors
+/// Of sizes that kernels cannot count.
+pub(super) fn action(
+    chip: Chip,
+    dtype: DType,
+    p: &Product,
+    segments: Segments,
+    [a, b, offsets]: [&Arg; 3],
+    end: End,
+) -> Result<Option<Action>, String> {
+    let experts = segments.experts();
+    let along = |line: usize, other: usize| if line == 1 { (true, other) } else { (false, line) };
+    let ((x_along_k, x_pitch), (w_along_k, w_pitch)) = (along(p.a.column, p.a.row), along(p.b.row, p.b.column));
+    let x = Side { along_k: x_along_k, pitch: x_pitch, rows: p.m, k: p.k, count: 1, apart: p.m * p.k };
+    let weights = if let Segments::Rows(experts) = segments { experts } else { 1 };
+    let w = Side { along_k: w_along_k, pitch: w_pitch, rows: p.n, k: p.k, count: weights, apart: p.n * p.k };
+    let k_grouped = matches!(segments, Segments::K(_));
+    let half = matches!(dtype, DType::Bf16 | DType::F16);
+    let large = p.m > 0 && p.k > 0 && p.n >= LEAST_COLUMNS && experts <= MOST_EXPERTS;
+    if !(chip.hopper && half && large && p.n % ALIGNED == 0 && x.aligned() && w.aligned()) {
+        return Ok(None);
+    }
+    // As if the slots were dealt out evenly.
+    let (groups, rows) = match segments {
+        Segments::None => (1, p.m),
+        Segments::Rows(experts) => (experts.max(1), p.m.div_ceil(experts.max(1))),
+        Segments::K(experts) => (experts, p.m),
+    };
+    let most = height(chip, groups, rows, p.n);
+    let mut sizes = Vec::with_capacity(20);
+    for n in [p.m, p.n, p.k, experts, most] {
+        sizes.extend(int(n, "an extent of a product")?.to_le_bytes());
+    }
+    let (x, w) = (x.boxed(a.clone(), dtype, 32), w.boxed(b.clone(), dtype, COLUMNS));
+    let mut args = vec![x, w, offsets.clone(), Arg::Bytes(sizes)];
+    let (source, name) = (source(dtype, x_along_k, w_along_k, k_grouped, &end)?, end.name);
+    args.extend(end.args);
+    // Pairs of blocks, one block on each multiprocessor.
+    let grid = [chip.processors / 2 * 2, 1, 1];
+    Ok(Some(Action::Kernel(Kernel { source, name, grid, threads: THREADS, shared: SHARED, args })))
+}
+
+/// The launch of a product whose sums, with a bias or none, are the result, if it is one for these kernels.
+///
+/// # Errors
+/// As [`action`].
+pub(super) fn launch(
+    chip: Chip,
+    dtype: DType,
+    p: &Product,
+    segments: Segments,
+    of: &Operands,
+) -> Result<Option<Launch>, String> {
+    let end = End::stored(p, &of.bias, &Arg::Result(0));
+    let action = action(chip, dtype, p, segments, [&of.a, &of.b, &of.offsets], end)?;
+    Ok(action.map(|action| Launch::of(vec![action])))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_are_as_high_as_keeps_every_processor_busy() {
+        let height = |groups, rows, columns| height(Chip::HOPPER, groups, rows, columns);
+        assert_eq!(height(1, 8192, 4096), 256);
+        assert_eq!(height(64, 256, 8192), 256);
+        // 32 tiles of 256 rows would leave most processors idle.
+        assert_eq!(height(1, 1024, 1024), 64);
+    }
+
+    #[test]
+    fn an_instruction_names_a_register_for_each_sum() {
+        let text = instructions(DType::Bf16, &[16], true, false).unwrap();
+        assert!(
+            text.contains("m64n16k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, add, 1, 1, 1, 0;"),
+            "{text}"
+        );
+        assert!(text.contains("setp.ne.b32 add, %10, 0;"), "{text}");
+    }
+}
