@@ -93,6 +93,18 @@ pub enum Error {
         /// Bytes given.
         found: usize,
     },
+    /// A part that lies beyond the end of a stored tensor.
+    #[error("stored tensor {name:?} of type {ty} has {} bytes: wanted a part of it, found {found} bytes from byte {at} on", ty.bytes())]
+    Part {
+        /// Its name.
+        name: String,
+        /// Its type.
+        ty: TensorType,
+        /// Where the part begins.
+        at: usize,
+        /// Bytes of the part.
+        found: usize,
+    },
     /// The store holds a tensor of another type than the graph wants.
     #[error("stored tensor {name:?}: the graph wants {wanted}, the store holds {found}")]
     StoredType {

@@ -53,6 +53,17 @@ pub trait Backend: Send + Sync {
     /// [`Error::Unsupported`] as for [`Backend::plan`].
     fn compile(&self, plan: Plan) -> Result<Arc<dyn Executable>>;
 
+    /// Makes ready what the launches of these optimised graphs need, such as kernels that have to be compiled first, side by side
+    /// where one graph after another would take longer. Graphs that the backend refuses are passed over; running does not need
+    /// this. A backend that compiles nothing leaves the graphs alone.
+    ///
+    /// # Errors
+    /// What cannot be made.
+    fn prepare(&self, graphs: &mut dyn Iterator<Item = Graph>) -> Result<()> {
+        let _ = graphs;
+        Ok(())
+    }
+
     /// Bytes that can be allocated on the device now, where that can be told.
     fn free_memory(&self) -> Option<u64>;
 
@@ -156,6 +167,12 @@ pub trait Store: Send {
     /// # Errors
     /// [`Error::NoSuch`], [`Error::Bytes`].
     fn write(&mut self, name: &str, bytes: &[u8]) -> Result<()>;
+
+    /// Overwrites the part of a tensor that begins `at` bytes after its start, so that a large one can be had piece by piece.
+    ///
+    /// # Errors
+    /// [`Error::NoSuch`]; [`Error::Part`] if the tensor ends before the part does.
+    fn write_part(&mut self, name: &str, at: usize, bytes: &[u8]) -> Result<()>;
 
     /// The bytes of a tensor; borrowed where the device's memory is the host's.
     ///

@@ -79,6 +79,14 @@ impl<M> Stored<M> {
     }
 }
 
+/// A part of `found` bytes that begins at byte `at` lies inside a tensor of type `ty`.
+pub(crate) fn check_part(name: &str, ty: &TensorType, at: usize, found: usize) -> Result<()> {
+    if at.checked_add(found).is_some_and(|end| end <= ty.bytes()) {
+        return Ok(());
+    }
+    Err(Error::Part { name: name.into(), ty: ty.clone(), at, found })
+}
+
 /// `found` bytes are as many as a tensor of type `ty` has.
 pub(crate) fn check_bytes(what: &'static str, name: &str, ty: &TensorType, found: usize) -> Result<()> {
     let wanted = ty.bytes();

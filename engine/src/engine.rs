@@ -143,6 +143,15 @@ impl Engine {
         Ok(Memory { state: plan.state_bytes() as u64, arena: plan.arena_bytes() as u64 })
     }
 
+    /// Makes the device ready for many graphs at once: on a GPU their kernels are compiled side by side. Compiling a graph does not
+    /// need this, and graphs that are not legal or that the device refuses are passed over: compiling them says why.
+    ///
+    /// # Errors
+    /// [`Error::Backend`] if a kernel cannot be made.
+    pub fn prepare(&self, graphs: impl IntoIterator<Item = Graph>) -> Result<()> {
+        Ok(self.backend.prepare(&mut graphs.into_iter().filter_map(|graph| passes::optimise(&graph).ok()))?)
+    }
+
     /// Bytes that can be allocated on the device now, where that can be told.
     pub fn free_memory(&self) -> Option<u64> {
         self.backend.free_memory()

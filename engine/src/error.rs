@@ -67,6 +67,16 @@ pub enum Error {
         /// The names that exist.
         there: Vec<String>,
     },
+    /// A tensor in a file that is not of the type that the session holds.
+    #[error("tensor {name:?}: wanted {wanted} or an f32 tensor of its shape, found {found} in the file")]
+    LoadedType {
+        /// Its name.
+        name: String,
+        /// What the session holds.
+        wanted: TensorType,
+        /// Dtype and shape in the file.
+        found: String,
+    },
     /// A step that cannot be launched before those launched so far are collected.
     #[error("{launched} steps were launched and the device remembers {most}: wanted them collected first")]
     Uncollected {

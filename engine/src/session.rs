@@ -6,6 +6,7 @@ use half::{bf16, f16};
 use moebius_backends::Store;
 use moebius_ir::{DType, Graph, Role, TensorType, passes};
 
+use crate::checkpoint::{Dtype, TensorFile};
 use crate::element::Element;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
@@ -202,6 +203,47 @@ impl Session {
         }
     }
 
+    /// Overwrites a tensor with the one of the same name in a file, piece by piece: no more of it than 1 MiB is in memory beside
+    /// the tensor itself. An f32 tensor in the file may be a narrower float here and is rounded to nearest even; other dtypes must
+    /// be the same.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if the file has no such tensor, cannot be read or is damaged, whereupon what the session holds must
+    /// not be used; [`Error::LoadedType`] for another shape or a dtype that is not converted; [`Error::Backend`] for an unknown name.
+    pub fn load(&mut self, name: &str, file: &mut TensorFile) -> Result<()> {
+        let there = || moebius_backends::Error::NoSuch {
+            what: "stored tensor",
+            name: name.into(),
+            there: self.store.names().into_iter().map(str::to_owned).collect(),
+        };
+        let wanted = self.store.ty(name).cloned().ok_or_else(there)?;
+        let found = file.info(name).map(|info| (info.dtype, info.shape.clone()));
+        let narrowed = match found {
+            Some((dtype, shape)) if *wanted.shape == *shape => match (dtype, wanted.dtype) {
+                (Dtype::F32, DType::Bf16) => Some(Narrow::Bf16),
+                (Dtype::F32, DType::F16) => Some(Narrow::F16),
+                (found, dtype) if found == dtype_of_file(dtype) => None,
+                (found, _) => return Err(loaded_type(name, wanted, found, &shape)),
+            },
+            Some((dtype, shape)) => return Err(loaded_type(name, wanted, dtype, &shape)),
+            // The file says what it has.
+            None => None,
+        };
+        let mut staging: Vec<u8> = Vec::new();
+        let store = self.store.as_mut();
+        file.load_chunks(name, |at, bytes| {
+            let Some(narrow) = narrowed else { return Ok(store.write_part(name, at as usize, bytes)?) };
+            // Pieces begin and end at whole elements, as their length is a multiple of 4.
+            staging.clear();
+            for element in bytes.chunks_exact(4) {
+                let value = f32::from_le_bytes([element[0], element[1], element[2], element[3]]);
+                staging.extend_from_slice(&narrow.round(value));
+            }
+            Ok(store.write_part(name, at as usize / 2, &staging)?)
+        })?;
+        Ok(())
+    }
+
     /// The bytes of a tensor, without a copy where the device's memory is the host's.
     ///
     /// # Errors
@@ -218,4 +260,36 @@ impl Session {
             Some(_) | None => Ok(()),
         }
     }
+}
+
+/// A float of 16 bits that an f32 is rounded to.
+#[derive(Clone, Copy)]
+enum Narrow {
+    Bf16,
+    F16,
+}
+
+impl Narrow {
+    fn round(self, value: f32) -> [u8; 2] {
+        match self {
+            Narrow::Bf16 => bf16::from_f32(value).to_le_bytes(),
+            Narrow::F16 => f16::from_f32(value).to_le_bytes(),
+        }
+    }
+}
+
+/// A dtype in the words of checkpoints.
+fn dtype_of_file(dtype: DType) -> Dtype {
+    match dtype {
+        DType::F32 => Dtype::F32,
+        DType::Bf16 => Dtype::Bf16,
+        DType::F16 => Dtype::F16,
+        DType::I32 => Dtype::I32,
+        DType::U32 => Dtype::U32,
+        DType::Bool => Dtype::Bool,
+    }
+}
+
+fn loaded_type(name: &str, wanted: TensorType, found: Dtype, shape: &[usize]) -> Error {
+    Error::LoadedType { name: name.into(), wanted, found: format!("{found}{shape:?}") }
 }

@@ -330,11 +330,14 @@ fn order(graph: &Graph) -> Result<Vec<NodeId>> {
             }
         }
     }
-    let mut rank: Vec<usize> = (0..nodes.len()).collect();
+    // What is there before the first step is waited for by nobody.
+    let is_there = |node: NodeId| matches!(graph.node(node).op, Op::Input(_) | Op::Constant(_));
+    let own_rank = |i: usize| if is_there(NodeId(i as u32)) { 0 } else { i };
+    let mut rank: Vec<usize> = (0..nodes.len()).map(own_rank).collect();
     for update in graph.updates() {
         let node = graph.producer(update.new);
-        let operands = graph.node(node).operands.iter().map(|&v| graph.producer(v).index());
-        if graph.node(node).op.in_place().is_empty() {
+        let operands = graph.node(node).operands.iter().map(|&v| rank[graph.producer(v).index()]);
+        if graph.node(node).op.in_place().is_empty() && !is_there(node) {
             rank[node.index()] = operands.max().unwrap_or(node.index());
         }
     }
@@ -400,9 +403,11 @@ fn roots(graph: &Graph, steps: &[Step], step_of: &[usize]) -> Vec<Value> {
     // A fused chain may write a result over an operand of the same type that nobody needs afterwards.
     // A stored tensor may be written over by its own update.
     let updated: HashMap<Value, Value> = graph.updates().iter().map(|u| (u.state, u.new)).collect();
-    let reusable = |root: Value, result: Value| match graph.node(graph.producer(root)).op {
-        Op::Input(_) => updated.get(&root) == Some(&result),
-        ref op => !matches!(op, Op::Constant(_)),
+    let reusable = |root: Value, result: Value| {
+        if graph.input_of(root).is_some() {
+            return updated.get(&root) == Some(&result);
+        }
+        !matches!(graph.node(graph.producer(root)).op, Op::Constant(_))
     };
     for &id in &by_step {
         let node = graph.node(id);
@@ -420,7 +425,10 @@ fn roots(graph: &Graph, steps: &[Step], step_of: &[usize]) -> Vec<Value> {
                     && last[root.index()] == step_of[id.index()]
                     && !taken.contains(&root)
             };
-            let Some(&operand) = node.operands.iter().find(fits) else { continue };
+            // The stored tensor first: another operand would have to be copied over it.
+            let is_stored = |v: &&Value| graph.input_of(roots[v.index()]).is_some();
+            let mut candidates = node.operands.iter().filter(is_stored).chain(&node.operands);
+            let Some(&operand) = candidates.find(fits) else { continue };
             let root = roots[operand.index()];
             taken.push(root);
             last[root.index()] = last[result.index()];

@@ -127,6 +127,8 @@ fn bad_input_gets_one_clear_error() {
         (2, set("model.width=99999999999"), vec!["model.width", "99999999999"]),
         (2, set("train.learning_rate=nan"), vec!["train.learning_rate", "finite"]),
         (2, set("train.batch"), vec!["key=value"]),
+        (2, set("train.accumulate=0"), vec!["train.accumulate", "1 to"]),
+        (2, train(&["--accumulate", "-1"]), vec!["--accumulate", "-1"]),
         (2, train(&["--steps", "-3"]), vec!["--steps", "-3"]),
         (2, train(&["--steps", "0", "--data", "text.txt"]), vec!["train.steps"]),
         (2, train(&["--device", "abacus", "--data", "text.txt"]), vec!["abacus", "cpu"]),
@@ -160,6 +162,14 @@ fn a_loss_that_is_not_finite_names_step_and_tensor_and_keeps_the_checkpoint() {
     let saved = fs::read_dir(place.path("run/checkpoints")).unwrap().flatten();
     assert!(saved.map(|e| e.file_name()).any(|n| n.to_string_lossy().starts_with("step-")), "{error}");
     assert!(error.contains("The last good checkpoint is of step 1"), "{error}");
+    // Also if the host was not going to look at that step: its number is exact, and those before it have their lines.
+    let wild = ["--set", "train.learning_rate=1e30", "--set", "train.clip=0", "--set", "train.log_every=20"];
+    let single = place.train("single", &[&wild[..4], &["--accumulate", "2"]].concat());
+    let together = place.train("together", &[&wild[..], &["--accumulate", "2"]].concat());
+    let line = |output| stderr(&output).lines().find(|l| l.contains("the first tensor")).unwrap().to_owned();
+    assert_eq!(line(single), line(together));
+    let steps = |out: &str| metrics(&place.path(out)).iter().filter(|l| l["kind"] == "train").count();
+    assert_eq!(steps("single"), steps("together"));
     // Where there is none, none is promised.
     let output = place.train("none", &["--set", "train.learning_rate=1e30", "--set", "train.clip=0"]);
     let error = stderr(&output);

@@ -120,6 +120,48 @@ fn a_run_killed_at_random_moments_ends_with_the_same_bits() {
     assert_eq!(metrics(&place.path("alone")), metrics(&place.path("killed")), "seed {seed}");
 }
 
+/// Three micro-batches a step, blocks computed again, and a look of the host every fifth step only.
+#[test]
+fn accumulated_steps_are_told_one_by_one_and_resume_to_the_same_bits() {
+    let place = Place::new();
+    let settings = ["--accumulate", "3", "--set", "train.log_every=5"];
+    for (out, more) in [("alone", &[][..]), ("late", &["--recompute"]), ("cut", &[])] {
+        succeeds(place.train(out, &[&settings, more].concat()));
+    }
+    let alone = place.path("alone");
+    let lines = metrics(&alone);
+    let train: Vec<_> = lines.iter().filter(|l| l["kind"] == "train").collect();
+    let steps: Vec<u64> = train.iter().map(|l| l["step"].as_u64().unwrap()).collect();
+    assert_eq!(steps, (1..=24).collect::<Vec<_>>());
+    for line in &train {
+        let step = line["step"].as_u64().unwrap();
+        assert_eq!(line["tokens"], step * 3 * 2 * 32, "{line}");
+        assert!(line["lm_loss"].is_number() && line["grad_norm"].is_number(), "{line}");
+        assert_eq!(line["experts"].is_array(), step == 1 || step == 24 || step.is_multiple_of(5), "{line}");
+    }
+    // Recomputing changes no bit.
+    assert_eq!(checkpoint(&alone, 24), checkpoint(&place.path("late"), 24));
+    assert_eq!(lines, metrics(&place.path("late")));
+    // As if it had been killed after step 12, between two looks.
+    let cut = place.path("cut");
+    for step in [18, 24] {
+        std::fs::remove_dir_all(cut.join(format!("checkpoints/step-{step}"))).unwrap();
+    }
+    succeeds(place.run(&["train", "--data", "text.txt", "--resume", "--out", "cut"]));
+    assert_eq!(checkpoint(&alone, 24), checkpoint(&cut, 24));
+    assert_eq!(lines, metrics(&cut));
+
+    let inspect = |more: &[&str]| {
+        let args = [&["inspect", "--config", "small.toml", "--json", "--set", "train.accumulate=3"][..], more].concat();
+        json(&succeeds(place.run(&args)))
+    };
+    let (plain, late) = (inspect(&[]), inspect(&["--set", "train.recompute=true"]));
+    let number = |value: &serde_json::Value, key: &str| value[key].as_u64().unwrap();
+    assert_eq!(number(&plain, "accumulator_bytes"), number(&plain, "gradient_bytes"));
+    assert_eq!(number(&late, "activation_bytes_without_recomputation"), number(&plain, "activation_bytes"));
+    assert!(number(&late, "recomputed_flops_per_token") > 0 && number(&plain, "recomputed_flops_per_token") == 0);
+}
+
 #[test]
 fn a_machine_is_verified_op_by_op_and_a_wrong_name_is_wrong_use() {
     let place = Place::new();

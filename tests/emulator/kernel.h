@@ -45,6 +45,16 @@ extern "C" { inline Emulator* moebius_emulator = nullptr; }
 #define gridDim (moebius_emulator->now->grid_dim)
 
 inline void __syncthreads() { moebius_emulator->block_barrier(); }
+/// Blocks run one after another, so one flag does for all.
+inline int __syncthreads_or(int flag) {
+    static int any;
+    __syncthreads();
+    any = 0;
+    __syncthreads();
+    if (flag) any = 1;
+    __syncthreads();
+    return any;
+}
 inline void __syncwarp() { moebius_emulator->warp_barrier(); }
 
 /// Gives `words` 64-bit words to the warp and returns everybody's.

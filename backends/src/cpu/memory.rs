@@ -8,7 +8,7 @@ use std::ptr::NonNull;
 use moebius_ir::TensorType;
 
 use super::BACKEND;
-use crate::stored::{Stored, check_bytes};
+use crate::stored::{Stored, check_bytes, check_part};
 use crate::{Error, Result, Store};
 
 /// Zero-initialised bytes at a multiple of [`Buffer::ALIGN`].
@@ -124,6 +124,13 @@ impl Store for CpuStore {
     fn write(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
         let (ty, buffer) = self.0.get_mut(name)?;
         copy("stored tensor", name, ty, bytes, buffer.bytes_mut())
+    }
+
+    fn write_part(&mut self, name: &str, at: usize, bytes: &[u8]) -> Result<()> {
+        let (ty, buffer) = self.0.get_mut(name)?;
+        check_part(name, ty, at, bytes.len())?;
+        buffer.bytes_mut()[at..at + bytes.len()].copy_from_slice(bytes);
+        Ok(())
     }
 
     fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>> {

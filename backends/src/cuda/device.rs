@@ -12,7 +12,7 @@ use cust::{CudaFlags, sys};
 use super::cache::{Cache, Found};
 use super::chip::Chip;
 use super::compiler::Compiler;
-use super::driver::{self, check, failed};
+use super::driver::{self, Counter, check, failed};
 use super::error::{CudaError, Result};
 use super::source::Source;
 
@@ -28,6 +28,8 @@ pub(crate) struct Device {
     pub(crate) total: u64,
     /// What the lowering asks of it.
     pub(crate) chip: Chip,
+    /// Calls of the driver.
+    pub(crate) counter: Counter,
     modules: Mutex<HashMap<u128, Arc<Module>>>,
     notes: Mutex<Vec<String>>,
     compiler: &'static Compiler,
@@ -95,6 +97,7 @@ impl Device {
             capability,
             total,
             chip,
+            counter: Counter::default(),
             modules: Mutex::new(HashMap::new()),
             notes: Mutex::new(Vec::new()),
             compiler,
@@ -127,6 +130,7 @@ impl Device {
 
     /// Waits until everything on the stream is done.
     pub(crate) fn synchronize(&self) -> Result<()> {
+        Counter::count(&self.counter.synchronisations);
         self.stream.synchronize().map_err(failed("cuStreamSynchronize"))
     }
 
@@ -229,12 +233,22 @@ impl Device {
 
     /// Copies to the host and waits for it.
     pub(crate) fn download(&self, from: u64, bytes: &mut [u8]) -> Result<()> {
-        if !bytes.is_empty() {
-            let to = bytes.as_mut_ptr().cast();
-            // SAFETY: callers give a range inside their own memory.
-            check("cuMemcpyDtoHAsync", unsafe { sys::cuMemcpyDtoHAsync_v2(to, from, bytes.len(), self.raw_stream()) })?;
+        self.download_all([(from, bytes)])
+    }
+
+    /// Copies several stretches to the host and waits once for them all.
+    pub(crate) fn download_all<const N: usize>(&self, stretches: [(u64, &mut [u8]); N]) -> Result<()> {
+        let mut all = Ok(());
+        for (from, bytes) in stretches {
+            if all.is_ok() && !bytes.is_empty() {
+                let to = bytes.as_mut_ptr().cast();
+                // SAFETY: callers give a range inside their own memory, and `bytes` outlives the wait below.
+                let copied = unsafe { sys::cuMemcpyDtoHAsync_v2(to, from, bytes.len(), self.raw_stream()) };
+                all = check("cuMemcpyDtoHAsync", copied);
+            }
         }
-        self.synchronize()
+        // Also after a failure: the copies before it may still be under way.
+        self.synchronize().and(all)
     }
 }
 

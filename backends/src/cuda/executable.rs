@@ -8,7 +8,7 @@ use cust::sys;
 use moebius_ir::{NodeId, Op, Plan, Step, Storage, Value};
 
 use super::device::Device;
-use super::driver::{check, describe, failed};
+use super::driver::{Counter, check, describe, failed};
 use super::instance::CudaInstance;
 use super::launch::{Action, Arg, Launch, Rejects};
 use super::memory::Memory;
@@ -130,6 +130,7 @@ impl Program {
                         )
                     };
                     check("cuLaunchKernel", result)?;
+                    Counter::count(&self.device.counter.launches);
                 }
             }
         }

@@ -4,11 +4,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use cust::event::{Event, EventFlags};
+use cust::event::{Event, EventFlags, EventStatus};
 use cust::memory::LockedBuffer;
 use moebius_ir::{DType, NodeId, Storage, Value};
 
-use super::driver::failed;
+use super::driver::{Counter, failed};
+use super::error::CudaError;
 use super::executable::{Addresses, Launched, Program, Work};
 use super::memory::{CudaStore, Memory};
 use super::{BACKEND, recording::Recording};
@@ -22,6 +23,23 @@ struct Staging {
     copied: Event,
 }
 
+/// Stagings of a feed that are used in turn: the host writes into one while the copy out of another waits behind a run.
+const STAGINGS: usize = 2;
+
+/// A feed on its way to the GPU.
+struct FeedStaging {
+    stagings: [Staging; STAGINGS],
+    next: usize,
+}
+
+impl Staging {
+    fn new(bytes: usize) -> Result<Staging, CudaError> {
+        let buffer = LockedBuffer::new(&0, bytes).map_err(failed("cuMemAllocHost"))?;
+        let copied = Event::new(EventFlags::DISABLE_TIMING).map_err(failed("cuEventCreate"))?;
+        Ok(Staging { buffer, copied })
+    }
+}
+
 pub(super) struct CudaInstance {
     program: Arc<Program>,
     recording: Option<Recording>,
@@ -32,7 +50,7 @@ pub(super) struct CudaInstance {
     kept: Vec<(Value, Memory)>,
     /// What kernels reject: the step's number and the value.
     fault: Memory,
-    staging: BTreeMap<String, Staging>,
+    staging: BTreeMap<String, FeedStaging>,
     /// Where the stored tensors lie, as of store version `located`.
     states: Vec<u64>,
     located: u64,
@@ -50,9 +68,8 @@ impl CudaInstance {
         for (name, value) in graph.inputs() {
             if let Storage::Arena(_) = program.plan.storage(*value) {
                 let bytes = graph.ty(*value).bytes().max(1);
-                let buffer = LockedBuffer::new(&0, bytes).map_err(failed("cuMemAllocHost"))?;
-                let copied = Event::new(EventFlags::DISABLE_TIMING).map_err(failed("cuEventCreate"))?;
-                staging.insert(name.clone(), Staging { buffer, copied });
+                let stagings = [Staging::new(bytes)?, Staging::new(bytes)?];
+                staging.insert(name.clone(), FeedStaging { stagings, next: 0 });
             }
         }
         let states = vec![0; program.states.len()];
@@ -149,9 +166,14 @@ impl CudaInstance {
 
     /// The error of the first value that a kernel rejected since this was last asked, if there is one.
     fn rejected(&self) -> Result<()> {
-        let device = &self.program.device;
         let mut record = [0; 8];
-        device.download(self.fault.start(), &mut record)?;
+        self.program.device.download(self.fault.start(), &mut record)?;
+        self.rejection(record)
+    }
+
+    /// The error that a record of rejected values stands for; it is taken back.
+    fn rejection(&self, record: [u8; 8]) -> Result<()> {
+        let device = &self.program.device;
         let [step, found] = [&record[..4], &record[4..]].map(|b| i32::from_le_bytes(b.try_into().unwrap_or_default()));
         if step == 0 {
             return Ok(());
@@ -192,8 +214,14 @@ impl Instance for CudaInstance {
         check_bytes("feed", feed, graph.ty(value), bytes.len())?;
         program.device.enter()?;
         let _held = program.device.hold();
+        let FeedStaging { stagings, next } = staging;
+        let staging = &mut stagings[*next];
+        *next = (*next + 1) % STAGINGS;
         // The last copy out of this memory must be over.
-        staging.copied.synchronize().map_err(failed("cuEventSynchronize"))?;
+        if staging.copied.query().map_err(failed("cuEventQuery"))? == EventStatus::NotReady {
+            Counter::count(&program.device.counter.copy_waits);
+            staging.copied.synchronize().map_err(failed("cuEventSynchronize"))?;
+        }
         staging.buffer.as_mut_slice()[..bytes.len()].copy_from_slice(bytes);
         program.device.upload_later(self.arena.start() + at as u64, &staging.buffer.as_slice()[..bytes.len()])?;
         Ok(staging.copied.record(program.device.stream()).map_err(failed("cuEventRecord"))?)
@@ -229,12 +257,13 @@ impl Instance for CudaInstance {
         let device = &self.program.device;
         device.enter()?;
         let _held = device.hold();
-        self.rejected()?;
         let from = match self.kept.iter().find(|(v, _)| *v == value) {
             Some((_, copy)) => copy.start(),
             None => self.address(value),
         };
-        Ok(device.download(from, out)?)
+        let mut record = [0; 8];
+        device.download_all([(self.fault.start(), &mut record), (from, out)])?;
+        self.rejection(record)
     }
 
     fn first_non_finite(&mut self, store: &mut dyn Store) -> Result<Option<NonFinite>> {

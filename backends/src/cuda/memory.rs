@@ -10,7 +10,7 @@ use moebius_ir::TensorType;
 use super::device::Device;
 use super::driver::check;
 use super::error::CudaError;
-use crate::stored::{Stored, check_bytes};
+use crate::stored::{Stored, check_bytes, check_part};
 use crate::{Result, Store};
 
 /// Bytes on a GPU.
@@ -106,6 +106,14 @@ impl Store for CudaStore {
         self.device.enter()?;
         let _held = self.device.hold();
         Ok(self.device.upload(memory.start(), bytes)?)
+    }
+
+    fn write_part(&mut self, name: &str, at: usize, bytes: &[u8]) -> Result<()> {
+        let (ty, memory) = self.tensors.get(name)?;
+        check_part(name, ty, at, bytes.len())?;
+        self.device.enter()?;
+        let _held = self.device.hold();
+        Ok(self.device.upload(memory.start() + at as u64, bytes)?)
     }
 
     fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>> {

@@ -3,7 +3,8 @@
 //! Nothing of CUDA is linked. [`driver`] loads the driver when a GPU is asked for, [`compiler`] NVRTC, which compiles the
 //! kernels of `kernels/` at first use; [`cache`] keeps them on disk. [`lower`](lower::lower) turns a node into kernels with
 //! their arguments (and is the support check), `executable` binds them to a plan, `instance` runs it: as one recorded graph
-//! that is replayed. The host reads nothing back between steps; rejected values are noted on the GPU and told when an output
+//! that is replayed. The host reads nothing back between steps and waits for
+//! none; rejected values are noted on the GPU and told when an output
 //! is read.
 
 mod cache;
@@ -28,6 +29,7 @@ use crate::{Backend, Executable, Result, Store, lowering};
 
 pub use chip::Chip;
 pub use compiler::Compiler;
+pub use driver::DriverCalls;
 pub use error::CudaError;
 
 const BACKEND: &str = "cuda";
@@ -72,6 +74,11 @@ impl Cuda {
     pub fn with_checks(mut self, checks: bool) -> Cuda {
         self.checks = checks;
         self
+    }
+
+    /// How often the driver was called since the GPU was opened, over all sessions on it.
+    pub fn calls(&self) -> DriverCalls {
+        self.device.counter.calls()
     }
 
     /// Number of the GPU, from 0.
@@ -130,6 +137,15 @@ impl Backend for Cuda {
     fn compile(&self, plan: Plan) -> Result<Arc<dyn Executable>> {
         let launches = launches(plan.graph(), self.device.chip)?;
         Ok(Arc::new(executable::CudaExecutable::new(Arc::clone(&self.device), plan, launches, self.checks)?))
+    }
+
+    fn prepare(&self, graphs: &mut dyn Iterator<Item = Graph>) -> Result<()> {
+        let taken = graphs.filter_map(|graph| launches(&graph, self.device.chip).ok());
+        let actions = taken.flatten().flat_map(|launch| launch.actions);
+        let kernel = |action| if let launch::Action::Kernel(k) = action { Some(k.source) } else { None };
+        let sources: Vec<source::Source> = actions.filter_map(kernel).collect();
+        self.device.modules(&sources.iter().collect::<Vec<_>>())?;
+        Ok(())
     }
 
     fn free_memory(&self) -> Option<u64> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use cust::sys;
 
 use super::device::Device;
-use super::driver::check;
+use super::driver::{Counter, check};
 use super::error::CudaError;
 use crate::Result;
 
@@ -40,6 +40,7 @@ impl Recording {
 
     /// Puts the sequence on the stream.
     pub(super) fn replay(&self, device: &Device) -> Result<(), CudaError> {
+        Counter::count(&device.counter.graph_launches);
         // SAFETY: a live graph of this device, whose addresses its owner keeps valid.
         check("cuGraphLaunch", unsafe { sys::cuGraphLaunch(self.graph, device.raw_stream()) })
     }

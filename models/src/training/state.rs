@@ -42,11 +42,8 @@ impl Run {
         checkpoint.model.expect(&model)?;
         checkpoint.optimizer.expect(&optimizer)?;
         for (file, infos) in [(&mut checkpoint.model, model), (&mut checkpoint.optimizer, optimizer)] {
-            let mut bytes = Vec::new();
             for info in infos {
-                bytes.resize(info.bytes().unwrap_or(0) as usize, 0);
-                file.load_into(&info.name, &mut bytes)?;
-                self.session.write_bytes(&info.name, &bytes)?;
+                self.session.load(&info.name, file)?;
             }
         }
         self.trainer.resume_at(state.step);

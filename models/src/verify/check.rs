@@ -291,6 +291,16 @@ fn draw(case: &Case, dtype: DType, seed: u32) -> Result<Drawn, Fault> {
     Err(Fault::Unsteady { draws: DRAWS })
 }
 
+/// The graphs of a case, as far as they can be built, whatever their inputs.
+pub(super) fn graphs(case: &Case, dtype: DType, seed: u32) -> Vec<Graph> {
+    let Ok(mut sketch) = case.keyed(dtype, seed) else { return Vec::new() };
+    let forward = sketch.graph.clone();
+    if !sketch.differentiable() || sketch.differentiate().is_err() {
+        return vec![forward];
+    }
+    vec![forward, sketch.graph]
+}
+
 /// Every pass of a case in a dtype.
 pub(super) fn check(case: &Case, dtype: DType, seed: u32, machine: &Machine) -> Vec<Finding> {
     let subject = Subject { case, dtype, seed };

@@ -105,6 +105,8 @@ pub fn verify(engine: &Engine, options: &Options, progress: &mut dyn FnMut(Progr
     let jobs: Vec<(&Case, DType)> = cases.iter().flat_map(|c| c.dtypes.iter().map(move |&d| (c, d))).collect();
     let begun = Instant::now();
     let machine = Machine::new(engine);
+    // If a kernel cannot be made, the case that needs it says so.
+    let _ = engine.prepare(jobs.iter().flat_map(|(case, dtype)| check::graphs(case, *dtype, options.seed)));
     let mut report = Report::new(engine.name(), engine.describe(), machine.checked.is_some(), options.seed);
     for (done, (case, dtype)) in jobs.iter().enumerate() {
         progress(Progress { done, total: jobs.len(), op: case.op });

@@ -4,6 +4,7 @@
 //! entries return "no device" until [`load`] has found `libcuda.so.1` and filled it. So the program has no libcuda among
 //! its needs and starts on any machine.
 
+mod calls;
 mod tensor_box;
 mod trampolines;
 
@@ -16,6 +17,8 @@ use cust::sys;
 
 use super::error::{CudaError, Result};
 
+pub(crate) use calls::Counter;
+pub use calls::DriverCalls;
 pub(crate) use tensor_box::{describe, has_tensor_boxes};
 
 /// Where the driver is looked for: the loader's path, where every installation of it puts itself.

@@ -20,6 +20,7 @@ pub(super) const NEEDED: &[&str] = &[
     "cuDevicePrimaryCtxRetain",
     "cuDriverGetVersion",
     "cuEventElapsedTime",
+    "cuEventQuery",
     "cuGraphInstantiateWithFlags",
     "cuGraphLaunch",
     "cuInit",

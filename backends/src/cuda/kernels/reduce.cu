@@ -4,6 +4,8 @@
 // on the extents alone.
 
 #define THREADS 256
+/// Elements of 16 bytes.
+#define VECTOR (16 / (int)sizeof(T))
 
 __device__ __forceinline__ float start() { return FUNCTION == 2 ? -INF_F : 0.0f; }
 __device__ __forceinline__ float join(float a, float b) { return FUNCTION == 2 ? max_nan(a, b) : a + b; }
@@ -39,6 +41,38 @@ KERNEL reduce_columns(const T* x, i64 outer, i64 n, i64 inner, i64 chunk, float*
     }
     if (partial) partial[blockIdx.y * outer * inner + at] = acc;
     else y[at] = from_float<T>(end(acc, n));
+}
+
+/// The same for columns by the VECTOR, where there are a multiple of it: a lane has VECTOR neighbouring columns and a warp every
+/// eighth row of the chunk.
+KERNEL reduce_vectors(const T* x, i64 outer, i64 n, i64 inner, i64 chunk, float* partial, T* y) {
+    const int WARPS = THREADS / 32;
+    __shared__ float parts[WARPS][32 * VECTOR + 1];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    i64 results = outer * inner, at0 = (i64)blockIdx.x * 32 * VECTOR, at = at0 + lane * VECTOR;
+    i64 from = (i64)blockIdx.y * chunk, to = from + chunk < n ? from + chunk : n;
+    float acc[VECTOR];
+#pragma unroll
+    for (int j = 0; j < VECTOR; j++) acc[j] = start();
+    if (at < results) {
+        const T* column = x + at / inner * n * inner + at % inner;
+#pragma unroll 8
+        for (i64 i = from + warp; i < to; i += WARPS) {
+            auto v = load_vector<VECTOR>(column + i * inner);
+#pragma unroll
+            for (int j = 0; j < VECTOR; j++) acc[j] = join(acc[j], to_float(v.at[j]));
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < VECTOR; j++) parts[warp][lane * VECTOR + j] = acc[j];
+    __syncthreads();
+    for (int c = threadIdx.x; c < 32 * VECTOR && at0 + c < results; c += THREADS) {
+        float sum = start();
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) sum = join(sum, parts[w][c]);
+        if (partial) partial[blockIdx.y * results + at0 + c] = sum;
+        else y[at0 + c] = from_float<T>(end(sum, n));
+    }
 }
 
 /// The results of the chunks together.

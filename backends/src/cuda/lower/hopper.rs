@@ -64,7 +64,9 @@ struct Side {
 impl Side {
     /// Whether its lines and their starts are multiples of 16 bytes.
     fn aligned(&self) -> bool {
-        [self.pitch, self.apart, if self.along_k { self.k } else { self.rows }].iter().all(|n| n % ALIGNED == 0)
+        [self.pitch, self.apart, if self.along_k { self.k } else { self.rows }]
+            .iter()
+            .all(|n| n.is_multiple_of(ALIGNED))
     }
 
     /// In boxes of `rows` along the tile where those lie together along k, else of 64.
@@ -172,7 +174,7 @@ pub(super) fn action(
     let k_grouped = matches!(segments, Segments::K(_));
     let half = matches!(dtype, DType::Bf16 | DType::F16);
     let large = p.m > 0 && p.k > 0 && p.n >= LEAST_COLUMNS && experts <= MOST_EXPERTS;
-    if !(chip.hopper && half && large && p.n % ALIGNED == 0 && x.aligned() && w.aligned()) {
+    if !(chip.hopper && half && large && p.n.is_multiple_of(ALIGNED) && x.aligned() && w.aligned()) {
         return Ok(None);
     }
     // As if the slots were dealt out evenly.

@@ -1,20 +1,27 @@
 //! Launches of softmax and norms, a block for each row.
 
-use moebius_ir::{Graph, Node};
+use moebius_ir::{DType, Graph, Node};
 
 use super::{Lowered, dtype, int, typed};
 use crate::cuda::launch::{Action, Arg, Launch, Scratch, kernel};
-use crate::cuda::source::Source;
+use crate::cuda::source::{Source, VECTORS};
 
 const TEXT: &str = include_str!("../kernels/norm.cu");
 const THREADS: usize = 128;
 /// Rows whose parts of dgamma one thread adds up.
 const CHUNK: usize = 64;
 
+/// Columns that a lane has at a time: 16 bytes where rows of `d` begin at multiples of that, else one.
+fn per_lane(dtype: DType, d: usize) -> usize {
+    let whole = 16 / dtype.bytes();
+    if d.is_multiple_of(whole) { whole } else { 1 }
+}
+
 /// The kernels for the node's first operand, its rows, and its columns.
 fn parts(graph: &Graph, node: &Node) -> Result<(Source, usize, usize), String> {
     let shape = &graph.ty(node.operands[0]).shape;
-    let source = typed("norm.cu", &[], TEXT, dtype(graph, node, 0))?;
+    let dtype = dtype(graph, node, 0);
+    let source = typed("norm.cu", &[VECTORS], TEXT, dtype)?.define("PER_LANE", per_lane(dtype, shape.last()));
     int(shape.last(), "a last axis")?;
     int(shape.rows(), "rows")?;
     Ok((source, shape.rows(), shape.last()))
@@ -62,6 +69,7 @@ fn lower_grad(graph: &Graph, node: &Node, mean: Option<usize>, rstd: usize, dy: 
     let beta = if has_mean { scratch.take(4 * chunks * d) } else { Arg::Null };
     let dbeta = if has_mean { Arg::Result(2) } else { Arg::Null };
     let columns = d.div_ceil(THREADS);
+    let of_lanes = d.div_ceil(32 * per_lane(dtype(graph, node, 0), d));
     let x = Arg::Operand(0);
     let of_x = vec![x.clone(), Arg::Operand(1), mean.clone(), rstd.clone(), dy.clone(), width.clone(), Arg::Result(0)];
     let sizes = [Arg::I32(rows as i32), width.clone(), Arg::I32(CHUNK as i32)];
@@ -69,7 +77,7 @@ fn lower_grad(graph: &Graph, node: &Node, mean: Option<usize>, rstd: usize, dy: 
     let of_chunks = vec![gamma, beta, Arg::I32(int(chunks, "chunks")?), width, Arg::Result(1), dbeta];
     let actions = vec![
         by_row(source.clone(), "norm_grad", rows, of_x),
-        kernel(source.clone(), "norm_weights", [columns, chunks, 1], THREADS as u32, of_weights),
+        kernel(source.clone(), "norm_weights", [of_lanes, chunks, 1], THREADS as u32, of_weights),
         kernel(source, "norm_weights_finish", [columns, 1, 1], THREADS as u32, of_chunks),
     ];
     Ok(Launch::of(actions).with_scratch(scratch.bytes()))

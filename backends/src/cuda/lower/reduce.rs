@@ -5,6 +5,7 @@ use moebius_ir::{Graph, Node};
 
 use super::{Lowered, dtype, int, typed};
 use crate::cuda::launch::{Arg, Launch, Scratch, kernel};
+use crate::cuda::source::VECTORS;
 use crate::lowering::reduced;
 
 const TEXT: &str = include_str!("../kernels/reduce.cu");
@@ -13,6 +14,8 @@ const THREADS: usize = 256;
 const ROW_CHUNK: usize = 16_384;
 /// Elements of a column that one thread takes, where there are few columns.
 const COLUMN_CHUNK: usize = 256;
+/// As many where a warp has each eighth of them.
+const VECTOR_CHUNK: usize = 128;
 /// From this many columns on there are enough threads without cutting the columns.
 const MANY_COLUMNS: usize = 1 << 17;
 /// The most chunks: blocks along y.
@@ -25,12 +28,15 @@ pub(super) fn lower_reduce(graph: &Graph, node: &Node, op: &Reduce) -> Lowered {
         ReduceFn::Mean => 1,
         ReduceFn::Max => 2,
     };
-    let source = typed("reduce.cu", &[], TEXT, dtype(graph, node, 0))?.define("FUNCTION", function);
+    let source = typed("reduce.cu", &[VECTORS], TEXT, dtype(graph, node, 0))?.define("FUNCTION", function);
     let results = outer * inner;
     let rows = inner == 1;
+    let vector = 16 / dtype(graph, node, 0).bytes();
+    let vectors = inner.is_multiple_of(vector);
     let wanted = match (rows, results >= MANY_COLUMNS) {
         (true, _) => n.div_ceil(ROW_CHUNK),
         (false, true) => 1,
+        (false, false) if vectors => n.div_ceil(VECTOR_CHUNK),
         (false, false) => n.div_ceil(COLUMN_CHUNK),
     };
     let chunks = wanted.clamp(1, MOST_CHUNKS);
@@ -44,7 +50,11 @@ pub(super) fn lower_reduce(graph: &Graph, node: &Node, op: &Reduce) -> Lowered {
     } else {
         let sizes = [size(outer), size(n), size(inner), size(chunk)];
         let args = [vec![Arg::Operand(0)], sizes.to_vec(), vec![partial.clone(), Arg::Result(0)]].concat();
-        ("reduce_columns", results.div_ceil(THREADS), args)
+        if vectors {
+            ("reduce_vectors", results.div_ceil(32 * vector), args)
+        } else {
+            ("reduce_columns", results.div_ceil(THREADS), args)
+        }
     };
     let mut actions = vec![kernel(source.clone(), name, [blocks, chunks, 1], THREADS as u32, args)];
     if chunks > 1 {

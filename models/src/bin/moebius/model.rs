@@ -22,14 +22,12 @@ pub(crate) struct Model {
 }
 
 impl Model {
-    /// Reads every parameter that a program of the session wants from the checkpoint.
+    /// Reads every parameter that a program of the session wants from the checkpoint, piece by piece: no tensor lies in memory
+    /// beside the one on the device.
     pub(crate) fn load(&mut self) -> Result<(), Failure> {
-        let mut values: Vec<f32> = Vec::new();
         for info in training::parameter_infos(&self.config) {
             if self.session.ty(&info.name).is_some() {
-                values.resize(info.shape.iter().product(), 0.0);
-                self.checkpoint.model.load_into(&info.name, bytemuck::cast_slice_mut(&mut values))?;
-                self.session.write_rounded(&info.name, &values)?;
+                self.session.load(&info.name, &mut self.checkpoint.model)?;
             }
         }
         Ok(())
