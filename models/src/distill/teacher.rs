@@ -115,7 +115,7 @@ impl Teacher {
         Ok(values)
     }
 
-    /// Writes its tensors into the states that programs of the session have for it (named by [`gpt::of_teacher`]).
+    /// Writes its tensors into the states that programs of the session have for it (named by [`gpt::of_teacher`]), piece by piece.
     ///
     /// # Errors
     /// [`DistillError::Checkpoint`], [`DistillError::Engine`].
@@ -123,8 +123,7 @@ impl Teacher {
         for info in parameter_infos(&self.config) {
             let stored = gpt::of_teacher(&info.name);
             if session.ty(&stored).is_some() {
-                let values = self.tensor(&info.name)?;
-                session.write_rounded(&stored, &values)?;
+                session.load_from(&stored, &info.name, &mut self.checkpoint.model)?;
             }
         }
         Ok(())
