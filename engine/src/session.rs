@@ -223,13 +223,21 @@ impl Session {
     /// [`Error::Checkpoint`] if the file has no such tensor, cannot be read or is damaged, whereupon what the session holds must
     /// not be used; [`Error::LoadedType`] for another shape or a dtype that is not converted; [`Error::Backend`] for an unknown name.
     pub fn load(&mut self, name: &str, file: &mut TensorFile) -> Result<()> {
+        self.load_from(name, name, file)
+    }
+
+    /// [`Session::load`] of the tensor that the file has by the name `from`.
+    ///
+    /// # Errors
+    /// As [`Session::load`].
+    pub fn load_from(&mut self, name: &str, from: &str, file: &mut TensorFile) -> Result<()> {
         let there = || moebius_backends::Error::NoSuch {
             what: "stored tensor",
             name: name.into(),
             there: self.store.names().into_iter().map(str::to_owned).collect(),
         };
         let wanted = self.store.ty(name).cloned().ok_or_else(there)?;
-        let found = file.info(name).map(|info| (info.dtype, info.shape.clone()));
+        let found = file.info(from).map(|info| (info.dtype, info.shape.clone()));
         let narrowed = match found {
             Some((dtype, shape)) if *wanted.shape == *shape => match (dtype, wanted.dtype) {
                 (Dtype::F32, DType::Bf16) => Some(Narrow::Bf16),
@@ -243,7 +251,7 @@ impl Session {
         };
         let mut staging: Vec<u8> = Vec::new();
         let store = self.change();
-        file.load_chunks(name, |at, bytes| {
+        file.load_chunks(from, |at, bytes| {
             let Some(narrow) = narrowed else { return Ok(store.write_part(name, at as usize, bytes)?) };
             // Pieces begin and end at whole elements, as their length is a multiple of 4.
             staging.clear();

@@ -50,6 +50,25 @@ pub struct Trainer {
     copies: Option<Copies>,
 }
 
+/// What a trainer has to know of its program.
+struct Shape {
+    micro_batches: usize,
+    rows: usize,
+    columns: usize,
+    remembers: bool,
+}
+
+impl Shape {
+    /// The graph of the step, and its shape.
+    fn of(graph: Graph, loss: Value, options: StepOptions) -> Result<(Graph, Shape)> {
+        let micro_batches = options.micro_batches.as_ref().map_or(1, crate::MicroBatches::count);
+        let remembers = options.history.is_some();
+        let (rows, columns) = options.history.as_ref().map_or((1, 2), |h| (h.steps.max(1), 2 + h.outputs.len()));
+        let graph = training_step_with(graph, loss, options)?;
+        Ok((graph, Shape { micro_batches, rows, columns, remembers }))
+    }
+}
+
 impl Trainer {
     /// Compiles the training step of a graph with a scalar `loss`; see [`crate::training_step`]. Parameters that the session does
     /// not hold yet are zero.
@@ -65,16 +84,47 @@ impl Trainer {
     /// # Errors
     /// As [`training_step_with`] and [`Session::compile`].
     pub fn with(session: &mut Session, graph: Graph, loss: Value, options: StepOptions) -> Result<Trainer> {
-        let micro_batches = options.micro_batches.as_ref().map_or(1, crate::MicroBatches::count);
-        let remembers = options.history.is_some();
-        let (rows, columns) = options.history.as_ref().map_or((1, 2), |h| (h.steps.max(1), 2 + h.outputs.len()));
-        let step = training_step_with(graph, loss, options)?;
-        let program = session.compile(&step)?;
-        let copies = Copies::of(session, &step)?;
+        let (graph, shape) = Shape::of(graph, loss, options)?;
+        Trainer::of(session, &graph, shape)
+    }
+
+    fn of(session: &mut Session, step: &Graph, shape: Shape) -> Result<Trainer> {
+        let Shape { micro_batches, rows, columns, remembers } = shape;
+        let program = session.compile(step)?;
+        let copies = Copies::of(session, step)?;
         let graph = program.plan().graph();
         let parameter = |v: Value| graph.input_of(v).is_some_and(|i| i.role == Role::Parameter);
         let parameters = graph.inputs().iter().filter(|(_, v)| parameter(*v)).map(|(n, _)| n.clone()).collect();
         Ok(Trainer { program, step: 0, pending: 0, micro_batches, rows, columns, remembers, parameters, copies })
+    }
+
+    /// Goes on with another graph for the same parameters, as [`Trainer::with`] compiles it. The old program and what only it kept
+    /// in the session, or kept in another type, are given back before the new one takes any memory. All launched steps must have
+    /// been collected.
+    ///
+    /// # Errors
+    /// [`Error::Uncollected`] if steps were launched and not collected; as [`Trainer::with`]: only the first of these leaves a
+    /// trainer that can go on.
+    pub fn replace(&mut self, session: &mut Session, graph: Graph, loss: Value, options: StepOptions) -> Result<()> {
+        if self.pending > 0 {
+            return Err(Error::Uncollected { launched: self.pending, most: 0 });
+        }
+        let (graph, shape) = Shape::of(graph, loss, options)?;
+        let old = self.program.plan().graph();
+        let gone = |(name, value): &&(String, Value)| {
+            let kept = old.input_of(*value).is_some_and(|i| i.role != Role::Feed);
+            kept && graph.input_named(name).is_none_or(|v| graph.ty(v) != old.ty(*value))
+        };
+        let gone: Vec<String> = old.inputs().iter().filter(gone).map(|(name, _)| name.clone()).collect();
+        // A program that does nothing takes the place of the old one, whose memory is free then.
+        self.program = session.compile(&Graph::new())?;
+        self.copies = None;
+        for name in gone {
+            session.remove(&name);
+        }
+        let step = self.step;
+        *self = Trainer { step, ..Trainer::of(session, &graph, shape)? };
+        Ok(())
     }
 
     /// The step's program: give it its feeds before [`Trainer::step`], read outputs after.

@@ -3,10 +3,12 @@
 //!
 //! - [`gpt`] writes the models as graphs, from a [`config::ModelConfig`]; it knows the IR only, no device.
 //! - [`training`], [`evaluation`] and [`generate`] run those graphs on a [`moebius::Session`].
+//! - [`distill`] teaches a student by a trained model, live or from a cache.
 //! - [`verify`] compares a device with the reference, op by op and layer by layer.
 
 pub mod config;
 pub mod data;
+pub mod distill;
 pub mod evaluation;
 pub mod generate;
 pub mod gpt;
@@ -15,5 +17,6 @@ pub mod metrics;
 pub mod report;
 pub mod routes;
 pub mod tokenizer;
+pub mod trained;
 pub mod training;
 pub mod verify;

@@ -63,6 +63,9 @@ pub struct TrainRecord {
     /// Load-balancing loss and other auxiliary losses, as weighted in `loss`.
     #[serde(with = "finite_or_null")]
     pub aux_loss: f64,
+    /// Distillation term, as weighted in `loss`; only of a step that follows a teacher.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kd_loss: Option<f64>,
     /// Learning rate of the step.
     #[serde(with = "finite_or_null")]
     pub lr: f64,

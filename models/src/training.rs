@@ -1,6 +1,6 @@
 //! A training run: from a configuration and a corpus to a folder with metrics, checkpoints and a report.
 //!
-//! The folder holds `config.toml`, `tokenizer.json` (if there is one), `metrics.jsonl`, `checkpoints/step-N/` and
+//! The folder holds `config.toml`, `tokenizer.json` and `distill.toml` (if there is one), `metrics.jsonl`, `checkpoints/step-N/` and
 //! `report.html`. A run is a pure function of its configuration and corpus: batch and start values come from
 //! counter-based generators, so a run that was killed and resumed gives the same bits as one that was not.
 
@@ -8,6 +8,7 @@ mod error;
 mod memory;
 mod state;
 mod step;
+mod teaching;
 
 use std::io::Write;
 use std::path::Path;
@@ -19,6 +20,8 @@ use moebius::{Engine, MicroStep, Program, Session, StepReport, Trainer};
 
 use crate::config::Config;
 use crate::data::{Batches, Corpus, Windows};
+use crate::distill::cache::Progress;
+use crate::distill::{Course, DISTILL_FILE, DistillError};
 use crate::evaluation::{Evaluation, Evaluator};
 use crate::gpt;
 use crate::health::{self, Alarms, DEAD_AFTER, Watch};
@@ -26,9 +29,10 @@ use crate::metrics::{AlarmRecord, EvalRecord, MetricsWriter, Record, TrainRecord
 use crate::tokenizer::Tokenizer;
 
 pub use error::TrainingError;
-pub use memory::{largest_batch, memory};
+pub use memory::{largest_batch, memory, memory_of};
 use state::newest_intact;
-pub use step::{parts, trainer};
+pub use step::{parts, parts_of, trainer, trainer_of};
+use teaching::{Distillation, Teaching};
 
 /// File with the run's configuration.
 pub const CONFIG_FILE: &str = "config.toml";
@@ -54,6 +58,17 @@ pub enum Event<'a> {
     Alarm(&'a AlarmRecord),
     /// A checkpoint is on the disk.
     Saved(&'a Path),
+    /// A batch was added to the cache of the teacher's log-probabilities.
+    Caching(Progress),
+    /// The teacher has left.
+    TeacherLeft {
+        /// After this step.
+        step: u64,
+        /// [`Run::memory`] before.
+        before: (usize, usize),
+        /// And after.
+        after: (usize, usize),
+    },
 }
 
 /// How a run ended.
@@ -86,6 +101,8 @@ pub struct Run {
     watch: Watch,
     alarm_ends: bool,
     is_noisy: bool,
+    /// While the run follows a teacher.
+    teaching: Option<Teaching>,
     tokens: Vec<i32>,
     targets: Vec<i32>,
     /// When the first step was launched that was not collected yet.
@@ -124,6 +141,38 @@ impl Run {
         resume: bool,
         observer: &mut Observer<'_>,
     ) -> Result<Run, TrainingError> {
+        if resume && out.join(DISTILL_FILE).exists() {
+            return Err(DistillError::OtherKind { path: out.into(), distilled: true }.into());
+        }
+        Run::open_with(engine, config, (tokenizer, corpus), out, resume, None, observer)
+    }
+
+    /// [`Run::open`] of a run that follows a teacher until the course's stop, then goes on as if it had never had one. If the
+    /// course has a cache, what is missing of it is built first, unless `stop` is set meanwhile.
+    ///
+    /// # Errors
+    /// As [`Run::open`]; [`TrainingError::Distill`], among them [`DistillError::Stopped`].
+    pub fn distil(
+        engine: &Engine,
+        config: Config,
+        text: (&Tokenizer, &Corpus),
+        out: &Path,
+        resume: bool,
+        (course, stop): (&mut Course, &AtomicBool),
+        observer: &mut Observer<'_>,
+    ) -> Result<Run, TrainingError> {
+        Run::open_with(engine, config, text, out, resume, Some(Distillation { course, stop }), observer)
+    }
+
+    fn open_with(
+        engine: &Engine,
+        config: Config,
+        (tokenizer, corpus): (&Tokenizer, &Corpus),
+        out: &Path,
+        resume: bool,
+        mut distillation: Option<Distillation<'_>>,
+        observer: &mut Observer<'_>,
+    ) -> Result<Run, TrainingError> {
         let train = &config.train;
         let sequence = config.model.sequence;
         let batches = Batches::new(&corpus.train, train.seed, train.batch, sequence)?;
@@ -134,18 +183,34 @@ impl Run {
             return Err(TrainingError::RunExists { path: out.into() });
         }
 
+        let mut newest = match resume {
+            true => newest_intact(&Checkpoints::create(out, train.keep_checkpoints)?, out, observer)?,
+            false => None,
+        };
+        // Lines of steps that will be done again are dropped.
+        let done = newest.as_ref().map_or(0, |checkpoint| checkpoint.state.step);
+        let mut teaching = None;
+        if let Some(distillation) = &mut distillation {
+            teaching = distillation.prepare(engine, &config, (tokenizer, corpus, &batches), done, observer)?;
+        }
         let mut session = engine.session();
-        let trainer = step::trainer(engine, &mut session, &config)?;
+        let trainer = match distillation.as_mut().filter(|_| teaching.is_some()) {
+            None => step::trainer(engine, &mut session, &config)?,
+            Some(distillation) => {
+                let trainer = step::trainer_of(engine, &mut session, &config, Some(&distillation.lesson()?))?;
+                if distillation.course.settings().cache.is_none() {
+                    distillation.course.teacher()?.load(&mut session)?;
+                }
+                trainer
+            }
+        };
         let evaluator = Evaluator::new(&mut session, &config.model, train.batch)?;
 
         // Only now, so that a model that does not fit the device leaves nothing behind.
         if !resume {
-            write_folder(out, &config, tokenizer)?;
+            write_folder(out, &config, tokenizer, distillation.as_ref().map(|d| &*d.course))?;
         }
         let checkpoints = Checkpoints::create(out, train.keep_checkpoints)?;
-        let mut newest = if resume { newest_intact(&checkpoints, out, observer)? } else { None };
-        // Lines of steps that will be done again are dropped.
-        let done = newest.as_ref().map_or(0, |checkpoint| checkpoint.state.step);
         let metrics = MetricsWriter::resume(&out.join(METRICS_FILE), done)?;
         let ids = train.batch * sequence;
         let mut run = Run {
@@ -162,6 +227,7 @@ impl Run {
             watch: Watch::default(),
             alarm_ends: false,
             is_noisy: gpt::is_noisy(&config.model),
+            teaching,
             tokens: vec![0; ids],
             targets: vec![0; ids],
             begun: None,
@@ -178,6 +244,9 @@ impl Run {
             None => {
                 let (session, config) = (&mut run.session, &run.config);
                 gpt::initialise(&config.model, config.train.seed, |p, values| session.write(&p.name, values))?;
+                if let Some(course) = distillation.map(|d| d.course).filter(|c| c.settings().init_from_teacher) {
+                    course.teacher()?.endow(&config.model, session)?;
+                }
             }
         }
         Ok(run)
@@ -242,11 +311,15 @@ impl Run {
             self.launch(observer)?;
             let step = self.trainer.steps_launched();
             let (evaluates, saves) = (due(eval_every, step) || step == total, due(save_every, step) || step == total);
-            let looks = self.has_health(step) || self.trainer.room() == 0;
+            let leaves = step < total && self.teaching.as_ref().is_some_and(|teaching| teaching.stop == step);
+            let looks = self.has_health(step) || self.trainer.room() == 0 || leaves;
             if !(looks || evaluates || saves || stop.load(Ordering::Relaxed)) {
                 continue;
             }
             let alarmed = self.collect(observer)?;
+            if leaves {
+                self.dismiss_teacher(observer)?;
+            }
             if evaluates {
                 let begun = Instant::now();
                 self.evaluate(observer)?;
@@ -284,6 +357,7 @@ impl Run {
             config: &self.config,
             batches: &self.batches,
             is_noisy: self.is_noisy,
+            teaching: self.teaching.as_mut(),
             tokens: &mut self.tokens,
             targets: &mut self.targets,
         };
@@ -301,6 +375,7 @@ impl Run {
             config: &self.config,
             batches: &self.batches,
             is_noisy: self.is_noisy,
+            teaching: self.teaching.as_mut(),
             tokens: &mut self.tokens,
             targets: &mut self.targets,
         };
@@ -330,6 +405,7 @@ impl Run {
                 loss: f64::from(loss),
                 lm_loss,
                 aux_loss,
+                kd_loss: values.get(2).copied().map(f64::from),
                 lr: self.config.learning_rate_of_step(step),
                 grad_norm: f64::from(grad_norm),
                 tokens_per_s,
@@ -378,6 +454,7 @@ struct Feeds<'r> {
     config: &'r Config,
     batches: &'r Batches,
     is_noisy: bool,
+    teaching: Option<&'r mut Teaching>,
     tokens: &'r mut [i32],
     targets: &'r mut [i32],
 }
@@ -390,6 +467,9 @@ impl Feeds<'_> {
         self.batches.fill(number, self.tokens, self.targets)?;
         program.feed("tokens", self.tokens)?;
         program.feed("targets", self.targets)?;
+        if let Some(teaching) = &mut self.teaching {
+            teaching.give(number, program)?;
+        }
         if self.is_noisy {
             program.feed(gpt::NOISE_KEY, &noise_key(self.config.train.seed, number + 1))?;
         }
@@ -397,16 +477,35 @@ impl Feeds<'_> {
     }
 }
 
-fn write_folder(out: &Path, config: &Config, tokenizer: &Tokenizer) -> Result<(), TrainingError> {
+fn write_folder(
+    out: &Path,
+    config: &Config,
+    tokenizer: &Tokenizer,
+    course: Option<&Course>,
+) -> Result<(), TrainingError> {
     let refused = |source| TrainingError::Io { operation: "create the folder", path: out.to_owned(), source };
     std::fs::create_dir_all(out).map_err(refused)?;
     if let Some(json) = tokenizer.json() {
         let path = out.join(TOKENIZER_FILE);
         write_whole(&path, json)?;
     }
+    match course {
+        Some(course) => course.write(out)?,
+        // Left by a run that was killed before it was one.
+        None => remove_if_there(&out.join(DISTILL_FILE))?,
+    }
     // Last, as this file is what makes the folder a run.
     let path = out.join(CONFIG_FILE);
     write_whole(&path, config.to_toml()?.as_bytes())
+}
+
+fn remove_if_there(path: &Path) -> Result<(), TrainingError> {
+    match std::fs::remove_file(path) {
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+            Err(TrainingError::Io { operation: "remove", path: path.to_owned(), source })
+        }
+        Err(_) | Ok(()) => Ok(()),
+    }
 }
 
 /// Writes a file so that it is whole or not there.

@@ -34,7 +34,7 @@ macro_rules! groups {
     };
 }
 
-groups! { elementwise, movement, norms, dense, router, sparse, optimizer }
+groups! { elementwise, movement, norms, dense, distillation, router, sparse, optimizer }
 
 /// What a kernel rejects is an error of the run, or of reading after it, and is forgotten with that.
 #[test]
@@ -44,18 +44,27 @@ fn values_that_kernels_reject_are_errors_on_every_device() {
         let (table, x) = (s.float([3, 2], |x| x), s.float([2, 4], |x| x));
         let w = s.float([5, 4], |x| x);
         let (ids, targets) = (s.ints([2], &[0, 1]), s.ints([2], &[4, 0]));
-        let (ids_name, targets_name) = ("x3", "x4");
+        let (ids_name, targets_name, kept_name) = ("x3", "x4", "x5");
         let rows = s.graph.embedding(table.unwrap(), ids.unwrap()).unwrap();
-        let loss = s.graph.linear_cross_entropy(x.unwrap(), w.unwrap(), targets.unwrap()).unwrap();
+        let (student, targets) = ([x.unwrap(), w.unwrap()], targets.unwrap());
+        let loss = s.graph.linear_cross_entropy(student[0], student[1], targets).unwrap();
+        let kept = [s.ints([2, 1], &[4, 0]), s.float([2, 1], |_| -1.0), s.float([2], |_| -1.0)].map(Result::unwrap);
+        let [_, kd] = s.graph.linear_distillation_cached(student, targets, kept, 1.0).unwrap();
         s.aux(rows).unwrap();
         s.aux(loss).unwrap();
+        s.aux(kd).unwrap();
         let mut live = Live::new(device.backend.as_ref(), &s.graph).unwrap();
         let right = live.run(&s.inputs).unwrap_or_else(|e| panic!("{}: {e}", device.name));
-        for (name, op, value) in
-            [(ids_name, "embedding", 3), (ids_name, "embedding", -1), (targets_name, "linear_cross_entropy", 5)]
-        {
+        for (name, op, value) in [
+            (ids_name, "embedding", 3),
+            (ids_name, "embedding", -1),
+            (targets_name, "linear_cross_entropy", 5),
+            (kept_name, "linear_distillation_cached", 5),
+            (kept_name, "linear_distillation_cached", -1),
+        ] {
             let mut inputs = s.inputs.clone();
-            inputs.insert(name.into(), Tensor::i32([2], &[0, value]));
+            let shape = inputs[name].ty.shape.clone();
+            inputs.insert(name.into(), Tensor::i32(shape, &[0, value]));
             match live.run(&inputs) {
                 Err(moebius_backends::Error::Kernel { op: at, found, .. }) => {
                     assert!(at == op && found.contains(&value.to_string()), "{}: {at}: {found}", device.name);

@@ -40,7 +40,7 @@ macro_rules! groups {
     ($($group:ident),*) => { $(#[test] fn $group() { group(stringify!($group)); })* };
 }
 
-groups! { elementwise, movement, norms, dense, router, sparse, optimizer }
+groups! { elementwise, movement, norms, dense, distillation, router, sparse, optimizer }
 
 /// A check that accepted any gradient would accept this one.
 #[test]
@@ -199,6 +199,26 @@ fn refusing() -> Vec<(&'static str, Refusing)> {
             let (x, w, t) = (s.float([2, 3], |x| x)?, s.float([4, 3], |x| x)?, s.ints([2], &[0, 1])?);
             let r = s.float([2], |x| x)?;
             Ok((s.graph.linear_cross_entropy_grad(x, w, t, r, r)?[0], x))
+        }),
+        ("linear_distillation", |s| {
+            let (x, w, t) = (s.float([2, 3], |x| x)?, s.float([4, 3], |x| x)?, s.ints([2], &[0, 1])?);
+            let teacher = s.float([2, 3], |x| x)?;
+            Ok((s.graph.linear_distillation([x, w], t, [teacher, w], 1.0)?[1], teacher))
+        }),
+        ("linear_distillation_grad", |s| {
+            let (x, w, t) = (s.float([2, 3], |x| x)?, s.float([4, 3], |x| x)?, s.ints([2], &[0, 1])?);
+            let r = s.float([2], |x| x)?;
+            Ok((s.graph.linear_distillation_grad([x, w], t, [x, w], [r; 3], [r; 2], 1.0)?[0], x))
+        }),
+        ("linear_distillation_cached", |s| {
+            let (x, w, t) = (s.float([2, 3], |x| x)?, s.float([4, 3], |x| x)?, s.ints([2], &[0, 1])?);
+            let (ids, p, tail) = (s.ints([2, 1], &[0, 3])?, s.float([2, 1], |x| x)?, s.float([2], |x| x)?);
+            Ok((s.graph.linear_distillation_cached([x, w], t, [ids, p, tail], 1.0)?[1], p))
+        }),
+        ("linear_distillation_cached_grad", |s| {
+            let (x, w, t) = (s.float([2, 3], |x| x)?, s.float([4, 3], |x| x)?, s.ints([2], &[0, 1])?);
+            let (ids, p, r) = (s.ints([2, 1], &[0, 3])?, s.float([2, 1], |x| x)?, s.float([2], |x| x)?);
+            Ok((s.graph.linear_distillation_cached_grad([x, w], t, [ids, p, r], [r; 3], [r; 2], 1.0)?[0], x))
         }),
         ("route_grad", |s| {
             let (x, d, zero) = (s.float([2, 3], |x| x)?, s.float([2, 1], |x| x)?, s.float([], |x| x)?);

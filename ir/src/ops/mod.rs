@@ -123,7 +123,9 @@ ops! {
     // Dense
     matmul::Matmul, attention::Attention, attention_grad::AttentionGrad, attention_cached::AttentionCached,
     embedding::Embedding, embedding_grad::EmbeddingGrad, linear_cross_entropy::LinearCrossEntropy,
-    linear_cross_entropy_grad::LinearCrossEntropyGrad,
+    linear_cross_entropy_grad::LinearCrossEntropyGrad, linear_distillation::LinearDistillation,
+    linear_distillation_grad::LinearDistillationGrad, linear_distillation_cached::LinearDistillationCached,
+    linear_distillation_cached_grad::LinearDistillationCachedGrad,
     // Sparse experts
     route::Route, route_grad::RouteGrad, assign::Assign, dispatch::Dispatch, combine::Combine, gate_grad::GateGrad,
     expert_matmul::ExpertMatmul, expert_matmul_wgrad::ExpertMatmulWgrad, segment_sum::SegmentSum,

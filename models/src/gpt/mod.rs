@@ -13,14 +13,17 @@ mod outputs;
 mod parameters;
 pub mod router;
 
-pub use distillation::{Distillation, distillation};
+pub use distillation::{
+    Distillation, Distilling, KEPT_IDS, KEPT_LOG_P, KEPT_LOG_TAIL, Lesson, TEACHER_HIDDEN, distillation,
+    teacher_hidden, teacher_logits,
+};
 pub use init::{Start, initialise};
 pub use moe::{MoeStatistics, Pass, moe_layer};
 pub use outputs::{
     Routes, choices_feed, coefficient_output, dropped_output, entropy_output, expert_index_output, idle_state,
     load_output, score_output, z_output,
 };
-pub use parameters::{Parameter, Parameters};
+pub use parameters::{Parameter, Parameters, of_teacher};
 
 use moebius::MicroBatches;
 use moebius_ir::{DType, Graph, Result, TensorType, Value};
@@ -100,7 +103,25 @@ pub fn training(config: &ModelConfig, batch: usize) -> moebius::Result<Training>
 pub fn training_accumulated(config: &ModelConfig, batch: usize, count: usize) -> moebius::Result<Training> {
     let mut graph = Graph::new();
     let micro_batches = MicroBatches::new(&mut graph, count)?;
-    build_training(graph, micro_batches, config, batch, Routes::default())
+    build_training(graph, micro_batches, config, batch, Routes::default(), None)
+}
+
+/// [`training_accumulated`] of a student: the loss is `lm_weight` times the cross entropy, the auxiliary losses, and the distillation
+/// term, which is the output `kd_loss`, as weighted in the loss. A whole teacher reads the same tokens in evaluation mode, its
+/// tensors are states named by [`of_teacher`]; of a cached one there are the feeds [`KEPT_IDS`], [`KEPT_LOG_P`] and
+/// [`KEPT_LOG_TAIL`].
+///
+/// # Errors
+/// As [`training`], for a teacher of another vocabulary or with a shorter sequence too.
+pub fn distilling(
+    config: &ModelConfig,
+    batch: usize,
+    count: usize,
+    lesson: &Distilling<'_>,
+) -> moebius::Result<Training> {
+    let mut graph = Graph::new();
+    let micro_batches = MicroBatches::new(&mut graph, count)?;
+    build_training(graph, micro_batches, config, batch, Routes::default(), Some(lesson))
 }
 
 /// [`training`] whose routes are recorded or given. The routes of all tokens are in the order of the tokens.
@@ -108,7 +129,7 @@ pub fn training_accumulated(config: &ModelConfig, batch: usize, count: usize) ->
 /// # Errors
 /// As [`training`]; there are no given routes for a router in which experts choose.
 pub fn training_with(config: &ModelConfig, batch: usize, routes: Routes) -> moebius::Result<Training> {
-    build_training(Graph::new(), None, config, batch, routes)
+    build_training(Graph::new(), None, config, batch, routes, None)
 }
 
 fn build_training(
@@ -117,6 +138,7 @@ fn build_training(
     config: &ModelConfig,
     batch: usize,
     routes: Routes,
+    lesson: Option<&Distilling<'_>>,
 ) -> moebius::Result<Training> {
     let g = &mut graph;
     let ids = TensorType::i32([batch, config.sequence]);
@@ -128,7 +150,14 @@ fn build_training(
     let mode = Mode { training: true, noise, ids: tokens, routes };
     let Blocks { x, statistics, borders } =
         blocks(g, &mut p, x, mode, &mut |g, p, layer, x| layers::attention(g, p, layer, x))?;
-    let loss = token_losses(g, &mut p, x, targets)?;
+    let (loss, kd_loss) = match lesson {
+        None => (token_losses(g, &mut p, x, targets)?, None),
+        Some(lesson) => {
+            let [loss, kd] = distillation::student_losses(g, &mut p, x, tokens, targets, lesson)?;
+            let kd = g.mean_all(kd)?;
+            (loss, Some(g.mul_scalar(kd, lesson.options.beta)?))
+        }
+    };
     let lm_loss = g.mean_all(loss)?;
     let mut aux_loss = g.scalar(0.0)?;
     for (layer, s) in &statistics {
@@ -144,8 +173,16 @@ fn build_training(
         }
     }
     routes.outputs(g, &statistics)?;
-    let loss = g.add(lm_loss, aux_loss)?;
-    for (name, value) in [("lm_loss", lm_loss), ("aux_loss", aux_loss)] {
+    let weighted = match lesson {
+        Some(lesson) if lesson.lm_weight != 1.0 => g.mul_scalar(lm_loss, lesson.lm_weight)?,
+        Some(_) | None => lm_loss,
+    };
+    let mut loss = g.add(weighted, aux_loss)?;
+    if let Some(kd_loss) = kd_loss {
+        loss = g.add(loss, kd_loss)?;
+    }
+    let losses = [("lm_loss", Some(lm_loss)), ("aux_loss", Some(aux_loss)), ("kd_loss", kd_loss)];
+    for (name, value) in losses.into_iter().filter_map(|(name, value)| Some((name, value?))) {
         let of_step = outputs::mean(g, &mut micro_batches, name, value)?;
         g.output(name, of_step)?;
     }

@@ -85,7 +85,8 @@ pub fn moe_layer(
         (None, Some(_) | None) => None,
     };
     let has_bias = routing.selection_bias && !c.routes_by_id(layer);
-    let bias = if has_bias { Some(g.state(selection_bias(layer), TensorType::f32([experts]))?) } else { None };
+    let stored = p.stored(&selection_bias(layer));
+    let bias = if has_bias { Some(g.state(stored, TensorType::f32([experts]))?) } else { None };
     let inputs = GateInputs { noise: pass.noise, used: pass.used, selection_bias: bias, choices };
     let capacity = router::capacity(c, pass.training, tokens, experts);
     let gating = router::gate(g, &routing, c.top_k(), capacity, logits, &inputs)?;

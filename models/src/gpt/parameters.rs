@@ -132,16 +132,32 @@ pub(super) fn dtype(config: &ModelConfig) -> DType {
 /// The parameters of one graph: each becomes an input when it is first asked for, in the model's compute dtype.
 pub struct Parameters<'c> {
     config: &'c ModelConfig,
+    is_teacher: bool,
     shapes: HashMap<String, Shape>,
     master: HashMap<String, Value>,
     compute: HashMap<String, Value>,
+}
+
+/// Name in the session of a tensor of the teacher.
+pub fn of_teacher(name: &str) -> String {
+    format!("teacher/{name}")
 }
 
 impl<'c> Parameters<'c> {
     /// Nothing asked for yet.
     pub fn new(config: &'c ModelConfig) -> Self {
         let shapes = Parameter::list(config).into_iter().map(|p| (p.name, p.shape)).collect();
-        Parameters { config, shapes, master: HashMap::new(), compute: HashMap::new() }
+        Parameters { config, is_teacher: false, shapes, master: HashMap::new(), compute: HashMap::new() }
+    }
+
+    /// Those of a teacher: states named by [`of_teacher`], which no gradient is taken of, each in the dtype it is used in.
+    pub fn teacher(config: &'c ModelConfig) -> Self {
+        Parameters { is_teacher: true, ..Parameters::new(config) }
+    }
+
+    /// The name in the session of a tensor of this model.
+    pub(super) fn stored(&self, name: &str) -> String {
+        if self.is_teacher { of_teacher(name) } else { name.to_owned() }
     }
 
     /// The model's configuration.
@@ -160,11 +176,14 @@ impl<'c> Parameters<'c> {
         if let Some(&value) = self.master.get(name) {
             return Ok(value);
         }
-        let shape =
-            self.shapes.get(name).unwrap_or_else(|| unreachable!("the model has no parameter {name:?}")).clone();
-        let value = g.parameter(name, TensorType::f32(shape))?;
+        let ty = TensorType::f32(self.shape(name));
+        let value = if self.is_teacher { g.state(of_teacher(name), ty)? } else { g.parameter(name, ty)? };
         self.master.insert(name.into(), value);
         Ok(value)
+    }
+
+    fn shape(&self, name: &str) -> Shape {
+        self.shapes.get(name).unwrap_or_else(|| unreachable!("the model has no parameter {name:?}")).clone()
     }
 
     /// The output matrix `[vocab, width]`: the token embedding unless the model has its own.
@@ -183,8 +202,13 @@ impl<'c> Parameters<'c> {
         if let Some(&value) = self.compute.get(name) {
             return Ok(value);
         }
-        let master = self.master(g, name)?;
-        let value = g.cast(master, dtype(self.config))?;
+        let value = if self.is_teacher && !self.master.contains_key(name) {
+            let ty = TensorType::new(dtype(self.config), self.shape(name));
+            g.state(of_teacher(name), ty)?
+        } else {
+            let master = self.master(g, name)?;
+            g.cast(master, dtype(self.config))?
+        };
         self.compute.insert(name.into(), value);
         Ok(value)
     }

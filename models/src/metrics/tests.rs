@@ -17,6 +17,7 @@ fn train(step: u64) -> Record {
         loss: 2.5 / step as f64,
         lm_loss: 2.4 / step as f64,
         aux_loss: 0.01,
+        kd_loss: (step < 3).then_some(0.7 / step as f64),
         lr: 3e-4,
         grad_norm: 1.0 / 3.0,
         tokens_per_s: 51234.5,
@@ -51,6 +52,7 @@ fn lines_have_the_documented_keys_and_come_back_exactly() {
     for key in ["step", "tokens", "loss", "lm_loss", "aux_loss", "lr", "grad_norm", "tokens_per_s"] {
         assert!(lines[2][key].is_number(), "{key}");
     }
+    assert!(lines[0]["kd_loss"].is_number() && lines[4].get("kd_loss").is_none(), "{lines:?}");
     assert_eq!(lines[2]["experts"][0]["load"][0], 0.25);
     for key in ["entropy", "logit_scale"] {
         assert!(lines[2]["experts"][0][key].is_number(), "{key}");

@@ -36,6 +36,8 @@ pub(super) struct Chart {
     pub(super) from_zero: bool,
     /// Its lines are named in a legend elsewhere; the heading has the range of their last values.
     pub(super) many: bool,
+    /// A step that is marked, and what happened after it.
+    pub(super) mark: Option<(f64, &'static str)>,
 }
 
 /// Pixels of a drawing.
@@ -148,6 +150,17 @@ impl Chart {
             let _ = write!(html, "<text class=\"{class}\" x=\"{at:.1}\" y=\"{:.1}\">{text}</text>", height - 7.0);
         }
         let _ = write!(html, "<path class=\"axis\" d=\"M{left} {:.1}H{:.1}\"/>", height - bottom, width - right);
+        if let Some((step, what)) = self.mark {
+            let at = x.pixel(step);
+            let _ = write!(
+                html,
+                "<path class=\"mark\" d=\"M{at:.1} {top}V{:.1}\"/><text class=\"mark\" x=\"{:.1}\" y=\"{:.1}\">{}</text>",
+                height - bottom,
+                at - 6.0,
+                top + 12.0,
+                escape(what)
+            );
+        }
         self.draw_lines(html, x, y);
         if self.large && frame.right > 60.0 {
             self.draw_names(html, x, y);

@@ -26,6 +26,8 @@ pub(super) struct Gathered {
     /// The first alarms, and how many there were.
     pub(super) alarms: Vec<AlarmRecord>,
     pub(super) alarm_count: usize,
+    /// The last step that followed a teacher.
+    pub(super) taught: Option<u64>,
 }
 
 /// Mean, least and greatest of the finite values of one quantity.
@@ -43,6 +45,7 @@ pub(super) struct TrainBin {
     step: Stat,
     pub(super) lm_loss: Stat,
     pub(super) aux_loss: Stat,
+    pub(super) kd_loss: Stat,
     pub(super) lr: Stat,
     pub(super) grad_norm: Stat,
     pub(super) tokens_per_s: Stat,
@@ -88,6 +91,7 @@ impl Default for Gathered {
             not_finite: None,
             alarms: Vec::new(),
             alarm_count: 0,
+            taught: None,
         }
     }
 }
@@ -115,6 +119,9 @@ impl Gathered {
     fn add_train(&mut self, record: &TrainRecord) {
         self.trained = true;
         self.tokens = self.tokens.max(record.tokens);
+        if record.kd_loss.is_some() {
+            self.taught = Some(record.step);
+        }
         if !record.loss.is_finite() {
             self.not_finite.get_or_insert(record.step);
         }
@@ -124,6 +131,7 @@ impl Gathered {
                 step: Stat::of(record.step as f64),
                 lm_loss: Stat::of(record.lm_loss),
                 aux_loss: Stat::of(record.aux_loss),
+                kd_loss: Stat::of(record.kd_loss.unwrap_or(f64::NAN)),
                 lr: Stat::of(record.lr),
                 grad_norm: Stat::of(record.grad_norm),
                 tokens_per_s: Stat::of(record.tokens_per_s),
@@ -214,6 +222,7 @@ impl Merge for TrainBin {
         self.step.merge(later.step);
         self.lm_loss.merge(later.lm_loss);
         self.aux_loss.merge(later.aux_loss);
+        self.kd_loss.merge(later.kd_loss);
         self.lr.merge(later.lr);
         self.grad_norm.merge(later.grad_norm);
         self.tokens_per_s.merge(later.tokens_per_s);

@@ -140,6 +140,7 @@ fn curves(html: &mut String, gathered: &Gathered) {
         large: true,
         from_zero: false,
         many: false,
+        mark: gathered.taught.filter(|&step| step < gathered.steps).map(|step| (step as f64, "without teacher")),
     };
     let small = |id, title, unit, lines: Line| Chart { id, title, unit, lines: vec![lines], steps, ..Chart::default() };
     let noisy = |id, title, unit, of: fn(&TrainBin) -> Stat| Chart {
@@ -159,6 +160,10 @@ fn curves(html: &mut String, gathered: &Gathered) {
     let aux: fn(&TrainBin) -> Stat = |bin| bin.aux_loss;
     if gathered.train.filled().any(|bin| bin.aux_loss.max > 0.0) {
         drawn.push_str(&noisy("aux", "Auxiliary loss", "as weighted in training", aux).html());
+    }
+    if gathered.taught.is_some() {
+        let kd = noisy("kd", "Distillation", "divergence from the teacher, as weighted in training", |bin| bin.kd_loss);
+        drawn.push_str(&kd.html());
     }
     drawn.push_str("</div>\n");
     if drawn.contains("<figure") {
@@ -181,6 +186,10 @@ fn table(html: &mut String, facts: &RunFacts, gathered: &Gathered) {
     rows.push(("Tokens", grouped(gathered.tokens)));
     if let Some(&(_, loss)) = smooth(&gathered.curve(|bin| bin.lm_loss)).last() {
         rows.push(("Training loss, last", format!("{loss:.4} nats per token")));
+    }
+    if let Some(step) = gathered.taught {
+        let left = format!("left after step {}", grouped(step));
+        rows.push(("Teacher", if step < gathered.steps { left } else { "followed to the end".into() }));
     }
     let both = |loss: f64, bits: f64| format!("{loss:.4} nats per token, {bits:.4} bits per byte");
     if let Some(last) = gathered.evals.last() {

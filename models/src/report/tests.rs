@@ -43,6 +43,7 @@ fn run(steps: u64, every: u64, layers: &[(usize, usize)]) -> Vec<Record> {
             loss: lm_loss + 0.01,
             lm_loss,
             aux_loss: 0.01 * (1.05 + 0.8 * (-done * 10.0).exp() + 0.05 * noise(step, 1)),
+            kd_loss: None,
             lr: 1e-3 * warm * (0.55 + 0.45 * (done * std::f64::consts::PI).cos()),
             grad_norm: (0.4 + 3.0 * (-done * 30.0).exp()) * (noise(step, 2)).exp(),
             tokens_per_s: 21_500.0 + 1500.0 * noise(step, 3) - if step % 97 == 0 { 6000.0 } else { 0.0 },
@@ -230,4 +231,27 @@ fn pages_stay_small_however_long_the_run() {
             std::fs::write(folder.join(name).with_extension("html"), page).unwrap();
         }
     }
+}
+
+#[test]
+fn a_distilled_run_shows_its_term_and_where_the_teacher_left() {
+    let taught = |until: u64| {
+        let mut records = run(1000, 10, &[]);
+        for record in &mut records {
+            if let Record::Train(train) = record
+                && train.step <= until
+            {
+                train.kd_loss = Some(0.5 + 0.1 * noise(train.step, 9));
+            }
+        }
+        render(&facts(), &records)
+    };
+    let html = taught(700);
+    check(&html);
+    assert!(html.contains("Distillation") && html.contains("class=\"mark\""), "{html}");
+    assert!(html.contains("<th scope=\"row\">Teacher</th><td>left after step 700</td>"), "{html}");
+    let html = taught(1000);
+    assert!(html.contains("<td>followed to the end</td>") && !html.contains("class=\"mark\""));
+    let html = taught(0);
+    assert!(!html.contains("Distillation") && !html.contains("Teacher"));
 }

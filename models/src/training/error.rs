@@ -7,6 +7,7 @@ use moebius::checkpoint::CheckpointError;
 use super::CONFIG_FILE;
 use crate::config::ConfigError;
 use crate::data::DataError;
+use crate::distill::DistillError;
 use crate::metrics::MetricsError;
 use crate::routes::RouteError;
 
@@ -31,6 +32,9 @@ pub enum TrainingError {
     /// `metrics.jsonl`.
     #[error(transparent)]
     Metrics(#[from] MetricsError),
+    /// The teacher.
+    #[error(transparent)]
+    Distill(#[from] DistillError),
     /// Routes that are recorded or forced in an evaluation.
     #[error(transparent)]
     Routes(#[from] RouteError),

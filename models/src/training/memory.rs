@@ -3,13 +3,22 @@
 use moebius::{Engine, Memory, training_step_with};
 
 use crate::config::Config;
+use crate::gpt::Distilling;
 
 /// The memory of a training step of this configuration on a device, from its plan. Allocates nothing on the device.
 ///
 /// # Errors
 /// As [`Engine::memory`].
 pub fn memory(engine: &Engine, config: &Config) -> moebius::Result<Memory> {
-    let (graph, loss, options) = super::step::parts(config)?;
+    memory_of(engine, config, None)
+}
+
+/// [`memory`] of a student while it follows a teacher, which is in memory too if it is a whole one.
+///
+/// # Errors
+/// As [`Engine::memory`].
+pub fn memory_of(engine: &Engine, config: &Config, lesson: Option<&Distilling<'_>>) -> moebius::Result<Memory> {
+    let (graph, loss, options) = super::step::parts_of(config, lesson)?;
     engine.memory(&training_step_with(graph, loss, options)?)
 }
 
@@ -18,12 +27,25 @@ pub fn memory(engine: &Engine, config: &Config) -> moebius::Result<Memory> {
 /// # Errors
 /// As [`Engine::memory`].
 pub fn largest_batch(engine: &Engine, config: &Config, free: u64) -> moebius::Result<usize> {
+    largest_batch_of(engine, config, None, free)
+}
+
+/// [`largest_batch`] of a student while it follows a teacher.
+///
+/// # Errors
+/// As [`Engine::memory`].
+pub(super) fn largest_batch_of(
+    engine: &Engine,
+    config: &Config,
+    lesson: Option<&Distilling<'_>>,
+    free: u64,
+) -> moebius::Result<usize> {
     let mut config = config.clone();
     // `most` is too large, or one more than what was asked for; `fits` fits, or is 0.
     let (mut fits, mut most) = (0, config.train.batch + 1);
     while most - fits > 1 {
         config.train.batch = fits.midpoint(most);
-        if memory(engine, &config)?.total() <= free {
+        if memory_of(engine, &config, lesson)?.total() <= free {
             fits = config.train.batch;
         } else {
             most = config.train.batch;

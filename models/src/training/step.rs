@@ -4,15 +4,15 @@ use moebius::ir::{Graph, Value};
 use moebius::{Engine, History, Optimizer, Session, StepOptions, Trainer};
 
 use super::TrainingError;
-use super::memory::largest_batch;
+use super::memory::largest_batch_of;
 use crate::config::Config;
-use crate::gpt;
+use crate::gpt::{self, Distilling};
 
 /// Most steps between two looks of the host: what the device remembers has to be read with each of them.
 const MOST_REMEMBERED: u64 = 256;
 
-/// Outputs that are remembered of each step, beside loss and norm.
-pub(super) const REMEMBERED: [&str; 2] = ["lm_loss", "aux_loss"];
+/// Outputs that are remembered of each step, beside loss and norm; the last one of a student that follows a teacher.
+pub(super) const REMEMBERED: [&str; 3] = ["lm_loss", "aux_loss", "kd_loss"];
 
 impl Config {
     /// How parameters are moved.
@@ -34,10 +34,21 @@ impl Config {
 /// # Errors
 /// As [`gpt::training`].
 pub fn parts(config: &Config) -> moebius::Result<(Graph, Value, StepOptions)> {
+    parts_of(config, None)
+}
+
+/// [`parts`] of a student that follows a teacher.
+///
+/// # Errors
+/// As [`gpt::distilling`].
+pub fn parts_of(config: &Config, lesson: Option<&Distilling<'_>>) -> moebius::Result<(Graph, Value, StepOptions)> {
     let train = &config.train;
-    let training = gpt::training_accumulated(&config.model, train.batch, train.accumulate)?;
+    let (training, remembered) = match lesson {
+        None => (gpt::training_accumulated(&config.model, train.batch, train.accumulate)?, &REMEMBERED[..2]),
+        Some(lesson) => (gpt::distilling(&config.model, train.batch, train.accumulate, lesson)?, &REMEMBERED[..]),
+    };
     let steps = train.log_every.clamp(1, MOST_REMEMBERED) as usize;
-    let history = History { steps, outputs: REMEMBERED.map(str::to_owned).to_vec() };
+    let history = History { steps, outputs: remembered.iter().map(|&name| name.to_owned()).collect() };
     let options = StepOptions {
         optimizer: config.optimizer(),
         micro_batches: training.micro_batches,
@@ -52,10 +63,23 @@ pub fn parts(config: &Config) -> moebius::Result<(Graph, Value, StepOptions)> {
 /// # Errors
 /// [`TrainingError::TooLarge`] with the largest batch that the device has memory for; as [`Trainer::with`].
 pub fn trainer(engine: &Engine, session: &mut Session, config: &Config) -> Result<Trainer, TrainingError> {
-    let (graph, loss, options) = parts(config)?;
+    trainer_of(engine, session, config, None)
+}
+
+/// [`trainer`] of a student that follows a teacher.
+///
+/// # Errors
+/// As [`trainer`].
+pub fn trainer_of(
+    engine: &Engine,
+    session: &mut Session,
+    config: &Config,
+    lesson: Option<&Distilling<'_>>,
+) -> Result<Trainer, TrainingError> {
+    let (graph, loss, options) = parts_of(config, lesson)?;
     match Trainer::with(session, graph, loss, options) {
         Err(moebius::Error::Backend(source @ moebius::BackendError::TooLarge { free, .. })) => {
-            let largest = largest_batch(engine, config, free)?;
+            let largest = largest_batch_of(engine, config, lesson, free)?;
             Err(TrainingError::TooLarge { source, largest })
         }
         made => Ok(made?),

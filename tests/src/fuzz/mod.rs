@@ -5,6 +5,7 @@
 //! reported with, and a run can go on anywhere. To add a target: a function that makes a [`Target`], and its line in
 //! [`targets`].
 
+mod caches;
 mod configs;
 mod files;
 mod graphs;
@@ -52,6 +53,7 @@ pub fn targets() -> std::io::Result<Vec<Target>> {
         files::state()?,
         files::metrics()?,
         routes::target()?,
+        caches::target()?,
     ])
 }
 

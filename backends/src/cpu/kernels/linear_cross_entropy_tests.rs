@@ -14,7 +14,7 @@ struct Run<T> {
 }
 
 fn run<T: Element>(
-    shape: &LinearCrossEntropyShape,
+    shape: &ClassifierShape,
     (x, w): (&[T], &[T]),
     targets: &[i32],
     dloss: &[f32],
@@ -36,12 +36,8 @@ fn run<T: Element>(
     out
 }
 
-fn case<T: Element>(
-    rows: usize,
-    width: usize,
-    vocabulary: usize,
-) -> (LinearCrossEntropyShape, Vec<T>, Vec<T>, Vec<i32>) {
-    let shape = LinearCrossEntropyShape { rows, width, vocabulary };
+fn case<T: Element>(rows: usize, width: usize, vocabulary: usize) -> (ClassifierShape, Vec<T>, Vec<T>, Vec<i32>) {
+    let shape = ClassifierShape { rows, width, vocabulary };
     let targets = (0..rows).map(|r| if r % 5 == 3 { -1 - r as i32 } else { ((r * 7919) % vocabulary) as i32 });
     (shape, values(rows * width, 1), values(vocabulary * width, 2), targets.collect())
 }
@@ -117,8 +113,7 @@ fn a_target_past_the_vocabulary_is_an_error_and_nothing_is_written() {
 
 #[test]
 fn no_rows_give_a_zero_gradient_of_the_weights() {
-    let got =
-        run::<f32>(&LinearCrossEntropyShape { rows: 0, width: 20, vocabulary: 300 }, (&[], &[1.0; 6000]), &[], &[], 2);
+    let got = run::<f32>(&ClassifierShape { rows: 0, width: 20, vocabulary: 300 }, (&[], &[1.0; 6000]), &[], &[], 2);
     assert!(got.dw.iter().all(|&x| x == 0.0));
 }
 

@@ -1,5 +1,4 @@
-//! Launches of everything that is a matrix product or made of them: matmul, the expert matmuls, attention, embedding and
-//! the linear cross entropy.
+//! Launches of everything that is a matrix product or made of them: matmul, the expert matmuls, attention and embedding.
 
 use moebius_ir::ops::{Attention, AttentionCached, AttentionGrad, ExpertMatmul, Matmul};
 use moebius_ir::{DType, Graph, Node, Value};
@@ -12,10 +11,6 @@ use crate::cpu::kernels::attention::{
 };
 use crate::cpu::kernels::attention_cached::{CachedAttentionShape, attention_cached, attention_cached_workspace};
 use crate::cpu::kernels::embedding::{IdOutOfRange, embedding, embedding_grad, embedding_grad_workspace};
-use crate::cpu::kernels::linear_cross_entropy::{
-    LinearCrossEntropyShape, TargetOutOfRange, linear_cross_entropy, linear_cross_entropy_grad,
-    linear_cross_entropy_grad_workspace, linear_cross_entropy_workspace,
-};
 
 fn storage(graph: &Graph, value: Value) -> Result<Storage, String> {
     match graph.ty(value).dtype {
@@ -178,37 +173,5 @@ pub(super) fn lower_embedding_grad(graph: &Graph, node: &Node) -> Lowered {
     by_float!(graph.ty(node.operands[1]).dtype, T => Launch::fallible(scratch, move |a| {
         embedding_grad::<T, T>(a.operand(1, n * d), a.operand(0, n), v, d, a.result(0, v * d), a.scratch())
             .map_err(rejected_id)
-    }))
-}
-
-fn rejected_target(e: TargetOutOfRange) -> Rejected {
-    Rejected { wanted: "targets within the vocabulary".into(), found: e.to_string() }
-}
-
-fn cross_entropy_shape(graph: &Graph, node: &Node) -> LinearCrossEntropyShape {
-    let [x, w] = shapes(graph, node);
-    LinearCrossEntropyShape { rows: x[0], width: x[1], vocabulary: w[0] }
-}
-
-pub(super) fn lower_linear_cross_entropy(graph: &Graph, node: &Node, threads: usize) -> Lowered {
-    let shape = cross_entropy_shape(graph, node);
-    let (n, x, w) = (shape.rows, shape.rows * shape.width, shape.vocabulary * shape.width);
-    let scratch = 4 * linear_cross_entropy_workspace(&shape, threads);
-    by_float!(graph.ty(node.operands[0]).dtype, T => Launch::fallible(scratch, move |a| {
-        let (x, w, targets) = (a.operand::<T>(0, x), a.operand(1, w), a.operand(2, n));
-        linear_cross_entropy(&shape, x, w, targets, a.result(0, n), a.result(1, n), a.scratch()).map_err(rejected_target)
-    }))
-}
-
-pub(super) fn lower_linear_cross_entropy_grad(graph: &Graph, node: &Node, threads: usize) -> Lowered {
-    let shape = cross_entropy_shape(graph, node);
-    let (n, x, w) = (shape.rows, shape.rows * shape.width, shape.vocabulary * shape.width);
-    let scratch = 4 * linear_cross_entropy_grad_workspace(&shape, threads);
-    by_float!(graph.ty(node.operands[0]).dtype, T => Launch::fallible(scratch, move |a| {
-        let (values, weights, targets) = (a.operand::<T>(0, x), a.operand(1, w), a.operand(2, n));
-        let (lse, dloss) = (a.operand(3, n), a.operand(4, n));
-        let (dx, dw) = (a.result(0, x), a.result::<T>(1, w));
-        linear_cross_entropy_grad(&shape, values, weights, targets, lse, dloss, dx, dw, a.scratch())
-            .map_err(rejected_target)
     }))
 }

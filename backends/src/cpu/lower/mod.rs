@@ -4,6 +4,7 @@
 //! given; the other files hold the launches, grouped as the ops are.
 
 mod args;
+mod classifier;
 mod dense;
 mod elementwise;
 mod movement;
@@ -80,8 +81,18 @@ pub(crate) fn lower(graph: &Graph, id: NodeId, threads: usize) -> Lowered {
         Op::AttentionCached(op) => dense::lower_attention_cached(graph, node, op, threads),
         Op::Embedding(_) => dense::lower_embedding(graph, node),
         Op::EmbeddingGrad(_) => dense::lower_embedding_grad(graph, node),
-        Op::LinearCrossEntropy(_) => dense::lower_linear_cross_entropy(graph, node, threads),
-        Op::LinearCrossEntropyGrad(_) => dense::lower_linear_cross_entropy_grad(graph, node, threads),
+        Op::LinearCrossEntropy(_) => classifier::lower_linear_cross_entropy(graph, node, threads),
+        Op::LinearCrossEntropyGrad(_) => classifier::lower_linear_cross_entropy_grad(graph, node, threads),
+        Op::LinearDistillation(op) => classifier::lower_linear_distillation(graph, node, op.temperature, threads),
+        Op::LinearDistillationGrad(op) => {
+            classifier::lower_linear_distillation_grad(graph, node, op.temperature, threads)
+        }
+        Op::LinearDistillationCached(op) => {
+            classifier::lower_linear_distillation_cached(graph, node, op.temperature, threads)
+        }
+        Op::LinearDistillationCachedGrad(op) => {
+            classifier::lower_linear_distillation_cached_grad(graph, node, op.temperature, threads)
+        }
 
         Op::Route(op) => sparse::lower_route(graph, node, op),
         Op::RouteGrad(op) => sparse::lower_route_grad(graph, node, op),

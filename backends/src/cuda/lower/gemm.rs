@@ -1,4 +1,4 @@
-//! Launches of everything that is a matrix product: matmul, the expert matmuls and the linear cross entropy.
+//! Launches of everything that is a matrix product: matmul and the expert matmuls.
 
 use moebius_ir::ops::{ExpertMatmul, Matmul};
 use moebius_ir::{DType, Graph, Node, Shape};
@@ -7,13 +7,12 @@ use super::few_rows::{self, Few, Operands};
 use super::hopper::{self, End, Segments};
 use super::{Lowered, dtype, float, int, shapes};
 use crate::cuda::chip::Chip;
-use crate::cuda::launch::{Action, Arg, Launch, Scratch, kernel};
+use crate::cuda::launch::{Action, Arg, Launch, kernel};
 use crate::cuda::source::{GEMM, MMA, Source};
 
 const TEXT: &str = include_str!("../kernels/gemm.cu");
-const CROSS_ENTROPY: &str = include_str!("../kernels/cross_entropy.cu");
 /// Rows and columns of the tile of a block: the small one where sizes are small, and where more than the sums is kept.
-const TILE: usize = 64;
+pub(super) const TILE: usize = 64;
 /// The large tile reads each element half as often.
 const LARGE_TILE: usize = 128;
 /// Blocks of the large tile that are enough to keep a GPU busy.
@@ -32,18 +31,16 @@ const FEW_TILES: usize = 48;
 const MOST_Z: usize = 65_535;
 /// The most experts of one product, as in the kernel.
 pub(super) const MOST_EXPERTS: usize = 1024;
-/// Bytes of the gradients of logits that the gradient of the cross entropy holds at a time: enough for products that fill a GPU.
-const CHUNK_BYTES: usize = 256 << 20;
 
 /// The kernels of a file of products for one float type and tile.
-struct Kernels {
-    source: Source,
+pub(super) struct Kernels {
+    pub(super) source: Source,
     /// Threads of a block.
-    threads: u32,
+    pub(super) threads: u32,
     tile: usize,
 }
 
-fn products(file: &'static str, text: &'static str, dtype: DType, tile: usize) -> Result<Kernels, String> {
+pub(super) fn products(file: &'static str, text: &'static str, dtype: DType, tile: usize) -> Result<Kernels, String> {
     let wide = dtype == DType::F32;
     let headers: &[_] = if wide { &[GEMM] } else { &[MMA, GEMM] };
     let source = Source::new(file, headers, text).define("T", float(dtype)?).define("WIDE", u8::from(wide));
@@ -81,7 +78,7 @@ pub(super) struct Strides {
 }
 
 /// A row-major matrix whose stored form has `columns` columns, read transposed if asked.
-fn stored(columns: usize, transpose: bool) -> Strides {
+pub(super) fn stored(columns: usize, transpose: bool) -> Strides {
     if transpose { Strides { row: 1, column: columns } } else { Strides { row: columns, column: 1 } }
 }
 
@@ -100,7 +97,7 @@ pub(super) struct Product {
 
 impl Product {
     /// One product without a bias.
-    fn of(a: Strides, b: Strides, m: usize, n: usize, k: usize) -> Product {
+    pub(super) fn of(a: Strides, b: Strides, m: usize, n: usize, k: usize) -> Product {
         Product { a, a_batch: 0, b, b_batch: 0, c_batch: 0, m, n, k, wide_bias: false }
     }
 
@@ -129,7 +126,7 @@ fn bias(graph: &Graph, node: &Node, i: usize) -> Result<(Arg, bool), String> {
 }
 
 /// The product `a b` of one batch as an action.
-fn gemm(dtype: DType, product: &Product, batch: usize, args: [Arg; 6]) -> Result<Action, String> {
+pub(super) fn gemm(dtype: DType, product: &Product, batch: usize, args: [Arg; 6]) -> Result<Action, String> {
     let of = products("gemm.cu", TEXT, dtype, tile(batch, product.m, product.n))?;
     let grid = [product.n.div_ceil(of.tile), product.m.div_ceil(of.tile), batch];
     let args = [&args[..], &[product.arg()?]].concat();
@@ -244,108 +241,8 @@ fn most_tiles(rows: usize, experts: usize, tile: usize) -> usize {
     rows / tile + experts + 1
 }
 
-/// Extents of a linear cross entropy.
-struct Classes {
-    n: usize,
-    d: usize,
-    classes: usize,
-    tiles: usize,
-}
-
-impl Classes {
-    fn of(graph: &Graph, node: &Node) -> Classes {
-        let [x, w] = shapes(graph, node);
-        Classes { n: x[0], d: x[1], classes: w[0], tiles: w[0].div_ceil(TILE) }
-    }
-
-    /// The struct `Classes` of the kernels.
-    fn arg(&self) -> Result<Arg, String> {
-        let mut bytes = Vec::with_capacity(16);
-        for n in [self.n, self.d, self.classes, self.tiles] {
-            bytes.extend(int(n, "an extent of a product")?.to_le_bytes());
-        }
-        Ok(Arg::Bytes(bytes))
-    }
-
-    fn rejected(&self, launch: Launch) -> Launch {
-        launch.rejecting(format!("targets below {}, the classes", self.classes), "a target of")
-    }
-}
-
-pub(super) fn lower_linear_cross_entropy(graph: &Graph, node: &Node, chip: Chip) -> Lowered {
-    let s = Classes::of(graph, node);
-    let Kernels { source, threads, .. } = products("cross_entropy.cu", CROSS_ENTROPY, dtype(graph, node, 0), TILE)?;
-    let mut scratch = Scratch::default();
-    let [largest, sum] = std::array::from_fn(|_| scratch.take(4 * s.n * s.tiles));
-    let of_target = scratch.take(4 * s.n);
-    let found = [largest, sum, of_target];
-    let product = Product::of(stored(s.d, false), stored(s.d, true), s.n, s.classes, s.d);
-    let end = [&[Arg::Operand(2)][..], &found, &[Arg::I32(int(s.tiles, "tiles of classes")?)]].concat();
-    let operands = [&Arg::Operand(0), &Arg::Operand(1), &Arg::Null];
-    let end = End::cross_entropy_tiles(end);
-    let of_tiles = hopper::action(chip, dtype(graph, node, 0), &product, Segments::None, operands, end)?;
-    let of_tiles = of_tiles.map_or_else(
-        || {
-            let args = [&[0, 1, 2].map(Arg::Operand)[..], &found, &[s.arg()?]].concat();
-            let grid = [s.tiles, s.n.div_ceil(TILE), 1];
-            Ok::<_, String>(kernel(source.clone(), "cross_entropy_tiles", grid, threads, args))
-        },
-        Ok,
-    )?;
-    let ends = [Arg::Operand(2), Arg::Result(0), Arg::Result(1), s.arg()?, Arg::Fault, Arg::Step];
-    let rows = [&found[..], &ends].concat();
-    let actions = vec![of_tiles, kernel(source, "cross_entropy_rows", [s.n.div_ceil(4), 1, 1], 128, rows)];
-    Ok(s.rejected(Launch::of(actions).with_scratch(scratch.bytes())))
-}
-
-pub(super) fn lower_linear_cross_entropy_grad(graph: &Graph, node: &Node, chip: Chip) -> Lowered {
-    let s = Classes::of(graph, node);
-    let ty = dtype(graph, node, 0);
-    let of = products("cross_entropy.cu", CROSS_ENTROPY, ty, TILE)?;
-    let chunk = chunk_of_classes(s.n, s.classes, ty.bytes());
-    let chunks = s.classes.div_ceil(chunk);
-    let mut scratch = Scratch::default();
-    let c = scratch.take(ty.bytes() * s.n * chunk);
-    // dx of several chunks is added up in f32: in place where dx is f32.
-    let sum = match (chunks > 1, ty == DType::F32) {
-        (false, _) => Arg::Null,
-        (true, true) => Arg::Result(0),
-        (true, false) => scratch.take(4 * s.n * s.d),
-    };
-    let mut actions = Vec::with_capacity(3 * chunks);
-    for i in 0..chunks {
-        let class0 = i * chunk;
-        let width = chunk.min(s.classes - class0);
-        // The rows of w, and of dw, that belong to the chunk.
-        let bytes = class0 * s.d * ty.bytes();
-        let of_chunk = Arg::OperandAt(1, bytes);
-        let ends = [Arg::I32(int(class0, "classes")?), Arg::I32(int(s.classes, "classes")?), Arg::Fault, Arg::Step];
-        let end = End::cross_entropy_grad([&[2, 3, 4].map(Arg::Operand)[..], std::slice::from_ref(&c), &ends].concat());
-        let logits = Product::of(stored(s.d, false), stored(s.d, true), s.n, width, s.d);
-        let operands = [&Arg::Operand(0), &of_chunk, &Arg::Null];
-        actions.push(match hopper::action(chip, ty, &logits, Segments::None, operands, end)? {
-            Some(action) => action,
-            None => {
-                let operands = [0, 1, 2, 3, 4].map(Arg::Operand);
-                let sizes = [Arg::I32(int(class0, "classes")?), Arg::I32(int(width, "classes")?), s.arg()?];
-                let args = [&operands[..], std::slice::from_ref(&c), &sizes, &[Arg::Fault, Arg::Step]].concat();
-                let grid = [width.div_ceil(TILE), s.n.div_ceil(TILE), 1];
-                kernel(of.source.clone(), "cross_entropy_grad", grid, of.threads, args)
-            }
-        });
-        let of_w = Product::of(stored(width, true), stored(s.d, false), width, s.d, s.n);
-        let to = Arg::ResultAt(1, bytes);
-        actions.push(plain(chip, ty, &of_w, [&c, &Arg::Operand(0)], [&Arg::Null, &Arg::Null, &to])?);
-        let of_x = Product::of(stored(width, false), stored(s.d, false), s.n, s.d, width);
-        let add = if i == 0 { Arg::Null } else { sum.clone() };
-        let to = if i + 1 == chunks { Arg::Null } else { sum.clone() };
-        actions.push(plain(chip, ty, &of_x, [&c, &of_chunk], [&add, &to, &Arg::Result(0)])?);
-    }
-    Ok(s.rejected(Launch::of(actions).with_scratch(scratch.bytes())))
-}
-
 /// One product without a bias; `add`, `sum` and `c` as the kernel's.
-fn plain(
+pub(super) fn plain(
     chip: Chip,
     ty: DType,
     product: &Product,
@@ -363,24 +260,9 @@ fn plain(
     gemm(ty, product, 1, [a, b, &Arg::Null, add, sum, c].map(Arg::clone))
 }
 
-/// How many classes the gradient takes at a time: a multiple of a tile, and all of them where they fit.
-fn chunk_of_classes(n: usize, classes: usize, element: usize) -> usize {
-    let fit = CHUNK_BYTES / (n.max(1) * element) / TILE * TILE;
-    fit.clamp(TILE, classes.max(TILE)).min(classes)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn chunks_of_classes_fit_and_cover() {
-        assert_eq!(chunk_of_classes(9, 517, 4), 517);
-        assert_eq!(chunk_of_classes(16_384, 50_257, 2), 8192);
-        // Many rows: one tile at a time, however much that is.
-        assert_eq!(chunk_of_classes(1 << 22, 300, 4), 64);
-        assert_eq!(chunk_of_classes(0, 3, 4), 3);
-    }
 
     #[test]
     fn there_is_a_block_for_every_tile_of_every_segment() {

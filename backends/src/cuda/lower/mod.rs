@@ -4,6 +4,7 @@
 //! said here of a machine with a GPU can be tested on one without.
 
 mod attention;
+mod classifier;
 mod elementwise;
 mod embedding;
 mod few_rows;
@@ -86,8 +87,14 @@ pub(crate) fn lower(graph: &Graph, id: NodeId, chip: Chip) -> Lowered {
         Op::AttentionCached(op) => attention::lower_attention_cached(graph, node, op),
         Op::Embedding(_) => embedding::lower_embedding(graph, node),
         Op::EmbeddingGrad(_) => embedding::lower_embedding_grad(graph, node),
-        Op::LinearCrossEntropy(_) => gemm::lower_linear_cross_entropy(graph, node, chip),
-        Op::LinearCrossEntropyGrad(_) => gemm::lower_linear_cross_entropy_grad(graph, node, chip),
+        Op::LinearCrossEntropy(_) => classifier::lower_linear_cross_entropy(graph, node, chip),
+        Op::LinearCrossEntropyGrad(_) => classifier::lower_linear_cross_entropy_grad(graph, node, chip),
+        Op::LinearDistillation(op) => classifier::lower_linear_distillation(graph, node, op.temperature),
+        Op::LinearDistillationGrad(op) => classifier::lower_linear_distillation_grad(graph, node, op.temperature, chip),
+        Op::LinearDistillationCached(op) => classifier::lower_linear_distillation_cached(graph, node, op.temperature),
+        Op::LinearDistillationCachedGrad(op) => {
+            classifier::lower_linear_distillation_cached_grad(graph, node, op.temperature, chip)
+        }
 
         Op::Route(op) => sparse::lower_route(graph, node, op),
         Op::RouteGrad(op) => sparse::lower_route_grad(graph, node, op),

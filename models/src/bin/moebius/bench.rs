@@ -1,5 +1,7 @@
 //! `moebius bench`: training steps and decoding, measured on this machine.
 
+mod distill;
+
 use std::time::Instant;
 
 use moebius::{Engine, StepTime};
@@ -30,6 +32,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
     let mut result = match args.what {
         BenchKind::Step => step(args, &config, &engine)?,
         BenchKind::Decode => decode(args, &config, &engine)?,
+        BenchKind::Distill => distill::measure(args, &config, &engine)?,
     };
     text::notes(&engine);
     if let Value::Object(map) = &mut result {
@@ -60,6 +63,10 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
         BenchKind::Decode => {
             println!("{:.3} ms per token (median of {} tokens)", number("decode_ms"), number("tokens"));
             println!("{:.2} GB/s of active weights", number("weight_gb_per_s"));
+        }
+        BenchKind::Distill => {
+            distill::print(&result);
+            return Ok(());
         }
     }
     println!(

@@ -14,6 +14,7 @@ use clap::{ArgGroup, Args, Parser, Subcommand};
 Examples:
   moebius train                                     train the quick-start model on Tiny Shakespeare
   moebius train --data book.txt --out runs/book     train it on your own text, byte by byte
+  moebius distill --teacher runs/book --layers 3    train a shallower student that follows it
   moebius generate --model runs/book --prompt \"Once\" --tokens 200
   moebius inspect --preset 350m-pr-moe-32-64        size, FLOPs and memory of a paper's model
 
@@ -27,8 +28,10 @@ pub(crate) struct Cli {
 
 #[derive(Subcommand)]
 pub(crate) enum Command {
-    /// Train a model; with no arguments, the quick-start model on the built-in Tiny Shakespeare
+    /// Train a model; with no arguments, the quick-start model (tiny-pr-moe) on the built-in Tiny Shakespeare
     Train(TrainArgs),
+    /// Train a student that follows a trained teacher for a part of the run
+    Distill(DistillArgs),
     /// Mean loss and bits per byte of a trained model on a text
     Eval(EvalArgs),
     /// Continue a text with a trained model
@@ -47,7 +50,7 @@ pub(crate) enum Command {
 
 #[derive(Args)]
 pub(crate) struct TrainArgs {
-    /// Model and training settings by name (see `inspect --list`) [default: tiny-pr-moe]
+    /// Model and training settings by name (see `inspect --list`)
     #[arg(long, value_name = "NAME", conflicts_with = "config")]
     pub(crate) preset: Option<String>,
     /// Model and training settings from a TOML file
@@ -100,6 +103,41 @@ pub(crate) struct TrainArgs {
     /// Change one setting, as in `--set train.batch=8 --set model.experts=[4,8]`
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
+}
+
+#[derive(Args)]
+pub(crate) struct DistillArgs {
+    /// The teacher: a run's folder, or one of its checkpoints. With --resume: where it was moved to, if it was
+    #[arg(long, value_name = "DIR", required_unless_present = "resume")]
+    pub(crate) teacher: Option<PathBuf>,
+    /// The student is the teacher with so many layers, and the experts that go with them
+    #[arg(long, value_name = "N", allow_negative_numbers = true, conflicts_with_all = ["preset", "config"])]
+    pub(crate) layers: Option<usize>,
+    /// When the teacher leaves and its memory is given back: a fraction of the run (0: it is plain training, 1: never), or as
+    /// `400steps` or `1000000tokens` [default: 0.7]
+    #[arg(long, value_name = "STOP", allow_negative_numbers = true, conflicts_with = "resume")]
+    pub(crate) kd_stop: Option<String>,
+    /// Weight of the divergence from the teacher in the loss [default: 1]
+    #[arg(long, value_name = "X", allow_negative_numbers = true, conflicts_with = "resume")]
+    pub(crate) kd_weight: Option<f64>,
+    /// Temperature that the logits of both are divided by [default: 1]
+    #[arg(long, value_name = "T", allow_negative_numbers = true, conflicts_with = "resume")]
+    pub(crate) kd_temp: Option<f64>,
+    /// Weight of the cross entropy while there is a teacher, as in `--lm-weight 0.75 --kd-weight 0.25` [default: 1]
+    #[arg(long, value_name = "X", allow_negative_numbers = true, conflicts_with = "resume")]
+    pub(crate) lm_weight: Option<f64>,
+    /// Begin with the teacher's weights, layer by layer from the nearest one; what does not fit begins anew
+    #[arg(long, conflicts_with = "resume")]
+    pub(crate) init_from_teacher: bool,
+    /// Keep the teacher's likeliest tokens in a file of this folder, built first if it is not there: training then needs no
+    /// teacher in memory
+    #[arg(long, value_name = "DIR", conflicts_with = "resume")]
+    pub(crate) teacher_cache: Option<PathBuf>,
+    /// Tokens that the cache keeps for each token of the text; all others are one [default: 32]
+    #[arg(long, value_name = "K", requires = "teacher_cache")]
+    pub(crate) cache_top: Option<usize>,
+    #[command(flatten)]
+    pub(crate) train: TrainArgs,
 }
 
 #[derive(Args)]
@@ -228,6 +266,12 @@ pub(crate) struct BenchArgs {
     /// Device to compute on: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub(crate) device: String,
+    /// The teacher of `distill`: a model by name, with start values
+    #[arg(long, value_name = "NAME")]
+    pub(crate) teacher: Option<String>,
+    /// Tokens that the cache of `distill` keeps for each token
+    #[arg(long, value_name = "K", default_value_t = 32)]
+    pub(crate) cache_top: usize,
     /// Measured steps, or decoded tokens [default: 12 steps, 128 tokens]
     #[arg(long, value_name = "N")]
     pub(crate) steps: Option<usize>,
@@ -248,6 +292,8 @@ pub(crate) enum BenchKind {
     Step,
     /// Generation of one token at a time with a key/value cache
     Decode,
+    /// Training steps of a student: plain, taught from a cache, and by a teacher in memory, side by side
+    Distill,
 }
 
 #[derive(Args)]

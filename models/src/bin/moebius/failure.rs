@@ -5,12 +5,14 @@ use std::process::ExitCode;
 
 use moebius_models::config::ConfigError;
 use moebius_models::data::DataError;
+use moebius_models::distill::DistillError;
 use moebius_models::generate::GenerateError;
 use moebius_models::gpt::DecodingError;
 use moebius_models::health::AlarmError;
 use moebius_models::report::ReportError;
 use moebius_models::routes::RouteError;
 use moebius_models::tokenizer::TokenizerError;
+use moebius_models::trained::FindError;
 use moebius_models::training::TrainingError;
 use moebius_models::verify::VerifyError;
 
@@ -52,8 +54,10 @@ pub(crate) enum Failure {
     Routes(#[from] RouteError),
     #[error("{}: cannot {operation}: {source}", path.display())]
     Io { operation: &'static str, path: PathBuf, source: std::io::Error },
-    #[error("{}: no model here: wanted a run's folder or one of its checkpoints, found {found}", path.display())]
-    NoModel { path: PathBuf, found: String },
+    #[error(transparent)]
+    NoModel(#[from] FindError),
+    #[error(transparent)]
+    Distill(#[from] DistillError),
     /// A run that ended before its time; `hint` says what is left of it.
     #[error("{}\n{hint}", with_causes(error))]
     Broken { error: TrainingError, hint: String },
@@ -89,7 +93,8 @@ impl Failure {
             | Failure::Routes(_)
             | Failure::Verify(_)
             | Failure::Io { .. }
-            | Failure::NoModel { .. }
+            | Failure::NoModel(_)
+            | Failure::Distill(_)
             | Failure::Alarm(_)
             | Failure::Broken { .. } => note!("moebius: {}", with_causes(self)),
         }
@@ -110,7 +115,25 @@ impl Failure {
     fn is_wrong_use(&self) -> bool {
         match self {
             Failure::Config(_) | Failure::Usage(_) | Failure::Alarm(_) => true,
-            Failure::Training(e) => matches!(e, TrainingError::Config(_)),
+            Failure::Training(e) => match e {
+                TrainingError::Config(_) => true,
+                TrainingError::Distill(e) => is_wrong_lesson(e),
+                TrainingError::Engine(_)
+                | TrainingError::Graph(_)
+                | TrainingError::Checkpoint(_)
+                | TrainingError::Data(_)
+                | TrainingError::Metrics(_)
+                | TrainingError::Routes(_)
+                | TrainingError::Io { .. }
+                | TrainingError::TooLarge { .. }
+                | TrainingError::RunExists { .. }
+                | TrainingError::NoRun { .. }
+                | TrainingError::OtherConfig { .. }
+                | TrainingError::OtherTokenizer { .. }
+                | TrainingError::RouterState { .. }
+                | TrainingError::AllDamaged { .. } => false,
+            },
+            Failure::Distill(e) => is_wrong_lesson(e),
             Failure::Engine(e) => matches!(e, moebius::Error::NoSuchDevice { .. }),
             // A model that has no routes to record, as opposed to a file that does not fit.
             Failure::Routes(e) => matches!(e, RouteError::ExpertsChoose | RouteError::Dense { .. }),
@@ -122,13 +145,26 @@ impl Failure {
             | Failure::Tokenizer(_)
             | Failure::Report(_)
             | Failure::Io { .. }
-            | Failure::NoModel { .. }
+            | Failure::NoModel(_)
             | Failure::Broken { .. }
             | Failure::Unverified
             | Failure::Alarmed
             | Failure::Stopped => false,
         }
     }
+}
+
+/// Whether teacher and student do not go together, as opposed to files that are not what they should be.
+fn is_wrong_lesson(error: &DistillError) -> bool {
+    matches!(
+        error,
+        DistillError::Vocabulary { .. }
+            | DistillError::Tokenizer { .. }
+            | DistillError::Sequence { .. }
+            | DistillError::Layers { .. }
+            | DistillError::Inheritance { .. }
+            | DistillError::Number { .. }
+    )
 }
 
 /// An error's message and those of its causes, as far as they say something new.

@@ -7,6 +7,7 @@
 mod bench;
 mod cli;
 mod devices;
+mod distill;
 mod eval;
 mod failure;
 mod generate;
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
     std::panic::set_hook(Box::new(failure::report_panic));
     let result = match Cli::parse().command {
         Command::Train(args) => train::run(&args),
+        Command::Distill(args) => distill::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Inspect(args) => inspect::run(&args),

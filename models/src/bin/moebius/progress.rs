@@ -4,6 +4,7 @@ use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
+use moebius_models::distill::cache;
 use moebius_models::metrics::{EvalRecord, TrainRecord};
 
 use crate::text::{self, note};
@@ -101,6 +102,57 @@ impl Progress {
         match &self.bar {
             Some(bar) => bar.suspend(|| note!("{line}")),
             None => note!("{line}"),
+        }
+    }
+
+    pub(crate) fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish();
+        }
+    }
+}
+
+/// What a person sees while the cache of a teacher is built.
+pub(crate) struct Caching {
+    bar: Option<ProgressBar>,
+    begun: Instant,
+    printed: Option<Instant>,
+}
+
+impl Caching {
+    pub(crate) fn begin() -> Caching {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::new(0);
+            let style = ProgressStyle::with_template(&template(console_width()));
+            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("━━╌"));
+            bar
+        });
+        Caching { bar, begun: Instant::now(), printed: None }
+    }
+
+    pub(crate) fn show(&mut self, cache::Progress { done, wanted, before, bytes_per_batch }: cache::Progress) {
+        let bytes = |batches: u64| text::bytes((batches * bytes_per_batch) as f64);
+        let new = done.saturating_sub(before);
+        let left = match new {
+            0 => String::new(),
+            new => {
+                let left = self.begun.elapsed().mul_f64(wanted.saturating_sub(done) as f64 / new as f64);
+                format!("  {} left", text::duration(left))
+            }
+        };
+        let line = format!("teacher's cache {} of {}{left}", bytes(done), bytes(wanted));
+        match &self.bar {
+            Some(bar) => {
+                bar.set_length(wanted);
+                bar.set_message(line);
+                bar.set_position(done);
+            }
+            None => {
+                if done == wanted || self.printed.is_none_or(|at| at.elapsed() >= QUIET) {
+                    self.printed = Some(Instant::now());
+                    note!("batch {done}/{wanted}  {line}");
+                }
+            }
         }
     }
 

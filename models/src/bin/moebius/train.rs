@@ -8,6 +8,7 @@ use moebius::Engine;
 use moebius::checkpoint::Checkpoints;
 use moebius_models::config::Config;
 use moebius_models::data::{Corpus, CorpusSpec, Source, Validation, default_cache_dir};
+use moebius_models::distill::{Course, DistillError, Settings};
 use moebius_models::generate::{GenerateError, Generator, Sampling};
 use moebius_models::gpt::DecodingError;
 use moebius_models::health::Alarms;
@@ -19,7 +20,7 @@ use moebius_models::training::{
 
 use crate::cli::TrainArgs;
 use crate::failure::{Failure, INTERRUPTED};
-use crate::progress::Progress;
+use crate::progress::{Caching, Progress};
 use crate::text::{self, note};
 
 /// Trained when neither a preset nor a file is named.
@@ -30,14 +31,29 @@ const SAMPLE_TOKENS: usize = 400;
 
 pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
     let engine = Engine::open(&args.device)?;
-    let out = out_folder(args)?;
-    let mut config = configuration(args, &out)?;
-    let tokenizer = tokenizer(args, &out)?;
+    let out = out_folder(args, None)?;
+    let mut config = configuration(args, &out, None)?;
+    let tokenizer = tokenizer(args, &out, None)?;
     fit_vocabulary(args, &mut config, &tokenizer)?;
     config.validate()?;
+    train(args, &Job { command: "train", engine, out, tokenizer }, config, None)
+}
+
+/// What a run is made with beside its settings.
+pub(crate) struct Job {
+    /// The command that goes on with the run.
+    pub(crate) command: &'static str,
+    pub(crate) engine: Engine,
+    pub(crate) out: PathBuf,
+    pub(crate) tokenizer: Tokenizer,
+}
+
+/// Trains, plainly or by a course.
+pub(crate) fn train(args: &TrainArgs, job: &Job, config: Config, course: Option<&mut Course>) -> Result<(), Failure> {
+    let Job { command, engine, out, tokenizer } = job;
     let alarms = args.alarm.as_deref().map(Alarms::parse).transpose()?.unwrap_or_default();
     alarms.check(&config.model)?;
-    let corpus = corpus(args, &config, &tokenizer)?;
+    let corpus = corpus(args, &config, tokenizer)?;
 
     let stop = Arc::new(AtomicBool::new(false));
     let asked = Arc::clone(&stop);
@@ -62,15 +78,38 @@ pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
         engine.name(),
         engine.describe()
     );
+    let followed = course.as_ref().map(|course| course.settings().clone());
+    if let Some(settings) = &followed {
+        note!("{}", crate::distill::summary(settings, config.total_steps()));
+    }
     let mut early: Vec<String> = Vec::new();
-    let mut run = Run::open(&engine, config, &tokenizer, &corpus, &out, args.resume, &mut |event| match event {
+    let mut caching = None;
+    let mut opening = |event: Event<'_>| match event {
         Event::Damaged(step, why) => early.push(format!("warning: checkpoint step-{step} cannot be used: {why}")),
         Event::Resumed(step) => early.push(format!("resuming after step {step}")),
-        Event::Step(_) | Event::Evaluated(_) | Event::Alarm(_) | Event::Saved(_) => {}
-    })?;
+        Event::Caching(progress) => caching.get_or_insert_with(Caching::begin).show(progress),
+        Event::Step(_) | Event::Evaluated(_) | Event::Alarm(_) | Event::Saved(_) | Event::TeacherLeft { .. } => {}
+    };
+    let opened = match course {
+        None => Run::open(engine, config, tokenizer, &corpus, out, args.resume, &mut opening),
+        Some(course) => {
+            let text = (tokenizer, &corpus);
+            Run::distil(engine, config, text, out, args.resume, (course, &*stop), &mut opening)
+        }
+    };
+    if let Some(caching) = caching {
+        caching.finish();
+    }
+    let mut run = match opened {
+        Err(TrainingError::Distill(why @ DistillError::Stopped { .. })) => {
+            note!("{why}; the same command goes on with it");
+            return Err(Failure::Stopped);
+        }
+        opened => opened?,
+    };
     early.iter().for_each(|line| note!("{line}"));
     run.watch(alarms, args.alarm_exit);
-    text::notes(&engine);
+    text::notes(engine);
     let (arena, state) = run.memory();
     note!(
         "memory: {} of parameters and optimizer, {} of activations; writing to {}",
@@ -86,48 +125,53 @@ pub(crate) fn run(args: &TrainArgs) -> Result<(), Failure> {
         Event::Evaluated(record) => progress.evaluated(record),
         Event::Alarm(record) => progress.say(&format!("alarm: {record}")),
         Event::Saved(path) => saved = Some(path.to_owned()),
-        Event::Damaged(..) | Event::Resumed(_) => {}
+        Event::TeacherLeft { step, before, after } => {
+            let bytes = |(arena, state): (usize, usize)| text::bytes((arena + state) as f64);
+            let (before, after) = (bytes(before), bytes(after));
+            progress.say(&format!("step {step}: the teacher has left; memory of the run {before} before, {after} now"));
+        }
+        Event::Damaged(..) | Event::Resumed(_) | Event::Caching(_) => {}
     });
     progress.finish();
     // The report is written also when the run ended badly: it shows how.
-    let reported = write_report(&run, &engine, &out, args);
+    let reported = write_report(&run, engine, out, (args, followed.as_ref()));
     let ending = match ending {
         Ok(ending) => ending,
-        Err(error) => return Err(broken(error, &run, &out)),
+        Err(error) => return Err(broken(error, &run, job)),
     };
     reported?;
     match ending {
         Ending::Stopped => {
             note!(
-                "stopped after step {}; go on with:\n  moebius train --resume --out {}",
+                "stopped after step {}; go on with:\n  moebius {command} --resume --out {}",
                 run.steps_done(),
-                shown(&out)
+                shown(out)
             );
             Err(Failure::Stopped)
         }
         Ending::Alarmed => {
             note!(
-                "ended by an alarm after step {}, with a checkpoint; to go on in spite of it:\n  moebius train --resume --out {} \
-                 --alarm {} --alarm-exit",
+                "ended by an alarm after step {}, with a checkpoint; to go on in spite of it:\n  moebius {command} --resume --out \
+                 {} --alarm {} --alarm-exit",
                 run.steps_done(),
-                shown(&out),
+                shown(out),
                 args.alarm.as_deref().map_or_else(String::new, |alarm| shown(Path::new(alarm)))
             );
             Err(Failure::Alarmed)
         }
-        Ending::Done => finish(&mut run, &tokenizer, &out),
+        Ending::Done => finish(&mut run, tokenizer, out),
     }
 }
 
 /// An error in the middle of a run, with what is left of the run.
-fn broken(error: TrainingError, run: &Run, out: &Path) -> Failure {
+fn broken(error: TrainingError, run: &Run, Job { command, out, .. }: &Job) -> Failure {
     let mut hint = String::new();
     if matches!(error, TrainingError::Engine(moebius::Error::NonFinite { .. })) {
         hint += &format!("The parameters were not changed by step {}. ", run.steps_done() + 1);
     }
     hint += &match Checkpoints::open(out).and_then(|checkpoints| checkpoints.latest()) {
         Ok(Some(step)) => format!(
-            "The last good checkpoint is of step {step}; to go on from it:\n  moebius train --resume --out {}",
+            "The last good checkpoint is of step {step}; to go on from it:\n  moebius {command} --resume --out {}",
             shown(out)
         ),
         Ok(None) | Err(_) => "No checkpoint was written before (see --checkpoint-every).".into(),
@@ -135,15 +179,16 @@ fn broken(error: TrainingError, run: &Run, out: &Path) -> Failure {
     Failure::Broken { error, hint }
 }
 
-/// The folder of the run: the one named, or `runs/NAME` with the first number that is free.
-fn out_folder(args: &TrainArgs) -> Result<PathBuf, Failure> {
+/// The folder of the run: the one named, or `runs/NAME` with the first number that is free. NAME is that of the preset or file, or
+/// `other` where there is neither.
+pub(crate) fn out_folder(args: &TrainArgs, other: Option<&str>) -> Result<PathBuf, Failure> {
     if let Some(out) = &args.out {
         return Ok(out.clone());
     }
     let name = match (&args.preset, &args.config) {
         (Some(name), _) => name.clone(),
         (None, Some(file)) => file.file_stem().map_or_else(|| "model".into(), |s| s.to_string_lossy().into_owned()),
-        (None, None) => QUICK_START.into(),
+        (None, None) => other.unwrap_or(QUICK_START).into(),
     };
     let numbered = |n: usize| Path::new("runs").join(if n == 1 { name.clone() } else { format!("{name}-{n}") });
     let free = (1..).find(|&n| !numbered(n).join(CONFIG_FILE).exists()).unwrap_or(1);
@@ -156,7 +201,9 @@ fn out_folder(args: &TrainArgs) -> Result<PathBuf, Failure> {
     Ok(numbered(free - 1))
 }
 
-fn configuration(args: &TrainArgs, out: &Path) -> Result<Config, Failure> {
+/// The configuration of the run with all changes: that of the folder when it goes on, else that of the preset or file, or `other`
+/// where there is neither.
+pub(crate) fn configuration(args: &TrainArgs, out: &Path, other: Option<Config>) -> Result<Config, Failure> {
     let mut config = if args.resume {
         let path = out.join(CONFIG_FILE);
         if !path.exists() {
@@ -168,9 +215,11 @@ fn configuration(args: &TrainArgs, out: &Path) -> Result<Config, Failure> {
         }
         Config::from_file(&path)?
     } else {
-        match (&args.config, &args.preset) {
-            (Some(file), _) => Config::from_file(file)?,
-            (None, name) => Config::preset(name.as_deref().unwrap_or(QUICK_START))?,
+        match (&args.config, &args.preset, other) {
+            (Some(file), _, _) => Config::from_file(file)?,
+            (None, Some(name), _) => Config::preset(name)?,
+            (None, None, Some(other)) => other,
+            (None, None, None) => Config::preset(QUICK_START)?,
         }
     };
     if let Some(steps) = args.steps {
@@ -196,12 +245,11 @@ fn configuration(args: &TrainArgs, out: &Path) -> Result<Config, Failure> {
     Ok(config)
 }
 
-fn tokenizer(args: &TrainArgs, out: &Path) -> Result<Tokenizer, Failure> {
-    match &args.tokenizer {
-        Some(path) => Ok(Tokenizer::from_file(path)?),
-        None if args.resume && out.join(TOKENIZER_FILE).exists() => {
-            Ok(Tokenizer::from_file(&out.join(TOKENIZER_FILE))?)
-        }
+/// The tokenizer: the file named, that of the run that goes on, or `other` where there is neither; else bytes.
+pub(crate) fn tokenizer(args: &TrainArgs, out: &Path, other: Option<PathBuf>) -> Result<Tokenizer, Failure> {
+    let of_run = Some(out.join(TOKENIZER_FILE)).filter(|path| args.resume && path.exists());
+    match args.tokenizer.clone().or(of_run).or(other) {
+        Some(path) => Ok(Tokenizer::from_file(&path)?),
         None => Ok(Tokenizer::Bytes),
     }
 }
@@ -241,7 +289,12 @@ fn corpus(args: &TrainArgs, config: &Config, tokenizer: &Tokenizer) -> Result<Co
     })?)
 }
 
-fn write_report(run: &Run, engine: &Engine, out: &Path, args: &TrainArgs) -> Result<(), Failure> {
+fn write_report(
+    run: &Run,
+    engine: &Engine,
+    out: &Path,
+    (args, followed): (&TrainArgs, Option<&Settings>),
+) -> Result<(), Failure> {
     let config = run.config();
     let parameters = config.parameters();
     let data = if args.data.is_empty() {
@@ -249,6 +302,10 @@ fn write_report(run: &Run, engine: &Engine, out: &Path, args: &TrainArgs) -> Res
     } else {
         args.data.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", ")
     };
+    let mut more = vec![("Text".into(), data), ("Training time".into(), text::duration(run.training_time()))];
+    if let Some(settings) = followed {
+        more.push(("Distillation".into(), crate::distill::summary(settings, config.total_steps())));
+    }
     let facts = RunFacts {
         title: config.model.name.clone(),
         command: std::env::args().collect::<Vec<_>>().join(" "),
@@ -256,7 +313,7 @@ fn write_report(run: &Run, engine: &Engine, out: &Path, args: &TrainArgs) -> Res
         total_params: parameters.total,
         active_params: parameters.active,
         config: config.to_toml()?,
-        more: vec![("Text".into(), data), ("Training time".into(), text::duration(run.training_time()))],
+        more,
     };
     Ok(report::write_report(&out.join(REPORT_FILE), &facts, &out.join(METRICS_FILE))?)
 }
@@ -293,7 +350,7 @@ fn finish(run: &mut Run, tokenizer: &Tokenizer, out: &Path) -> Result<(), Failur
 }
 
 /// A path as it can be typed into a shell.
-fn shown(path: &Path) -> String {
+pub(crate) fn shown(path: &Path) -> String {
     let text = path.display().to_string();
     if text.chars().all(|c| c.is_ascii_alphanumeric() || "/._-".contains(c)) {
         text

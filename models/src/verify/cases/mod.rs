@@ -2,6 +2,7 @@
 //! of the ops, [`layers`] those of whole layers.
 
 mod dense;
+mod distillation;
 mod elementwise;
 mod movement;
 mod norms;
@@ -144,6 +145,7 @@ pub fn groups() -> Vec<(&'static str, Vec<Case>)> {
         ("movement", movement::cases()),
         ("norms", norms::cases()),
         ("dense", dense::cases()),
+        ("distillation", distillation::cases()),
         ("router", router::cases()),
         ("sparse", sparse::cases()),
         ("optimizer", optimizer::cases()),
