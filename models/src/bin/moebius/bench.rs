@@ -1,6 +1,7 @@
 //! `moebius bench`: training steps and decoding, measured on this machine.
 
 mod distill;
+mod layer;
 
 use std::time::Instant;
 
@@ -33,15 +34,23 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
         BenchKind::Step => step(args, &config, &engine)?,
         BenchKind::Decode => decode(args, &config, &engine)?,
         BenchKind::Distill => distill::measure(args, &config, &engine)?,
+        BenchKind::Layer => layer::measure(args, &engine)?,
     };
     text::notes(&engine);
     if let Value::Object(map) = &mut result {
-        map.insert("model".into(), config.model.name.clone().into());
+        if args.what != BenchKind::Layer {
+            map.insert("model".into(), config.model.name.clone().into());
+        }
         map.insert("device".into(), format!("{} ({})", engine.name(), engine.describe()).into());
         map.insert("peak_rss_bytes".into(), peak_rss().into());
     }
     if args.json {
         println!("{result}");
+        return Ok(());
+    }
+    if args.what == BenchKind::Layer {
+        println!("{} ({})", engine.name(), engine.describe());
+        layer::print(&result);
         return Ok(());
     }
     println!("{} on {} ({})", config.model.name, engine.name(), engine.describe());
@@ -68,6 +77,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
             distill::print(&result);
             return Ok(());
         }
+        BenchKind::Layer => {}
     }
     println!(
         "on the device {} of parameters and state, {} of activations and scratch; this process held at most {}",

@@ -266,6 +266,13 @@ pub(crate) struct BenchArgs {
     /// Device to compute on: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub(crate) device: String,
+    /// The layer of `layer`
+    #[arg(long, value_name = "CASE", default_value = "small",
+        value_parser = ["A", "A2", "B", "C", "D", "E1", "E8", "E64", "E256", "small"])]
+    pub(crate) case: String,
+    /// How the tokens of `layer` spread over its experts
+    #[arg(long, value_enum, default_value = "uniform")]
+    pub(crate) routing: Routing,
     /// The teacher of `distill`: a model by name, with start values
     #[arg(long, value_name = "NAME")]
     pub(crate) teacher: Option<String>,
@@ -294,6 +301,17 @@ pub(crate) enum BenchKind {
     Decode,
     /// Training steps of a student: plain, taught from a cache, and by a teacher in memory, side by side
     Distill,
+    /// One sparse layer, forward and with its gradients, against what the machine reaches on a plain product and copy
+    Layer,
+}
+
+/// How tokens spread over the experts.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Routing {
+    /// Evenly, by chance
+    Uniform,
+    /// By Zipf's law
+    Skew,
 }
 
 #[derive(Args)]

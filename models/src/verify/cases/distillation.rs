@@ -38,7 +38,8 @@ fn teacher(s: &mut Sketch, n: usize, width: usize, v: usize) -> Result<[Value; 2
 /// What is kept of a teacher: `k` tokens that are spread over all, in no order, and nothing of a tail where these are all.
 fn kept(s: &mut Sketch, n: usize, v: usize, k: usize) -> Result<[Value; 3]> {
     // A step without a common divisor with v meets every token once.
-    let step = (v / 3..).find(|&step| step > 0 && (1..=step).all(|d| d == 1 || !step.is_multiple_of(d) || !v.is_multiple_of(d)));
+    let step = (v / 3..)
+        .find(|&step| step > 0 && (1..=step).all(|d| d == 1 || !step.is_multiple_of(d) || !v.is_multiple_of(d)));
     let step = step.unwrap_or(1);
     let id = |row: usize, i: usize| ((row * 7 + i * step) % v) as i32;
     let ids: Vec<i32> = (0..n * k).map(|at| id(at / k, at % k)).collect();
