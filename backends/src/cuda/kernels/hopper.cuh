@@ -16,6 +16,10 @@ __device__ __forceinline__ void barriers_ready() { asm volatile("fence.mbarrier_
 __device__ __forceinline__ void arrive_with_bytes(u64* barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
+/// Arrives.
+__device__ __forceinline__ void arrive(u64* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
 /// Arrives at the same barrier of block `block` of the cluster.
 __device__ __forceinline__ void arrive_at(u64* barrier, u32 block) {
     asm volatile("{\n .reg .b32 there;\n mapa.shared::cluster.u32 there, %0, %1;\n"
@@ -80,6 +84,12 @@ __device__ __forceinline__ void stmatrix_transposed(void* row, u32 a, u32 b, u32
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)), "r"(a),
                  "r"(b), "r"(c), "r"(d)
                  : "memory");
+}
+/// 2^x by the chip's own function: within 2 units in the last place, 0 below the normal numbers.
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 __device__ __forceinline__ u32 pack(float low, float high, bf16) {
     u32 both;

@@ -3,13 +3,16 @@
 use moebius_ir::ops::{Attention, AttentionCached, AttentionGrad};
 use moebius_ir::{DType, Graph, Node};
 
-use super::{Lowered, dtype, int, shapes, typed};
-use crate::cuda::launch::{Arg, Launch, Scratch, kernel};
-use crate::cuda::source::{HEADS, MMA, Source, TILES};
+use super::wgmma::{held_instruction, instructions};
+use super::{Lowered, dtype, float, int, shapes, typed};
+use crate::cuda::chip::Chip;
+use crate::cuda::launch::{Action, Arg, Kernel, Launch, Scratch, TensorBox, kernel};
+use crate::cuda::source::{HEADS, HOPPER, MMA, Source, TILES};
 
 const TEXT: &str = include_str!("../kernels/attention.cu");
 const FAST: &str = include_str!("../kernels/attention_mma.cu");
 const FAST_GRAD: &str = include_str!("../kernels/attention_grad_mma.cu");
+const HOPPERS: &str = include_str!("../kernels/attention_hopper.cu");
 const CACHED: &str = include_str!("../kernels/attention_cached.cu");
 const THREADS: usize = 128;
 /// The widest head: four blocks of rows must fit shared memory.
@@ -58,6 +61,14 @@ impl Fast {
     }
 }
 
+/// Hopper's kernels: the width of a head, own rows of a block, its threads, and bytes of its shared memory: own rows twice, three
+/// stages of others with their numbers, the barriers, and what aligns them.
+const HOPPER_HEAD: usize = 64;
+const HOPPER_OWN: usize = 128;
+const HOPPER_THREADS: u32 = 288;
+const HOPPER_SHARED: usize =
+    2 * HOPPER_OWN * HOPPER_HEAD * 2 + 3 * (2 * 64 * HOPPER_HEAD * 2 + 2 * 64 * 4) + 8 * (1 + 2 * 3) + 1024 + 8;
+
 /// Extents of packed queries, keys and values.
 struct Packed {
     batch: usize,
@@ -97,14 +108,55 @@ impl Packed {
         Ok(typed(file, &[MMA, HEADS, TILES], text, self.dtype)?.define("HEAD", self.head))
     }
 
+    /// Whether Hopper's own kernels take it: heads that are one line of shared memory.
+    fn is_for_hopper(&self, chip: Chip) -> bool {
+        chip.hopper && matches!(self.dtype, DType::Bf16 | DType::F16) && self.head == HOPPER_HEAD && self.tokens > 0
+    }
+
+    /// A tensor `[batch, tokens, columns]` in boxes of 64 tokens of a head.
+    fn boxed(&self, at: Arg, columns: usize) -> Arg {
+        Arg::Box(Box::new(TensorBox {
+            at,
+            dtype: self.dtype,
+            dims: [columns, self.tokens, self.batch],
+            strides: [2 * columns, 2 * columns * self.tokens],
+            extent: [HOPPER_HEAD, 64, 1],
+        }))
+    }
+
+    /// One of Hopper's kernels, a block for each own rows of each of `heads` heads.
+    fn hopper(&self, name: &'static str, heads: usize, args: Vec<Arg>) -> Result<Action, String> {
+        let rows = instructions(self.dtype, &[64], true, true)? + &held_instruction(self.dtype, 64, false)?;
+        let text = format!("{rows}\n#line 1 \"attention_hopper.cu\"\n{HOPPERS}");
+        let source = Source::generated("attention_hopper.cu", &[HOPPER, HEADS], text).define("T", float(self.dtype)?);
+        Ok(Action::Kernel(Kernel {
+            source: source.define("HEAD", self.head).define("SHARED", HOPPER_SHARED),
+            name,
+            grid: self.grid(heads, HOPPER_OWN),
+            threads: HOPPER_THREADS,
+            shared: HOPPER_SHARED,
+            args,
+        }))
+    }
+
+    /// Columns of qkv, and of a result.
+    fn columns(&self) -> [usize; 2] {
+        [(self.heads + 2 * self.kv_heads) * self.head, self.heads * self.head]
+    }
+
     /// A block for each block of `rows` rows of each of `heads` heads.
     fn grid(&self, heads: usize, rows: usize) -> [usize; 3] {
         [self.tokens.div_ceil(rows), heads, self.batch]
     }
 }
 
-pub(super) fn lower_attention(graph: &Graph, node: &Node, op: &Attention) -> Lowered {
+pub(super) fn lower_attention(graph: &Graph, node: &Node, op: &Attention, chip: Chip) -> Lowered {
     let p = Packed::of(graph, node, op.heads, op.kv_heads);
+    if p.is_for_hopper(chip) {
+        let qkv = p.boxed(Arg::Operand(0), p.columns()[0]);
+        let args = vec![qkv, Arg::Result(0), Arg::Result(1), p.arg(op.causal, op.scale)?];
+        return Ok(Launch::of(vec![p.hopper("attention_hopper", op.heads, args)?]));
+    }
     let args = vec![Arg::Operand(0), Arg::Result(0), Arg::Result(1), p.arg(op.causal, op.scale)?];
     let (source, name, rows) = if let Some(fast) = Fast::of(p.dtype, p.head) {
         let source = p.fast("attention_mma.cu", FAST)?.define("TALL", fast.tall).define("KEYS", fast.keys);
@@ -116,7 +168,7 @@ pub(super) fn lower_attention(graph: &Graph, node: &Node, op: &Attention) -> Low
     Ok(Launch::one(source, name, p.grid(op.heads, rows), THREADS as u32, args))
 }
 
-pub(super) fn lower_attention_grad(graph: &Graph, node: &Node, op: &AttentionGrad) -> Lowered {
+pub(super) fn lower_attention_grad(graph: &Graph, node: &Node, op: &AttentionGrad, chip: Chip) -> Lowered {
     let p = Packed::of(graph, node, op.heads, op.kv_heads);
     let extents = p.arg(op.causal, op.scale)?;
     // The kernels of both files have the same names and arguments.
@@ -131,10 +183,19 @@ pub(super) fn lower_attention_grad(graph: &Graph, node: &Node, op: &AttentionGra
     let mut scratch = Scratch::default();
     let delta = scratch.take(4 * rows);
     let of_rows = vec![Arg::Operand(1), Arg::Operand(3), delta.clone(), extents.clone()];
-    let args = vec![Arg::Operand(0), Arg::Operand(2), Arg::Operand(3), delta, Arg::Result(0), extents];
     let threads = THREADS as u32;
+    let of_deltas = kernel(source.clone(), "attention_delta", [rows.div_ceil(THREADS / lanes), 1, 1], threads, of_rows);
+    if p.is_for_hopper(chip) {
+        let [packed, result] = p.columns();
+        let boxes = [p.boxed(Arg::Operand(0), packed), p.boxed(Arg::Operand(3), result)];
+        let args = [&boxes[..], &[Arg::Operand(2), delta, Arg::Result(0), extents]].concat();
+        let queries = p.hopper("attention_grad_query_hopper", op.heads, args.clone())?;
+        let keys = p.hopper("attention_grad_key_hopper", op.kv_heads, args)?;
+        return Ok(Launch::of(vec![of_deltas, queries, keys]).with_scratch(scratch.bytes()));
+    }
+    let args = vec![Arg::Operand(0), Arg::Operand(2), Arg::Operand(3), delta, Arg::Result(0), extents];
     let actions = vec![
-        kernel(source.clone(), "attention_delta", [rows.div_ceil(THREADS / lanes), 1, 1], threads, of_rows),
+        of_deltas,
         kernel(source.clone(), "attention_grad_query", p.grid(op.heads, block), threads, args.clone()),
         kernel(source, "attention_grad_key", p.grid(op.kv_heads, block), threads, args),
     ];

@@ -6,6 +6,7 @@ use moebius_ir::DType;
 
 use super::few_rows::Operands;
 use super::gemm::{MOST_EXPERTS, Product};
+use super::wgmma::instructions;
 use super::{float, int};
 use crate::cuda::chip::Chip;
 use crate::cuda::launch::{Action, Arg, Kernel, Launch, TensorBox};
@@ -90,24 +91,6 @@ fn height(chip: Chip, groups: usize, rows: usize, columns: usize) -> usize {
         tiles.div_ceil(chip.processors) * (height.min(rows) + OVERHEAD)
     };
     HEIGHTS.into_iter().min_by_key(|&height| cost(height)).unwrap_or(HEIGHTS[0])
-}
-
-/// `wgmma` for sums of `rows` rows: the operands in shared memory, either way round, as overloads by the number of sums.
-fn instructions(dtype: DType, rows: &[usize], x_along_k: bool, w_along_k: bool) -> Result<String, String> {
-    let (kind, [x, w]) = (float(dtype)?, [!x_along_k, !w_along_k].map(u8::from));
-    let one = |&n: &usize| {
-        let sums = n / 2;
-        let list = |f: &dyn Fn(usize) -> String| (0..sums).map(f).collect::<Vec<_>>().join(", ");
-        let (registers, operands) = (list(&|i| format!("%{i}")), list(&|i| format!("\"+f\"(d[{i}])")));
-        format!(
-            "__device__ __forceinline__ void wgmma(float (&d)[{sums}], u64 w, u64 x, int add) {{\n    asm volatile(\"{{\\n .reg .pred \
-             add;\\n setp.ne.b32 add, %{flag}, 0;\\n wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} {{{registers}}}, \
-             %{sums}, %{second}, add, 1, 1, {w}, {x};\\n}}\" : {operands} : \"l\"(w), \"l\"(x), \"r\"(add));\n}}\n",
-            second = sums + 1,
-            flag = sums + 2,
-        )
-    };
-    Ok(rows.iter().map(one).collect())
 }
 
 /// What becomes of the sums: a kernel of a file, and its parameters behind those of the product.
@@ -224,15 +207,5 @@ mod tests {
         assert_eq!(height(64, 256, 8192), 256);
         // 32 tiles of 256 rows would leave most processors idle.
         assert_eq!(height(1, 1024, 1024), 64);
-    }
-
-    #[test]
-    fn an_instruction_names_a_register_for_each_sum() {
-        let text = instructions(DType::Bf16, &[16], true, false).unwrap();
-        assert!(
-            text.contains("m64n16k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, add, 1, 1, 1, 0;"),
-            "{text}"
-        );
-        assert!(text.contains("setp.ne.b32 add, %10, 0;"), "{text}");
     }
 }

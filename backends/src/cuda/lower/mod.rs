@@ -15,6 +15,7 @@ mod norm;
 mod optimizer;
 mod reduce;
 mod sparse;
+mod wgmma;
 
 use moebius_ir::{DType, Graph, Node, NodeId, Op};
 
@@ -82,8 +83,8 @@ pub(crate) fn lower(graph: &Graph, id: NodeId, chip: Chip) -> Lowered {
         Op::RmsNormGrad(_) => norm::lower_rms_norm_grad(graph, node),
 
         Op::Matmul(op) => gemm::lower_matmul(graph, node, op, chip),
-        Op::Attention(op) => attention::lower_attention(graph, node, op),
-        Op::AttentionGrad(op) => attention::lower_attention_grad(graph, node, op),
+        Op::Attention(op) => attention::lower_attention(graph, node, op, chip),
+        Op::AttentionGrad(op) => attention::lower_attention_grad(graph, node, op, chip),
         Op::AttentionCached(op) => attention::lower_attention_cached(graph, node, op),
         Op::Embedding(_) => embedding::lower_embedding(graph, node),
         Op::EmbeddingGrad(_) => embedding::lower_embedding_grad(graph, node),
