@@ -281,9 +281,9 @@ impl Plan {
     }
 }
 
-/// Node order with every op that works in place after all other readers of what it overwrites. A node that computes the update
-/// of a stored tensor comes as soon as its operands are there, which need not be kept then. Otherwise nodes keep the order in
-/// which they were made.
+/// Node order with every op that works in place after all other readers of what it overwrites. A chain that computes the update
+/// of a stored tensor comes as soon as its operands can be there, which need not be kept then ([`ranks`]). Otherwise nodes keep
+/// the order in which they were made.
 fn order(graph: &Graph) -> Result<Vec<NodeId>> {
     let nodes = graph.nodes();
     let mut readers: Vec<Vec<NodeId>> = vec![Vec::new(); graph.value_count()];
@@ -330,17 +330,7 @@ fn order(graph: &Graph) -> Result<Vec<NodeId>> {
             }
         }
     }
-    // What is there before the first step is waited for by nobody.
-    let is_there = |node: NodeId| matches!(graph.node(node).op, Op::Input(_) | Op::Constant(_));
-    let own_rank = |i: usize| if is_there(NodeId(i as u32)) { 0 } else { i };
-    let mut rank: Vec<usize> = (0..nodes.len()).map(own_rank).collect();
-    for update in graph.updates() {
-        let node = graph.producer(update.new);
-        let operands = graph.node(node).operands.iter().map(|&v| rank[graph.producer(v).index()]);
-        if graph.node(node).op.in_place().is_empty() && !is_there(node) {
-            rank[node.index()] = operands.max().unwrap_or(node.index());
-        }
-    }
+    let rank = ranks(graph);
     let mut ready: BinaryHeap<Reverse<(usize, usize)>> =
         (0..nodes.len()).filter(|&i| waits[i] == 0).map(|i| Reverse((rank[i], i))).collect();
     let mut order = Vec::with_capacity(nodes.len());
@@ -361,6 +351,31 @@ fn order(graph: &Graph) -> Result<Vec<NodeId>> {
         return Err(Error::Overwrite { op: node.op.name(), operand, site: node.site.clone() });
     }
     Ok(order)
+}
+
+/// The order in which nodes are run that could be run: that in which they were made, but chains that lead to the update of a stored
+/// tensor as early as what they are computed from.
+fn ranks(graph: &Graph) -> Vec<usize> {
+    let mut earliest: Vec<usize> = Vec::with_capacity(graph.nodes().len());
+    let mut rank: Vec<usize> = Vec::with_capacity(graph.nodes().len());
+    for (id, node) in graph.nodes_with_ids() {
+        let operands = node.operands.iter().map(|&v| earliest[graph.producer(v).index()]);
+        // Inputs and constants are there before the first step.
+        let is_there = matches!(node.op, Op::Input(_) | Op::Constant(_));
+        let own = if is_there { 0 } else { id.index() };
+        let chain = matches!(node.op, Op::Elementwise(_));
+        earliest.push(if chain { operands.max().unwrap_or(own) } else { own });
+        rank.push(own);
+    }
+    let is_chain = |id: NodeId| matches!(graph.node(id).op, Op::Elementwise(_));
+    let mut open: Vec<NodeId> = graph.updates().iter().map(|u| graph.producer(u.new)).collect();
+    while let Some(id) = open.pop() {
+        if is_chain(id) && rank[id.index()] > earliest[id.index()] {
+            rank[id.index()] = earliest[id.index()];
+            open.extend(graph.node(id).operands.iter().map(|&v| graph.producer(v)));
+        }
+    }
+    rank
 }
 
 fn alias_base(graph: &Graph, mut value: Value) -> Value {

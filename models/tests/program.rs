@@ -139,8 +139,13 @@ fn accumulated_steps_are_told_one_by_one_and_resume_to_the_same_bits() {
         assert!(line["lm_loss"].is_number() && line["grad_norm"].is_number(), "{line}");
         assert_eq!(line["experts"].is_array(), step == 1 || step == 24 || step.is_multiple_of(5), "{line}");
     }
-    // Recomputing changes no bit.
-    assert_eq!(checkpoint(&alone, 24), checkpoint(&place.path("late"), 24));
+    // Recomputing changes no bit. The setting itself is in the header of the weights.
+    let numbers = |out: &std::path::Path| {
+        let (model, optimizer) = checkpoint(out, 24);
+        let header = u64::from_le_bytes(model[..8].try_into().unwrap()) as usize;
+        (model[8 + header..].to_vec(), optimizer)
+    };
+    assert!(numbers(&alone) == numbers(&place.path("late")));
     assert_eq!(lines, metrics(&place.path("late")));
     // As if it had been killed after step 12, between two looks.
     let cut = place.path("cut");

@@ -141,14 +141,19 @@ fn micro_batches_are_one_large_batch() {
 #[test]
 fn gradients_are_added_where_they_are_kept() {
     // One micro-batch needs all gradients in its arena until their norm is known; of several, each gives its own away at once.
-    let config = config(false, &["model.layers=6", "model.width=64", "model.ffn=256"]);
+    for (sparse, dtype) in [(false, "model.dtype=f32"), (true, "model.dtype=bf16")] {
+        given_away(config(sparse, &["model.layers=6", "model.width=64", "model.ffn=256", dtype]));
+    }
+}
+
+fn given_away(config: Config) {
     let mut one = Run::new(config.clone(), 1, 1, false, None);
     let mut many = Run::new(config.clone(), 1, 4, false, None);
     let gradients = config.training_bytes().gradients as usize;
     let [(arena, state), (arena_of_many, state_of_many)] = [&mut one, &mut many]
         .map(|run| (run.trainer.program().plan().arena_bytes(), run.trainer.program().plan().state_bytes()));
-    assert!(state_of_many >= state + gradients && state_of_many < state + gradients + 100, "{state_of_many} {state}");
-    assert!(arena_of_many + gradients / 2 < arena, "{arena_of_many} of {arena}, gradients {gradients}");
+    assert!(state_of_many >= state + gradients && state_of_many < state + gradients + 1000, "{state_of_many} {state}");
+    assert!(arena_of_many + gradients / 4 < arena, "{arena_of_many} of {arena}, gradients {gradients}");
 }
 
 #[test]
