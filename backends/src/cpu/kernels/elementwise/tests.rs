@@ -394,3 +394,27 @@ fn a_short_input_is_refused() {
     let program = Program::new(&[4], &[full(&[4], Storage::F32)], &[], &[], &[output]).unwrap();
     elementwise(&program, &[Operand::F32(&[0.0; 3])], &mut [OperandMut::F32(&mut [0.0; 4])]);
 }
+
+/// An output over an input that a later instruction still reads, whichever of the two it is.
+#[test]
+fn an_output_may_lie_over_an_input() {
+    let mut rng = Rng(56);
+    let n = 3000;
+    let (a, b) = (rng.values(n, 1.0), rng.values(n, 1.0));
+    let add = Instr { action: Action::Binary { op: Binary::Add, a: 0, b: 1 }, out: 2 };
+    let sub = Instr { action: Action::Binary { op: Binary::Sub, a: 0, b: 1 }, out: 3 };
+    let outputs = [2, 3].map(|register| Output { storage: Storage::F32, register });
+    let list = [full(&[n], Storage::F32), full(&[n], Storage::F32)];
+    let program = Program::new(&[n], &list, &[], &[add, sub], &outputs).unwrap();
+    for over in 0..2 {
+        let mut inputs = [a.clone(), b.clone()];
+        let mut apart = vec![f32::NAN; n];
+        let [x, y] = inputs.each_mut().map(|x| x.as_mut_ptr().cast::<u8>());
+        let first = [x, y][over];
+        // SAFETY: initialised f32 of the program's shape; the first output lies exactly over an input.
+        unsafe { elementwise_at(&program, &[x.cast_const(), y], &[first, apart.as_mut_ptr().cast()]) };
+        for i in 0..n {
+            assert_eq!((inputs[over][i], apart[i]), (a[i] + b[i], a[i] - b[i]), "{i}");
+        }
+    }
+}
