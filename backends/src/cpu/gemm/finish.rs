@@ -1,11 +1,9 @@
-//! Between a tile of f32 sums and C: the sums it starts from, bias, epilogue, and the one rounding.
-
-use std::marker::PhantomData;
+//! Between a tile of f32 sums and C: the sums it starts from, bias, and the one rounding.
 
 use half::{bf16, f16};
 
 use super::kernel::{Simd, Source};
-use super::{Bias, Epilogue, MatMut, Storage, TileMut};
+use super::{Bias, MatMut, Storage};
 
 pub(super) type LoadTile = unsafe fn(&MatMut, usize, usize, *mut f32, usize);
 pub(super) type StoreTile = unsafe fn(&MatMut, usize, usize, *const f32, usize);
@@ -79,24 +77,14 @@ unsafe fn store_of<S: Simd, T: Source>(c: &MatMut, rows: usize, cols: usize, til
     }
 }
 
-/// Where a tile lies in C.
+/// Where a tile lies.
 #[derive(Clone, Copy)]
 pub(super) struct Spot {
     pub(super) problem: usize,
-    /// Row and column within C as [`TileMut`] reports them.
-    pub(super) row: usize,
+    /// First column of C.
     pub(super) col: usize,
     pub(super) rows: usize,
     pub(super) cols: usize,
-}
-
-/// Runs the epilogue on finished sums.
-///
-/// # Safety
-/// The tile covers `spot`.
-pub(super) unsafe fn apply(tile: *mut f32, stride: usize, spot: Spot, epilogue: Epilogue<'_>) {
-    let Spot { problem, row, col, rows, cols } = spot;
-    epilogue(TileMut { data: tile, stride, rows, cols, row, col, problem, life: PhantomData });
 }
 
 /// Adds the bias to finished sums.

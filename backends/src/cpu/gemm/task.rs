@@ -1,12 +1,11 @@
 //! One task: a block of C of one problem, computed by one thread.
 
-use super::ahead::Ahead;
 use super::drive::{Scratch, chunks, group_tiles, panel_step, sums_aside, tile_step};
-use super::finish::{self, Spot};
+use super::finish::Spot;
 use super::kernel::{Isa, MAX_TILE, ROW, Wide, WideFn};
 use super::pack::{ArgsA, ArgsB, edge};
 use super::problem::Problem;
-use super::{Gemm, MatMut, Storage};
+use super::{Gemm, MatMut, Part, Storage};
 
 /// A block of C: `rows` and `cols` (from, to) of one problem.
 pub(super) struct Task<'t, 'a> {
@@ -124,21 +123,6 @@ impl Task<'_, '_> {
         unsafe { (self.isa.pack_a)(&args, to) }
     }
 
-    /// The rows of A that [`Task::pack_a`] reads, unless lists say where they are.
-    fn ahead_of_a(&self, (row, rows): (usize, usize), chunk: Chunk) -> Ahead {
-        let Problem { a, row_list, k_list, .. } = self.problem;
-        if row_list.is_some() || k_list.is_some() {
-            return Ahead::nothing();
-        }
-        Ahead::of(&a.from(row as isize, chunk.k as isize), rows, chunk.len)
-    }
-
-    /// The columns of B that [`Task::pack_b`] reads.
-    fn ahead_of_b(&self, chunk: Chunk) -> Ahead {
-        let (first, last) = self.cols;
-        Ahead::of(&self.problem.b.from(chunk.k as isize, first as isize), chunk.len, last - first)
-    }
-
     /// Packs columns of B for one chunk.
     unsafe fn pack_b(&self, chunk: Chunk, col: usize, cols: usize) {
         let b = self.problem.b.from(chunk.k as isize, col as isize);
@@ -166,22 +150,27 @@ impl Task<'_, '_> {
         }
     }
 
-    /// Bias, epilogue and the store of a tile whose sums are complete.
+    /// Bias and the store of a tile whose sums are complete.
     unsafe fn finish(&self, at: At, sums: &Sums) {
-        let Problem { index, first_row, unused, .. } = self.problem;
-        let Gemm { bias, epilogue, .. } = *self.gemm;
+        let Problem { index, unused, .. } = self.problem;
         // SAFETY: the caller's contract.
         unsafe {
-            let spot = Spot { problem: index, row: first_row + at.row, col: at.col, rows: at.rows, cols: at.cols };
-            if let Some(bias) = bias.filter(|_| !unused) {
+            if let Some(bias) = self.gemm.bias.filter(|_| !unused) {
+                let spot = Spot { problem: index, col: at.col, rows: at.rows, cols: at.cols };
                 (self.isa.add_bias)(sums.at, sums.stride, spot, bias);
-            }
-            if let Some(epilogue) = epilogue.filter(|_| !unused) {
-                finish::apply(sums.at, sums.stride, spot, epilogue);
             }
             if !sums.in_c {
                 (self.isa.store_tile)(&self.c(at), at.rows, at.cols, sums.at, sums.stride);
             }
+        }
+    }
+
+    /// All columns of some rows (from, to) of the block are stored.
+    fn tell(&self, (from, to): (usize, usize)) {
+        if let Some(finished) = self.gemm.finished {
+            let Problem { index, first_row, .. } = self.problem;
+            let (rows, cols) = (first_row + from..first_row + to, self.cols.0..self.cols.1);
+            finished(Part { problem: index, rows, cols });
         }
     }
 
@@ -198,6 +187,7 @@ impl Task<'_, '_> {
             } else {
                 self.strips_by_panel();
             }
+            self.tell(self.rows);
         }
     }
 
@@ -331,25 +321,15 @@ impl Task<'_, '_> {
         let keep = sums_aside(problem.c.storage, problem.k);
         // SAFETY: the caller's contract; the scratch has room for the block (`Scratch::new`).
         unsafe {
-            let mut chunks = self.chunks().peekable();
-            while let Some(chunk) = chunks.next() {
+            for chunk in self.chunks() {
                 // Blocks of the same columns come one after another, so a B of one chunk often is there already.
                 let this = (problem.index, first_col);
                 if *packed != Some(this) {
                     self.pack_b(chunk, first_col, last_col - first_col);
                 }
                 *packed = (chunk.first && chunk.last).then_some(this);
-                let next_chunk = chunks.peek().copied();
-                let mut next_b = next_chunk.map_or(Ahead::nothing(), |chunk| self.ahead_of_b(chunk));
-                let panels = (last_col - first_col).div_ceil(nr);
-                let b_share = next_b.lines().div_ceil(panels * (self.rows.1 - self.rows.0).div_ceil(isa.mr()));
-                let mut groups = self.groups().peekable();
-                while let Some((group, height)) = groups.next() {
+                for (group, height) in self.groups() {
                     let tiles = height.div_ceil(isa.mr());
-                    let next = groups.peek().map(|&next| (next, chunk));
-                    let next = next.or_else(|| Some((self.groups().next()?, next_chunk?)));
-                    let mut next_a = next.map_or(Ahead::nothing(), |(rows, chunk)| self.ahead_of_a(rows, chunk));
-                    let a_share = next_a.lines().div_ceil(tiles * panels);
                     self.pack_a(group, height, tiles, chunk, by_col, self.a());
                     for tile in 0..tiles {
                         let (top, end) = (edge(height, tiles, tile), edge(height, tiles, tile + 1));
@@ -370,8 +350,6 @@ impl Task<'_, '_> {
                             }
                             let kernel = kernels[rows - 1][cols.div_ceil(isa.lanes) - 1];
                             let b = self.b().add(panel * panel_step(isa, chunk.len));
-                            next_a.fetch(a_share);
-                            next_b.fetch(b_share);
                             kernel(chunk.len, a, b, nr, sums.at, sums.stride, load);
                             if chunk.last {
                                 self.finish(at, &sums);
@@ -380,6 +358,9 @@ impl Task<'_, '_> {
                                 (isa.store_tile)(&self.c(at), rows, cols, sums.at, sums.stride);
                             }
                         }
+                    }
+                    if chunk.last {
+                        self.tell((group, group + height));
                     }
                 }
             }

@@ -7,6 +7,7 @@ mod program;
 mod tests;
 
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -143,9 +144,40 @@ pub unsafe fn elementwise_at(program: &Program, inputs: &[*const u8], outputs: &
     let span = (SPAN / (TILE * program.weight)).clamp(1, 16) * TILE;
     tasks(len.div_ceil(span), len.saturating_mul(program.weight), |task| {
         let from = task * span;
+        let to = len.min(from + span);
         // SAFETY: by the promise above, and tasks have disjoint ranges of every output.
-        unsafe { run_span(program, &memory, from, len.min(from + span)) };
+        unsafe { run_pieces(program, &memory, TILE.min(to - from), tiles(from, to)) };
     });
+}
+
+/// Runs `program` on the calling thread over a part of its elements, seen as rows of `width` elements: columns `cols` of
+/// rows `rows`. The elements get the bits that [`elementwise_at`] gives them.
+///
+/// # Safety
+/// As [`elementwise_at`], for the elements of this part. Panics when the part is not within the elements.
+pub unsafe fn elementwise_part(
+    program: &Program,
+    inputs: &[*const u8],
+    outputs: &[*mut u8],
+    width: usize,
+    rows: Range<usize>,
+    cols: Range<usize>,
+) {
+    assert!(inputs.len() == program.inputs.len() && outputs.len() == program.outputs.len());
+    if rows.is_empty() || cols.is_empty() {
+        return;
+    }
+    assert!(cols.end <= width && rows.end <= program.len / width);
+    let longest = TILE.min(cols.len());
+    let pieces = rows.flat_map(|row| tiles(row * width + cols.start, row * width + cols.end));
+    // SAFETY: by the promise above.
+    unsafe { run_pieces(program, &Memory { inputs, outputs }, longest, pieces) };
+}
+
+/// Elements `from..to` in pieces of at most [`TILE`]: first element and length.
+#[inline(always)]
+fn tiles(from: usize, to: usize) -> impl Iterator<Item = (usize, usize)> {
+    (from..to).step_by(TILE).map(move |start| (start, TILE.min(to - start)))
 }
 
 /// The addresses of one run, for the threads that share it.
@@ -218,17 +250,22 @@ impl InPlace {
     }
 }
 
-/// Elements `from..to`.
+/// Pieces (first element, length) of at most `longest` elements.
 ///
 /// # Safety
 /// As [`elementwise_at`], and no other thread writes these elements of the outputs.
-unsafe fn run_span(program: &Program, memory: &Memory<'_>, from: usize, to: usize) {
+unsafe fn run_pieces(
+    program: &Program,
+    memory: &Memory<'_>,
+    longest: usize,
+    pieces: impl Iterator<Item = (usize, usize)>,
+) {
     let Memory { inputs, outputs } = *memory;
     let place = InPlace::of(program, memory);
     let mut words = MaybeUninit::<[[u32; TILE]; MAX_REGISTERS]>::uninit();
     let start: *mut u32 = words.as_mut_ptr().cast();
     let at = std::array::from_fn(|register| start.wrapping_add(register * TILE));
-    let mut registers = Registers { at, count: program.registers, len: TILE.min(to - from) };
+    let mut registers = Registers { at, count: program.registers, len: longest };
     for register in 0..registers.count {
         // SAFETY: inside `words`. Only what is used is cleared: a decode step must not pay for whole tiles.
         unsafe { registers.at[register].write_bytes(0, registers.len) };
@@ -246,8 +283,7 @@ unsafe fn run_span(program: &Program, memory: &Memory<'_>, from: usize, to: usiz
                 // SAFETY: the only reference alive; the operand's memory by the promise above.
                 unsafe { load(operand, *storage, walk, 0, registers.write(i as Register, registers.len)) };
             }
-            for start in (from..to).step_by(TILE) {
-                let len = TILE.min(to - start);
+            for (start, len) in pieces {
                 for (i, (&operand, (storage, walk))) in inputs.iter().zip(&program.inputs).enumerate() {
                     if place.inputs[i] {
                         // Only read: no instruction writes the register of an input.
