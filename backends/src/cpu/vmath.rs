@@ -239,7 +239,18 @@ pub fn tanhs<const N: usize>(x: Many<N>) -> Many<N> {
 /// The pair (sigmoid(x), sigmoid(-x)) from one exponential, each to full relative precision.
 #[inline(always)]
 fn sigmoid_pair<const N: usize>(x: Many<N>) -> (Many<N>, Many<N>) {
-    let e = exps(x.map(|x| -x.abs()));
+    ordered(x, exps(x.map(|x| -x.abs())))
+}
+
+/// [`sigmoid_pair`] with 0 instead of values below e^-87: for functions that multiply it with something like x.
+#[inline(always)]
+fn near_sigmoid_pair<const N: usize>(x: Many<N>) -> (Many<N>, Many<N>) {
+    ordered(x, exps_or_zero(x.map(|x| -x.abs())))
+}
+
+/// The pair (sigmoid(x), sigmoid(-x)) from e = exp(-|x|).
+#[inline(always)]
+fn ordered<const N: usize>(x: Many<N>, e: Many<N>) -> (Many<N>, Many<N>) {
     let large = 1.0 / (1.0 + e);
     let small = e * large;
     (x.choose(|x| x < 0.0, small, large), x.choose(|x| x < 0.0, large, small))
@@ -282,7 +293,7 @@ const GELU_A: f32 = 0.044_715;
 /// relative precision on the negative side. -inf gives -0.
 #[inline(always)]
 pub fn gelus_tanh<const N: usize>(x: Many<N>) -> Many<N> {
-    let s = sigmoids(2.0 * GELU_C * (x + GELU_A * x * x * x));
+    let (s, _) = near_sigmoid_pair(2.0 * GELU_C * (x + GELU_A * x * x * x));
     // The sigmoid is 0 long before: only -inf is changed, whose product with 0 would be NaN.
     x.at_least(-1e30) * s
 }
@@ -292,7 +303,7 @@ pub fn gelus_tanh<const N: usize>(x: Many<N>) -> Many<N> {
 pub fn gelus_tanh_grad<const N: usize>(x: Many<N>) -> Many<N> {
     // Beyond +-30 the derivative is 1 or 0 exactly; without the clamp inf * 0 would appear.
     let x = x.at_least(-30.0).at_most(30.0);
-    let (s, c) = sigmoid_pair(2.0 * GELU_C * (x + GELU_A * x * x * x));
+    let (s, c) = near_sigmoid_pair(2.0 * GELU_C * (x + GELU_A * x * x * x));
     s + x * s * c * (2.0 * GELU_C) * (1.0 + 3.0 * GELU_A * x * x)
 }
 
