@@ -78,6 +78,8 @@ pub struct Lifetime {
 pub struct Plan {
     graph: Graph,
     steps: Vec<Step>,
+    /// For each node, the one joined onto it.
+    joined: Vec<Option<NodeId>>,
     storage: Vec<Storage>,
     lifetimes: Vec<Lifetime>,
     arena_bytes: usize,
@@ -91,7 +93,24 @@ impl Plan {
     /// [`Error::Overwrite`] if an op works in place on something that must be read later; [`Error::Update`] if the old value
     /// of an updated state is also an output or the new value of another state; [`Error::TooLarge`] if no memory has the size.
     pub fn new(graph: Graph, scratch: &dyn Fn(&Graph, NodeId) -> usize, fences: Fences) -> Result<Plan> {
-        let order = order(&graph)?;
+        Plan::with_joined(graph, scratch, &|_, _| None, fences)
+    }
+
+    /// Like [`Plan::new`] for a backend that can run some fused chains together with the node they follow. `join` names the
+    /// chain for a node; where the order allows it, [`Plan::joined`] then holds: the chain's step comes right after the
+    /// node's, and during the node's step the chain's results have their memory already, which overlaps nothing but, as
+    /// ever, an operand of the chain that it works over, and never an operand of the node.
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    pub fn with_joined(
+        graph: Graph,
+        scratch: &dyn Fn(&Graph, NodeId) -> usize,
+        join: &dyn Fn(&Graph, NodeId) -> Option<NodeId>,
+        fences: Fences,
+    ) -> Result<Plan> {
+        let wanted = (0..graph.nodes().len()).map(|i| join(&graph, NodeId(i as u32))).collect();
+        let (order, joined) = order(&graph, wanted)?;
         let mut step_of = vec![0usize; graph.nodes().len()];
         let mut steps: Vec<Step> = Vec::with_capacity(order.len());
         for node in order {
@@ -102,7 +121,7 @@ impl Plan {
                 steps.push(Step::Run { node, scratch: 0, scratch_bytes: scratch(&graph, node) });
             }
         }
-        let roots = roots(&graph, &steps, &step_of);
+        let roots = roots(&graph, &steps, &step_of, &joined);
         for update in graph.updates() {
             if roots[update.new.index()] != update.state {
                 let stale = |v: Value| roots[v.index()] == update.state;
@@ -117,7 +136,8 @@ impl Plan {
                 steps.push(Step::Copy { state: update.state, new: update.new });
             }
         }
-        let mut plan = Plan { graph, steps, storage: Vec::new(), lifetimes: Vec::new(), arena_bytes: 0, fences };
+        let (storage, lifetimes) = (Vec::new(), Vec::new());
+        let mut plan = Plan { graph, steps, joined, storage, lifetimes, arena_bytes: 0, fences };
         plan.place(&roots, &step_of)?;
         Ok(plan)
     }
@@ -130,6 +150,11 @@ impl Plan {
     /// What to do, in order.
     pub fn steps(&self) -> &[Step] {
         &self.steps
+    }
+
+    /// The fused chain whose results can be written during the step of this node, which is the one before its own.
+    pub fn joined(&self, node: NodeId) -> Option<NodeId> {
+        self.joined[node.index()]
     }
 
     /// Where a value lies.
@@ -230,6 +255,10 @@ impl Plan {
             if !node.op.is_alias() {
                 node.operands.iter().for_each(|v| live(roots[v.index()], at, at));
             }
+            if let Some(chain) = self.joined[id.index()] {
+                node.operands.iter().for_each(|v| live(roots[v.index()], at, at + 1));
+                graph.node(chain).results.iter().for_each(|v| live(roots[v.index()], at, at + 1));
+            }
         }
         graph.outputs().iter().for_each(|(_, v)| live(roots[v.index()], end, end));
         graph.updates().iter().for_each(|u| live(roots[u.new.index()], end, end));
@@ -281,10 +310,11 @@ impl Plan {
     }
 }
 
-/// Node order with every op that works in place after all other readers of what it overwrites. A chain that computes the update
-/// of a stored tensor comes as soon as its operands can be there, which need not be kept then ([`ranks`]). Otherwise nodes keep
-/// the order in which they were made.
-fn order(graph: &Graph) -> Result<Vec<NodeId>> {
+/// Node order with every op that works in place after all other readers of what it overwrites, and the chains that are
+/// joined right behind their nodes: those of `joined` that are ready then. A chain that computes the update of a stored tensor
+/// comes as soon as its operands can be there, which need not be kept then ([`ranks`]). Otherwise nodes keep the order in which
+/// they were made.
+fn order(graph: &Graph, mut joined: Vec<Option<NodeId>>) -> Result<(Vec<NodeId>, Vec<Option<NodeId>>)> {
     let nodes = graph.nodes();
     let mut readers: Vec<Vec<NodeId>> = vec![Vec::new(); graph.value_count()];
     for (id, node) in graph.nodes_with_ids() {
@@ -330,18 +360,43 @@ fn order(graph: &Graph) -> Result<Vec<NodeId>> {
             }
         }
     }
+    // Places in memory are no steps: they come as early as they can, so that nothing that is joined waits for one.
+    let free = |i: usize| matches!(nodes[i].op, Op::Input(_) | Op::Constant(_)) || nodes[i].op.is_alias();
     let rank = ranks(graph);
-    let mut ready: BinaryHeap<Reverse<(usize, usize)>> =
-        (0..nodes.len()).filter(|&i| waits[i] == 0).map(|i| Reverse((rank[i], i))).collect();
+    let key = |i: usize| Reverse((!free(i), rank[i], i));
+    let mut ready: BinaryHeap<_> = (0..nodes.len()).filter(|&i| waits[i] == 0).map(key).collect();
+    let mut taken = vec![false; nodes.len()];
     let mut order = Vec::with_capacity(nodes.len());
-    while let Some(Reverse((_, i))) = ready.pop() {
-        order.push(NodeId(i as u32));
-        for to in &next[i] {
-            waits[to.index()] -= 1;
-            if waits[to.index()] == 0 {
-                ready.push(Reverse((rank[to.index()], to.index())));
+    // The node that was taken last, if a chain is to follow it.
+    let mut followed: Option<NodeId> = None;
+    while let Some(Reverse((busy, _, i))) = ready.pop() {
+        if taken[i] {
+            continue;
+        }
+        let mut now = i;
+        if busy && let Some(node) = followed.take() {
+            match joined[node.index()].map(NodeId::index) {
+                Some(chain) if waits[chain] == 0 && !taken[chain] => {
+                    ready.push(key(i));
+                    now = chain;
+                }
+                Some(_) | None => joined[node.index()] = None,
             }
         }
+        taken[now] = true;
+        order.push(NodeId(now as u32));
+        if joined[now].is_some() {
+            followed = Some(NodeId(now as u32));
+        }
+        for to in &next[now] {
+            waits[to.index()] -= 1;
+            if waits[to.index()] == 0 {
+                ready.push(key(to.index()));
+            }
+        }
+    }
+    if let Some(node) = followed {
+        joined[node.index()] = None;
     }
     if order.len() < nodes.len() {
         // Only an in-place op can close a cycle: data flow alone has none.
@@ -350,7 +405,7 @@ fn order(graph: &Graph) -> Result<Vec<NodeId>> {
         let operand = node.op.in_place().first().map_or(0, |p| p.1);
         return Err(Error::Overwrite { op: node.op.name(), operand, site: node.site.clone() });
     }
-    Ok(order)
+    Ok((order, joined))
 }
 
 /// The order in which nodes are run that could be run: that in which they were made, but chains that lead to the update of a stored
@@ -386,7 +441,7 @@ fn alias_base(graph: &Graph, mut value: Value) -> Value {
 }
 
 /// For each value, the value whose storage it shares (itself if it has its own).
-fn roots(graph: &Graph, steps: &[Step], step_of: &[usize]) -> Vec<Value> {
+fn roots(graph: &Graph, steps: &[Step], step_of: &[usize], joined: &[Option<NodeId>]) -> Vec<Value> {
     let mut roots: Vec<Value> = graph.values().collect();
     // In step order, so that an operand's root is final before it is passed on.
     let mut by_step: Vec<NodeId> = graph.nodes_with_ids().map(|(id, _)| id).collect();
@@ -410,6 +465,13 @@ fn roots(graph: &Graph, steps: &[Step], step_of: &[usize]) -> Vec<Value> {
         for v in node.operands.iter().chain(&node.results) {
             let l = &mut last[roots[v.index()].index()];
             *l = (*l).max(step_of[id.index()]);
+        }
+    }
+    // What a node reads that has a chain joined onto it is read while that chain writes.
+    let mut read_before: Vec<&[Value]> = vec![&[]; graph.nodes().len()];
+    for (id, node) in graph.nodes_with_ids() {
+        if let Some(chain) = joined[id.index()] {
+            read_before[chain.index()] = &node.operands;
         }
     }
     let kept = graph.outputs().iter().map(|(_, v)| *v).chain(graph.updates().iter().map(|u| u.new));
@@ -439,6 +501,7 @@ fn roots(graph: &Graph, steps: &[Step], step_of: &[usize]) -> Vec<Value> {
                     && reusable(root, result)
                     && last[root.index()] == step_of[id.index()]
                     && !taken.contains(&root)
+                    && !read_before[id.index()].iter().any(|v| roots[v.index()] == root)
             };
             // The stored tensor first: another operand would have to be copied over it.
             let is_stored = |v: &&Value| graph.input_of(roots[v.index()]).is_some();

@@ -85,13 +85,27 @@ impl Owners<'_> {
             }
             for (at, step) in plan.steps().iter().enumerate() {
                 match *step {
-                    Step::Run { node, scratch, scratch_bytes } => {
-                        let node = graph.node(node);
+                    Step::Run { node: id, scratch, scratch_bytes } => {
+                        let node = graph.node(id);
                         for &v in &node.operands {
                             assert!(me.holds(v), "step {at}, {}: %{} is gone", node.op.name(), v.index());
                         }
                         me.arena[scratch..scratch + scratch_bytes].fill(Self::SCRATCH);
                         node.results.iter().for_each(|&v| me.write(v));
+                        if let Some(chain) = plan.joined(id) {
+                            // The chain may write now, and the node may still read: neither disturbs the other.
+                            let chain = graph.node(chain);
+                            let next = plan.steps().get(at + 1);
+                            let follows =
+                                |s: &Step| matches!(*s, Step::Run { node, .. } if Some(node) == plan.joined(id));
+                            assert!(next.is_some_and(follows), "step {at}: the chain comes later");
+                            let before = me.arena.clone();
+                            chain.results.iter().for_each(|&v| me.write(v));
+                            for &v in node.operands.iter().chain(&chain.results) {
+                                assert!(me.holds(v), "step {at}: a joined chain writes over %{}", v.index());
+                            }
+                            me.arena = before;
+                        }
                         // Neither scratch nor another result may lie over an operand or result of the same step.
                         let overwrites = |v: Value| {
                             let here = |&(_, operand): &(usize, usize)| node.operands[operand] == v;
@@ -150,6 +164,8 @@ fn every_step_of_a_training_step_finds_what_it_reads() {
     let plan = device::cpu(2).plan(optimised.clone()).unwrap();
     assert_eq!(plan.overlap(), None);
     Owners::check(&plan);
+    let joined = optimised.nodes_with_ids().filter(|(id, _)| plan.joined(*id).is_some()).count();
+    assert!(joined > 0, "no chain is joined onto a product");
     // Sharing memory is worth something: the buffers of the arena together are far larger.
     let plan = Plan::new(optimised, &|_, _| 0, Fences::Off).unwrap();
     let all: usize = plan.lifetimes().iter().map(|l| l.bytes).sum();

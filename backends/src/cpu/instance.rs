@@ -15,6 +15,8 @@ use crate::{Error, Executable, Instance, NonFinite, Result, Store};
 
 struct Launched {
     node: NodeId,
+    /// Whether the step before has done this one's work too.
+    done: bool,
     launch: Launch,
     places: StepPlaces,
 }
@@ -39,15 +41,24 @@ impl CpuExecutable {
     pub(crate) fn new(plan: Plan, launches: Vec<Launch>, pool: Arc<rayon::ThreadPool>, checks: bool) -> Self {
         let states = states(&plan);
         let mut launches: Vec<Option<Launch>> = launches.into_iter().map(Some).collect();
+        let mut done_before = None;
         let work = plan
             .steps()
             .iter()
             .enumerate()
             .map(|(at, step)| match *step {
                 Step::Run { node, scratch, scratch_bytes } => {
-                    let places = of_step(&plan, &states, at, node, (scratch, scratch_bytes));
+                    let mut places = of_step(&plan, &states, at, node, (scratch, scratch_bytes));
                     let launch = launches[node.index()].take().unwrap_or_else(|| unreachable!("a node is run once"));
-                    Work::Launch(Launched { node, launch, places })
+                    let done = done_before == Some(node);
+                    done_before = plan.joined(node);
+                    if let Some(chain) = done_before {
+                        let mut of_chain = of_step(&plan, &states, at, chain, (0, 0));
+                        places.fresh.append(&mut of_chain.fresh);
+                        places.operands.append(&mut of_chain.operands);
+                        places.results.append(&mut of_chain.results);
+                    }
+                    Work::Launch(Launched { node, done, launch, places })
                 }
                 Step::Copy { state, new } => Work::Copy {
                     from: place(&plan, &states, new),
@@ -130,6 +141,11 @@ impl CpuInstance {
             let (arena, states, me) = (arena.get(), states.get(), me.get());
             for work in &program.work {
                 match work {
+                    Work::Launch(l) if l.done => {
+                        if !after(me, l) {
+                            return Ok(());
+                        }
+                    }
                     Work::Launch(l) => {
                         if program.checks {
                             // SAFETY: planned ranges of the arena that hold no live value during this step.
@@ -332,7 +348,11 @@ impl Instance for CpuInstance {
         self.steps(|me, launched| {
             let graph = me.program.plan.graph();
             let node = graph.node(launched.node);
-            for &value in &node.results {
+            // What a joined chain has written over is judged as the chain's, whose step is the next.
+            let plan = &me.program.plan;
+            let over: &[Value] = plan.joined(launched.node).map_or(&[], |chain| &graph.node(chain).results);
+            let kept = |v: &&Value| !over.iter().any(|o| plan.storage(*o) == plan.storage(**v));
+            for &value in node.results.iter().filter(kept) {
                 if let Some((index, element)) = non_finite(graph.ty(value).dtype, me.value_bytes(value)) {
                     found = Some(NonFinite {
                         op: node.op.name(),

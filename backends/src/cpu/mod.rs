@@ -59,9 +59,9 @@ impl Cpu {
         &self.pool
     }
 
-    /// The launch of every node, or all refusals.
-    fn launches(&self, graph: &Graph) -> Result<Vec<lower::Launch>> {
-        lowering::launches(BACKEND, graph, |id| lower::lower(graph, id, self.threads()))
+    /// The launch of every node, or all refusals; with the chains that `joined` joins onto nodes.
+    fn launches(&self, graph: &Graph, joined: impl Fn(NodeId) -> Option<NodeId>) -> Result<Vec<lower::Launch>> {
+        lowering::launches(BACKEND, graph, |id| lower::lower(graph, id, joined(id), self.threads()))
     }
 }
 
@@ -75,13 +75,13 @@ impl Backend for Cpu {
     }
 
     fn plan(&self, graph: Graph) -> Result<Plan> {
-        let scratch: Vec<usize> = self.launches(&graph)?.iter().map(|l| l.scratch).collect();
+        let scratch: Vec<usize> = self.launches(&graph, |_| None)?.iter().map(|l| l.scratch).collect();
         let fences = if self.checks { Fences::On } else { Fences::Off };
-        Ok(Plan::new(graph, &|_, node: NodeId| scratch[node.index()], fences)?)
+        Ok(Plan::with_joined(graph, &|_, node: NodeId| scratch[node.index()], &lower::joined, fences)?)
     }
 
     fn compile(&self, plan: Plan) -> Result<Arc<dyn Executable>> {
-        let launches = self.launches(plan.graph())?;
+        let launches = self.launches(plan.graph(), |id| plan.joined(id))?;
         Ok(Arc::new(instance::CpuExecutable::new(plan, launches, Arc::clone(&self.pool), self.checks)))
     }
 

@@ -1,5 +1,9 @@
 //! Elementary functions in f32 without branches or tables, so that a loop over them inside [`simd`] autovectorises.
 //!
+//! Each is written for [`Many`] values at once. A function is one long chain of operations that wait for each other, and
+//! a processor looks ahead too little to start on the next vector of a loop meanwhile; with several values the chains
+//! are interleaved in the code. [`map_block`] is the loop for that, the functions of one f32 are for everything else.
+//!
 //! Only +, -, *, /, comparisons and bit operations are used (no fused multiply-add: it is a library call on a CPU
 //! without it, and contracting would make the bits depend on the CPU). The bounds on the error were measured against
 //! f64 over a dense sweep of the inputs; the tests hold them. NaN in gives NaN out everywhere.
@@ -11,37 +15,160 @@
 // The coefficients keep their published digits.
 #![allow(clippy::excessive_precision)]
 
-/// `max(x, lo)` that keeps a NaN `x`, unlike [`f32::max`].
-#[inline(always)]
-fn at_least(x: f32, lo: f32) -> f32 {
-    if x < lo { lo } else { x }
+use std::array::from_fn;
+use std::ops::{Add, Div, Mul, Sub};
+
+/// Values that go through the same operations side by side.
+#[derive(Clone, Copy, Debug)]
+pub struct Many<const N: usize>(pub [f32; N]);
+
+/// Values of one [`Many`] in [`map_block`]: enough chains to keep the units busy, few enough for the registers.
+pub const CHAINS: usize = 4;
+/// Values that [`map_block`] takes: one vector of the widest kind for each chain.
+pub const BLOCK: usize = 16 * CHAINS;
+
+/// `f(Many) -> Many` of every element of a `&[f32; BLOCK]`. A macro, as the compiler may leave a function that is passed
+/// outside of the vector instructions.
+macro_rules! map_block {
+    ($x:expr, $f:path) => {{
+        use $crate::cpu::vmath::{BLOCK, CHAINS, Many};
+        const VECTOR: usize = BLOCK / CHAINS;
+        let x: &[f32; BLOCK] = $x;
+        // A local array: the compiler sees that writing it changes no input.
+        let mut y = [0.0f32; BLOCK];
+        for i in 0..VECTOR {
+            let Many(out) = $f(Many([x[i], x[VECTOR + i], x[2 * VECTOR + i], x[3 * VECTOR + i]]));
+            for chain in 0..CHAINS {
+                y[chain * VECTOR + i] = out[chain];
+            }
+        }
+        y
+    }};
+}
+pub(crate) use map_block;
+
+impl<const N: usize> Many<N> {
+    #[inline(always)]
+    fn map(self, f: impl Fn(f32) -> f32) -> Self {
+        Many(from_fn(|i| f(self.0[i])))
+    }
+
+    #[inline(always)]
+    fn zip(self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self {
+        Many(from_fn(|i| f(self.0[i], other.0[i])))
+    }
+
+    #[inline(always)]
+    fn abs(self) -> Self {
+        self.map(f32::abs)
+    }
+
+    /// `max(x, lo)` that keeps a NaN `x`, unlike [`f32::max`].
+    #[inline(always)]
+    fn at_least(self, lo: f32) -> Self {
+        self.map(|x| if x < lo { lo } else { x })
+    }
+
+    /// `min(x, hi)` that keeps a NaN `x`, unlike [`f32::min`].
+    #[inline(always)]
+    fn at_most(self, hi: f32) -> Self {
+        self.map(|x| if x > hi { hi } else { x })
+    }
+
+    /// `then` where the test holds of this value, else `otherwise`.
+    #[inline(always)]
+    fn choose(self, test: impl Fn(f32) -> bool, then: Self, otherwise: Self) -> Self {
+        Many(from_fn(|i| if test(self.0[i]) { then.0[i] } else { otherwise.0[i] }))
+    }
 }
 
-/// `min(x, hi)` that keeps a NaN `x`, unlike [`f32::min`].
-#[inline(always)]
-fn at_most(x: f32, hi: f32) -> f32 {
-    if x > hi { hi } else { x }
+/// The operators, value by value, also with one number for all.
+macro_rules! operators {
+    ($($operator:ident $name:ident $sign:tt),+) => {
+        $(
+            impl<const N: usize> $operator for Many<N> {
+                type Output = Self;
+                #[inline(always)]
+                fn $name(self, other: Self) -> Self {
+                    self.zip(other, |a, b| a $sign b)
+                }
+            }
+            impl<const N: usize> $operator<f32> for Many<N> {
+                type Output = Self;
+                #[inline(always)]
+                fn $name(self, other: f32) -> Self {
+                    self.map(|a| a $sign other)
+                }
+            }
+            impl<const N: usize> $operator<Many<N>> for f32 {
+                type Output = Many<N>;
+                #[inline(always)]
+                fn $name(self, other: Many<N>) -> Many<N> {
+                    other.map(|b| self $sign b)
+                }
+            }
+        )+
+    };
+}
+operators!(Add add +, Sub sub -, Mul mul *, Div div /);
+
+/// The functions of one value.
+macro_rules! of_one {
+    ($($(#[$doc:meta])* $name:ident = $many:ident;)+) => {
+        $(
+            $(#[$doc])*
+            #[inline(always)]
+            pub fn $name(x: f32) -> f32 {
+                $many(Many([x])).0[0]
+            }
+        )+
+    };
+}
+of_one! {
+    /// [`exps`] of one value.
+    exp = exps;
+    /// [`exps_or_zero`] of one value.
+    exp_or_zero = exps_or_zero;
+    /// [`lns`] of one value.
+    ln = lns;
+    /// [`tanhs`] of one value.
+    tanh = tanhs;
+    /// [`sigmoids`] of one value.
+    sigmoid = sigmoids;
+    /// [`erfs`] of one value.
+    erf = erfs;
+    /// [`gelus_tanh`] of one value.
+    gelu_tanh = gelus_tanh;
+    /// [`gelus_tanh_grad`] of one value.
+    gelu_tanh_grad = gelus_tanh_grad;
+    /// [`gelus_erf`] of one value.
+    gelu_erf = gelus_erf;
+    /// [`gelus_erf_grad`] of one value.
+    gelu_erf_grad = gelus_erf_grad;
+    /// [`silus`] of one value.
+    silu = silus;
+    /// [`silus_grad`] of one value.
+    silu_grad = silus_grad;
 }
 
 /// 2^n for -126 <= n <= 127.
 #[inline(always)]
-fn pow2(n: i32) -> f32 {
-    f32::from_bits((n.wrapping_add(127) as u32) << 23)
+fn pow2<const N: usize>(n: [i32; N]) -> Many<N> {
+    Many(n.map(|n| f32::from_bits((n.wrapping_add(127) as u32) << 23)))
 }
 
 /// (y, n) with e^x = y 2^n for |x| <= 104: x = n ln 2 + r with |r| <= ln 2 / 2, then a polynomial of degree 7 in r (the
 /// coefficients of Cephes' `expf`).
 #[inline(always)]
-fn exp_parts(x: f32) -> (f32, i32) {
+fn exp_parts<const N: usize>(x: Many<N>) -> (Many<N>, [i32; N]) {
     // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits of the mantissa.
     let magic = 12_582_912.0_f32;
     let shifted = x * std::f32::consts::LOG2_E + magic;
-    let n = (shifted.to_bits() as i32).wrapping_sub(magic.to_bits() as i32);
+    let n = shifted.0.map(|shifted| (shifted.to_bits() as i32).wrapping_sub(magic.to_bits() as i32));
     let nf = shifted - magic;
     // ln 2 in two parts; the high one has few enough bits that its product with n is exact.
     let r = (x - nf * 0.693_359_4) - nf * -2.121_944_4e-4;
-    let mut p = 1.987_569_1e-4_f32;
-    p = p * r + 1.398_199_9e-3;
+    let mut p = 1.987_569_1e-4 * r + 1.398_199_9e-3;
     p = p * r + 8.333_452e-3;
     p = p * r + 4.166_579_6e-2;
     p = p * r + 1.666_666_5e-1;
@@ -51,37 +178,35 @@ fn exp_parts(x: f32) -> (f32, i32) {
 
 /// e^x within 1.5 ulp; denormal results are right to half a denormal step more; inf above 88.73, 0 below -103.98.
 #[inline(always)]
-pub fn exp(x: f32) -> f32 {
+pub fn exps<const N: usize>(x: Many<N>) -> Many<N> {
     // Beyond these the result is inf or 0 in any case, and within them n fits the two scale factors below.
-    let (y, n) = exp_parts(at_most(at_least(x, -104.0), 89.0));
+    let (y, n) = exp_parts(x.at_least(-104.0).at_most(89.0));
     // In two steps: 2^n alone overflows for n = 128 and underflows for n < -126. Only the last product can round.
-    let half = n >> 1;
-    y * pow2(half) * pow2(n.wrapping_sub(half))
+    let half = n.map(|n| n >> 1);
+    y * pow2(half) * pow2(from_fn(|i| n[i].wrapping_sub(half[i])))
 }
 
 /// e^x of x <= 88 within 1.5 ulp, and 0 below -87: the weights of a softmax, whose masked scores are -inf.
 ///
-/// The results that [`exp`] gives as denormals or rounds to 0 cost some processors a hundred times as long as others.
+/// The results that [`exps`] gives as denormals or rounds to 0 cost some processors a hundred times as long as others.
 #[inline(always)]
-pub fn exp_or_zero(x: f32) -> f32 {
-    let (y, n) = exp_parts(at_least(x, -87.0));
-    if x < -87.0 { 0.0 } else { y * pow2(n) }
+pub fn exps_or_zero<const N: usize>(x: Many<N>) -> Many<N> {
+    let (y, n) = exp_parts(x.at_least(-87.0));
+    x.choose(|x| x < -87.0, Many([0.0; N]), y * pow2(n))
 }
 
 /// The natural logarithm within 1.5 ulp: -inf at +-0, NaN below 0, inf at inf; denormals included.
 ///
 /// x = m 2^e with sqrt(1/2) <= m < sqrt(2), then a polynomial in m - 1 (the coefficients of Cephes' `logf`).
 #[inline(always)]
-pub fn ln(x: f32) -> f32 {
-    let tiny = x < f32::MIN_POSITIVE;
-    let scaled = if tiny { x * 8_388_608.0 } else { x };
-    let bits = scaled.to_bits() as i32;
-    let e = bits.wrapping_sub(0x3f35_04f3) >> 23;
-    let m = f32::from_bits(bits.wrapping_sub(e << 23) as u32) - 1.0;
-    let e = e as f32 - if tiny { 23.0 } else { 0.0 };
+pub fn lns<const N: usize>(x: Many<N>) -> Many<N> {
+    let tiny = |x: f32| x < f32::MIN_POSITIVE;
+    let bits = x.0.map(|x| (if tiny(x) { x * 8_388_608.0 } else { x }).to_bits() as i32);
+    let e = bits.map(|bits| bits.wrapping_sub(0x3f35_04f3) >> 23);
+    let m = Many(from_fn(|i| f32::from_bits(bits[i].wrapping_sub(e[i] << 23) as u32))) - 1.0;
+    let e = Many(from_fn(|i| e[i] as f32 - if tiny(x.0[i]) { 23.0 } else { 0.0 }));
     let z = m * m;
-    let mut p = 7.037_683_6e-2_f32;
-    p = p * m - 1.151_461e-1;
+    let mut p = 7.037_683_6e-2 * m - 1.151_461e-1;
     p = p * m + 1.167_699_9e-1;
     p = p * m - 1.242_014_1e-1;
     p = p * m + 1.424_932_3e-1;
@@ -91,64 +216,72 @@ pub fn ln(x: f32) -> f32 {
     p = p * m + 3.333_333e-1;
     let y = p * m * z + e * -2.121_944_4e-4 - 0.5 * z;
     let y = (m + y) + e * 0.693_359_4;
-    let y = if x > 0.0 { y } else { f32::NAN };
-    let y = if x == 0.0 { f32::NEG_INFINITY } else { y };
-    if x == f32::INFINITY { x } else { y }
+    let y = x.choose(|x| x > 0.0, y, Many([f32::NAN; N]));
+    let y = x.choose(|x| x == 0.0, Many([f32::NEG_INFINITY; N]), y);
+    x.choose(|x| x == f32::INFINITY, x, y)
 }
 
 /// tanh(x) within 2 ulp: a polynomial near 0 (Cephes' `tanhf`), 1 - 2 / (e^(2|x|) + 1) elsewhere.
 #[inline(always)]
-pub fn tanh(x: f32) -> f32 {
+pub fn tanhs<const N: usize>(x: Many<N>) -> Many<N> {
     let a = x.abs();
     let z = x * x;
-    let mut p = -5.704_988_7e-3_f32;
-    p = p * z + 2.063_908_9e-2;
+    let mut p = -5.704_988_7e-3 * z + 2.063_908_9e-2;
     p = p * z - 5.373_971_6e-2;
     p = p * z + 1.333_144_2e-1;
     p = p * z - 3.333_328_2e-1;
     let near = p * z * x + x;
-    let far = 1.0 - 2.0 / (exp(2.0 * a) + 1.0);
+    let far = 1.0 - 2.0 / (exps(2.0 * a) + 1.0);
     // The sign again for the polynomial too, which gives +0 at -0.
-    (if a < 0.625 { near } else { far }).copysign(x)
+    a.choose(|a| a < 0.625, near, far).zip(x, f32::copysign)
 }
 
 /// The pair (sigmoid(x), sigmoid(-x)) from one exponential, each to full relative precision.
 #[inline(always)]
-fn sigmoid_pair(x: f32) -> (f32, f32) {
-    let e = exp(-x.abs());
+fn sigmoid_pair<const N: usize>(x: Many<N>) -> (Many<N>, Many<N>) {
+    ordered(x, exps(x.map(|x| -x.abs())))
+}
+
+/// [`sigmoid_pair`] with 0 instead of values below e^-87: for functions that multiply it with something like x.
+#[inline(always)]
+fn near_sigmoid_pair<const N: usize>(x: Many<N>) -> (Many<N>, Many<N>) {
+    ordered(x, exps_or_zero(x.map(|x| -x.abs())))
+}
+
+/// The pair (sigmoid(x), sigmoid(-x)) from e = exp(-|x|).
+#[inline(always)]
+fn ordered<const N: usize>(x: Many<N>, e: Many<N>) -> (Many<N>, Many<N>) {
     let large = 1.0 / (1.0 + e);
     let small = e * large;
-    if x < 0.0 { (small, large) } else { (large, small) }
+    (x.choose(|x| x < 0.0, small, large), x.choose(|x| x < 0.0, large, small))
 }
 
 /// 1 / (1 + e^-x) within 3 ulp, the far negative side included (no early underflow).
 #[inline(always)]
-pub fn sigmoid(x: f32) -> f32 {
+pub fn sigmoids<const N: usize>(x: Many<N>) -> Many<N> {
     sigmoid_pair(x).0
 }
 
 /// The error function within 2 ulp: minimax polynomials, below 0.9277 in x^2 and above as 1 - exp(p(|x|)).
 #[inline(always)]
-pub fn erf(x: f32) -> f32 {
+pub fn erfs<const N: usize>(x: Many<N>) -> Many<N> {
     let s = x * x;
-    let mut near = -5.967_617e-4_f32;
-    near = near * s + 4.991_194_2e-3;
+    let mut near = -5.967_617e-4 * s + 4.991_194_2e-3;
     near = near * s - 2.676_813_5e-2;
     near = near * s + 1.128_199_2e-1;
     near = near * s - 3.761_253_4e-1;
     near = near * s + 1.283_791_7e-1;
     let near = near * x + x;
     // erf(4) rounds to 1, and beyond it the polynomial in the exponent is not a fit.
-    let t = at_most(x.abs(), 4.0);
-    let mut far = -1.728_534_7e-5_f32;
-    far = far * t + 3.831_971_3e-4;
+    let t = x.abs().at_most(4.0);
+    let mut far = -1.728_534_7e-5 * t + 3.831_971_3e-4;
     far = far * t - 3.883_964_4e-3;
     far = far * t + 2.425_462_2e-2;
     far = far * t - 1.067_778_8e-1;
     far = far * t - 6.348_466_9e-1;
     far = far * t - 1.287_175_1e-1;
-    let far = (1.0 - exp(far * t - t)).copysign(x);
-    if x.abs() > 0.927_734_4 { far } else { near }
+    let far = (1.0 - exps(far * t - t)).zip(x, f32::copysign);
+    x.choose(|x| x.abs() > 0.927_734_4, far, near)
 }
 
 /// sqrt(2 / pi), as the tanh form of GELU is published and trained with.
@@ -159,48 +292,48 @@ const GELU_A: f32 = 0.044_715;
 /// GELU, tanh form: x/2 (1 + tanh(u)), u = 0.79788456 (x + 0.044715 x^3), computed as x sigmoid(2u), which keeps
 /// relative precision on the negative side. -inf gives -0.
 #[inline(always)]
-pub fn gelu_tanh(x: f32) -> f32 {
-    let s = sigmoid(2.0 * GELU_C * (x + GELU_A * x * x * x));
+pub fn gelus_tanh<const N: usize>(x: Many<N>) -> Many<N> {
+    let (s, _) = near_sigmoid_pair(2.0 * GELU_C * (x + GELU_A * x * x * x));
     // The sigmoid is 0 long before: only -inf is changed, whose product with 0 would be NaN.
-    at_least(x, -1e30) * s
+    x.at_least(-1e30) * s
 }
 
-/// d/dx of [`gelu_tanh`]: s + x s (1 - s) 2u' with s = sigmoid(2u), u' = 0.79788456 (1 + 3 * 0.044715 x^2).
+/// d/dx of [`gelus_tanh`]: s + x s (1 - s) 2u' with s = sigmoid(2u), u' = 0.79788456 (1 + 3 * 0.044715 x^2).
 #[inline(always)]
-pub fn gelu_tanh_grad(x: f32) -> f32 {
+pub fn gelus_tanh_grad<const N: usize>(x: Many<N>) -> Many<N> {
     // Beyond +-30 the derivative is 1 or 0 exactly; without the clamp inf * 0 would appear.
-    let x = at_most(at_least(x, -30.0), 30.0);
-    let (s, c) = sigmoid_pair(2.0 * GELU_C * (x + GELU_A * x * x * x));
+    let x = x.at_least(-30.0).at_most(30.0);
+    let (s, c) = near_sigmoid_pair(2.0 * GELU_C * (x + GELU_A * x * x * x));
     s + x * s * c * (2.0 * GELU_C) * (1.0 + 3.0 * GELU_A * x * x)
 }
 
 /// GELU, exact form: x/2 (1 + erf(x / sqrt 2)). The absolute error is within 1 ulp of |x|; -inf gives -0.
 #[inline(always)]
-pub fn gelu_erf(x: f32) -> f32 {
-    let phi = 0.5 * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2));
-    at_least(x, -1e30) * phi
+pub fn gelus_erf<const N: usize>(x: Many<N>) -> Many<N> {
+    let phi = 0.5 * (1.0 + erfs(x * std::f32::consts::FRAC_1_SQRT_2));
+    x.at_least(-1e30) * phi
 }
 
-/// d/dx of [`gelu_erf`]: Phi(x) + x exp(-x^2 / 2) / sqrt(2 pi).
+/// d/dx of [`gelus_erf`]: Phi(x) + x exp(-x^2 / 2) / sqrt(2 pi).
 #[inline(always)]
-pub fn gelu_erf_grad(x: f32) -> f32 {
+pub fn gelus_erf_grad<const N: usize>(x: Many<N>) -> Many<N> {
     // The density is 0 beyond +-20; without the clamp inf * 0 would appear.
-    let x = at_most(at_least(x, -20.0), 20.0);
-    let phi = 0.5 * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2));
-    phi + x * (0.398_942_28 * exp(-0.5 * x * x))
+    let x = x.at_least(-20.0).at_most(20.0);
+    let phi = 0.5 * (1.0 + erfs(x * std::f32::consts::FRAC_1_SQRT_2));
+    phi + x * (0.398_942_28 * exps(-0.5 * x * x))
 }
 
 /// x sigmoid(x) (SiLU, Swish). -inf gives -0.
 #[inline(always)]
-pub fn silu(x: f32) -> f32 {
-    at_least(x, -1e30) * sigmoid(x)
+pub fn silus<const N: usize>(x: Many<N>) -> Many<N> {
+    x.at_least(-1e30) * sigmoids(x)
 }
 
-/// d/dx of [`silu`]: s + x s (1 - s), s = sigmoid(x).
+/// d/dx of [`silus`]: s + x s (1 - s), s = sigmoid(x).
 #[inline(always)]
-pub fn silu_grad(x: f32) -> f32 {
+pub fn silus_grad<const N: usize>(x: Many<N>) -> Many<N> {
     // Beyond +-110 the derivative is 1 or 0 exactly; without the clamp inf * 0 would appear.
-    let x = at_most(at_least(x, -110.0), 110.0);
+    let x = x.at_least(-110.0).at_most(110.0);
     let (s, c) = sigmoid_pair(x);
     s + x * s * c
 }
@@ -353,6 +486,36 @@ mod tests {
             assert_eq!((f(1e38), f(-1e38), f(f32::MIN)), (1e38, 0.0, 0.0));
             assert_eq!((grad(f32::INFINITY), grad(f32::NEG_INFINITY), grad(0.0)), (1.0, 0.0, 0.5));
             assert!(f(f32::NAN).is_nan() && grad(f32::NAN).is_nan());
+        }
+    }
+
+    /// A block of values gives the bits of each one alone.
+    #[test]
+    fn blocks_have_the_bits_of_single_values() {
+        type Case = (fn(f32) -> f32, fn(Many<CHAINS>) -> Many<CHAINS>);
+        let cases: [Case; 12] = [
+            (exp, exps),
+            (exp_or_zero, exps_or_zero),
+            (ln, lns),
+            (tanh, tanhs),
+            (sigmoid, sigmoids),
+            (erf, erfs),
+            (gelu_tanh, gelus_tanh),
+            (gelu_tanh_grad, gelus_tanh_grad),
+            (gelu_erf, gelus_erf),
+            (gelu_erf_grad, gelus_erf_grad),
+            (silu, silus),
+            (silu_grad, silus_grad),
+        ];
+        let edges = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0, -0.0, f32::MAX, f32::MIN, 1e-40];
+        let inputs: Vec<f32> = sweep(1e-6, 120.0).step_by(97).chain(edges).collect();
+        for (one, many) in cases {
+            for x in inputs.as_chunks::<BLOCK>().0.iter().chain([&from_fn(|i| inputs[inputs.len() - 1 - i])]) {
+                let got = map_block!(x, many);
+                for (got, &x) in got.iter().zip(x) {
+                    assert!(got.to_bits() == one(x).to_bits() || (got.is_nan() && one(x).is_nan()), "{x}");
+                }
+            }
         }
     }
 

@@ -151,14 +151,18 @@ impl Cut {
         }
     }
 
-    /// Smaller tasks, if they still are worth it.
-    fn finer(&self, m: usize) -> Option<Self> {
+    /// Smaller tasks, if they still are worth it. Columns are cut into a few more equal parts if there are any, else in
+    /// half.
+    fn finer(&self, isa: &Isa, m: usize, n: usize) -> Option<Self> {
         let halve_cols = self.cols > MIN_COLS && (self.cols >= self.rows || m <= self.rows / 2);
         if !halve_cols && self.rows <= MIN_ROWS && self.strip_cols <= MIN_COLS {
             return None;
         }
+        let parts = n.div_ceil(self.cols);
+        let equal = (parts + 1..2 * parts).find(|&parts| n.is_multiple_of(parts * isa.nr()) && n / parts >= MIN_COLS);
+        let narrower = equal.map_or(self.cols / 2, |parts| n / parts);
         Some(Cut {
-            cols: if halve_cols { self.cols / 2 } else { self.cols },
+            cols: if halve_cols { narrower } else { self.cols },
             rows: if halve_cols { self.rows } else { (self.rows / 2).max(MIN_ROWS) },
             strip_cols: (self.strip_cols / 2).max(MIN_COLS),
             ..*self
@@ -219,7 +223,7 @@ pub(super) unsafe fn run(
         tasks >= each * threads
     };
     while threads > 1 && !enough(tasks) {
-        let Some(finer) = cut.finer(gemm.m) else { break };
+        let Some(finer) = cut.finer(isa, gemm.m, gemm.n) else { break };
         cut = finer;
         tasks = cut.all(gemm);
     }

@@ -1,14 +1,13 @@
-//! Between a tile of f32 sums and C: the sums it starts from, bias, epilogue, and the one rounding.
-
-use std::marker::PhantomData;
+//! Between a tile of f32 sums and C: the sums it starts from, bias, and the one rounding.
 
 use half::{bf16, f16};
 
 use super::kernel::{Simd, Source};
-use super::{Bias, Epilogue, MatMut, Storage, TileMut};
+use super::{Bias, MatMut, Storage};
 
 pub(super) type LoadTile = unsafe fn(&MatMut, usize, usize, *mut f32, usize);
 pub(super) type StoreTile = unsafe fn(&MatMut, usize, usize, *const f32, usize);
+pub(super) type AddBias = unsafe fn(*mut f32, usize, Spot, Bias);
 
 /// Reads `rows x cols` values of C into a tile whose rows are `stride` floats apart.
 ///
@@ -78,53 +77,49 @@ unsafe fn store_of<S: Simd, T: Source>(c: &MatMut, rows: usize, cols: usize, til
     }
 }
 
-/// Where a tile lies in C.
+/// Where a tile lies.
 #[derive(Clone, Copy)]
 pub(super) struct Spot {
     pub(super) problem: usize,
-    /// Row and column within C as [`TileMut`] reports them.
-    pub(super) row: usize,
+    /// First column of C.
     pub(super) col: usize,
     pub(super) rows: usize,
     pub(super) cols: usize,
 }
 
-/// Adds the bias and runs the epilogue on finished sums.
+/// Adds the bias to finished sums.
 ///
 /// # Safety
 /// The tile covers `spot`, and the bias the problem's N values.
-pub(super) unsafe fn apply(
-    tile: *mut f32,
-    stride: usize,
-    spot: Spot,
-    bias: Option<Bias>,
-    epilogue: Option<Epilogue<'_>>,
-) {
-    if let Some(bias) = bias {
-        // SAFETY: the caller's contract.
-        unsafe {
-            match bias.storage {
-                Storage::F32 => add_bias::<f32>(tile, stride, spot, bias),
-                Storage::Bf16 => add_bias::<bf16>(tile, stride, spot, bias),
-                Storage::F16 => add_bias::<f16>(tile, stride, spot, bias),
-            }
+#[inline(always)]
+pub(super) unsafe fn add_bias<S: Simd>(tile: *mut f32, stride: usize, spot: Spot, bias: Bias) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        match bias.storage {
+            Storage::F32 => add_bias_of::<S, f32>(tile, stride, spot, bias),
+            Storage::Bf16 => add_bias_of::<S, bf16>(tile, stride, spot, bias),
+            Storage::F16 => add_bias_of::<S, f16>(tile, stride, spot, bias),
         }
-    }
-    if let Some(epilogue) = epilogue {
-        let Spot { problem, row, col, rows, cols } = spot;
-        epilogue(TileMut { data: tile, stride, rows, cols, row, col, problem, life: PhantomData });
     }
 }
 
-unsafe fn add_bias<T: Source>(tile: *mut f32, stride: usize, spot: Spot, bias: Bias) {
+#[inline(always)]
+unsafe fn add_bias_of<S: Simd, T: Source>(tile: *mut f32, stride: usize, spot: Spot, bias: Bias) {
     // SAFETY: the caller's contract.
     unsafe {
         let from = bias.data.cast::<T>().offset(spot.problem as isize * bias.step).add(spot.col);
-        let from = std::slice::from_raw_parts(from, spot.cols);
+        let mut j = 0;
+        while j + S::LANES <= spot.cols {
+            let bias = T::load::<S>(from.add(j));
+            for i in 0..spot.rows {
+                let to = tile.add(i * stride + j);
+                S::store(to, S::add(S::load(to), bias));
+            }
+            j += S::LANES;
+        }
         for i in 0..spot.rows {
-            let row = std::slice::from_raw_parts_mut(tile.add(i * stride), spot.cols);
-            for (value, bias) in row.iter_mut().zip(from) {
-                *value += bias.to_f32();
+            for j in j..spot.cols {
+                *tile.add(i * stride + j) += (*from.add(j)).to_f32();
             }
         }
     }

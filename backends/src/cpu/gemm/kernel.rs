@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 
 use half::{bf16, f16};
 
-use super::finish::{LoadTile, StoreTile};
+use super::finish::{AddBias, LoadTile, StoreTile};
 use super::pack::{PackA, PackB};
 use super::{Storage, Stored};
 
@@ -30,6 +30,7 @@ pub(super) trait Simd: Copy {
     unsafe fn store(p: *mut f32, v: Self::V);
     /// `a * b + c`, rounded once where the hardware can.
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn load_bf16(p: *const bf16) -> Self::V;
     unsafe fn store_bf16(p: *mut bf16, v: Self::V);
     unsafe fn load_f16(p: *const f16) -> Self::V;
@@ -312,6 +313,7 @@ pub(super) struct Isa {
     pub(super) pack_b: PackB,
     pub(super) load_tile: LoadTile,
     pub(super) store_tile: StoreTile,
+    pub(super) add_bias: AddBias,
 }
 
 /// Where a storage's kernels are listed.
@@ -353,7 +355,7 @@ macro_rules! isa {
         mod table {
             use super::*;
             use crate::cpu::gemm::kernel::{self, ColumnsFn, Isa, ROW, Source, Streams, TileFn, Wide};
-            use crate::cpu::gemm::{MatMut, finish, pack};
+            use crate::cpu::gemm::{Bias, MatMut, finish, pack};
             use half::{bf16, f16};
 
             $(#[$attr])?
@@ -418,6 +420,11 @@ macro_rules! isa {
                 // SAFETY: the caller's contract.
                 unsafe { finish::store_tile::<$simd>(c, rows, cols, tile, stride) }
             }
+            $(#[$attr])?
+            unsafe fn add_bias(tile: *mut f32, stride: usize, spot: finish::Spot, bias: Bias) {
+                // SAFETY: the caller's contract.
+                unsafe { finish::add_bias::<$simd>(tile, stride, spot, bias) }
+            }
             pub(in crate::cpu::gemm) static ISA: Isa = Isa {
                 name: $name,
                 lanes: <$simd as kernel::Simd>::LANES,
@@ -438,6 +445,7 @@ macro_rules! isa {
                 pack_b,
                 load_tile,
                 store_tile,
+                add_bias,
             };
         }
         pub(super) use table::ISA;

@@ -4,7 +4,7 @@
 //! them into one list of tasks that the threads draw from, so that a skewed load of experts balances by itself.
 //!
 //! **The summation order is fixed.** Every element of C is one chain of f32 fused multiply-adds over `k = 0, 1, ..`,
-//! starting from 0 (from C when accumulating), then the bias is added, the epilogue applied and the result rounded
+//! starting from 0 (from C when accumulating), then the bias is added and the result rounded
 //! once. It depends on K alone: not on M, N, the row's place in a segment, the strides, the number of threads or the
 //! kernel that ran. So a token's result does not depend on its batch. (Without FMA hardware the chain multiplies and
 //! adds with two roundings; still one order, but not the bits of a machine with FMA.)
@@ -21,7 +21,7 @@ mod tests;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-use std::marker::PhantomData;
+use std::ops::Range;
 
 use half::{bf16, f16};
 
@@ -166,52 +166,22 @@ pub struct Bias {
     pub step: isize,
 }
 
-/// A finished part of C in f32, before it is rounded.
-pub struct TileMut<'a> {
-    data: *mut f32,
-    stride: usize,
-    rows: usize,
-    cols: usize,
-    row: usize,
-    col: usize,
-    problem: usize,
-    life: PhantomData<&'a mut [f32]>,
+/// A part of C that is complete and stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// The problem (the expert when grouped; E for the rows in no segment when M-grouped).
+    pub problem: usize,
+    /// Rows of C (counted from the start of C when M-grouped, else within the problem).
+    pub rows: Range<usize>,
+    /// Columns of C.
+    pub cols: Range<usize>,
 }
 
-impl TileMut<'_> {
-    /// Number of rows.
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-    /// Number of columns.
-    pub fn cols(&self) -> usize {
-        self.cols
-    }
-    /// The row of C of the tile's first row (counted from the start of C when M-grouped, else within the problem).
-    pub fn first_row(&self) -> usize {
-        self.row
-    }
-    /// The column of C of the tile's first column.
-    pub fn first_col(&self) -> usize {
-        self.col
-    }
-    /// The problem (the expert when grouped).
-    pub fn problem(&self) -> usize {
-        self.problem
-    }
-    /// Row `i < rows()` of the tile, `cols()` values.
-    pub fn row_mut(&mut self, i: usize) -> &mut [f32] {
-        assert!(i < self.rows, "a tile of {} rows has no row {i}", self.rows);
-        // SAFETY: the driver built the tile from `rows` rows of `cols` valid values, `stride` apart, that only it touches.
-        unsafe { std::slice::from_raw_parts_mut(self.data.add(i * self.stride), self.cols) }
-    }
-}
+/// What runs on every element of C once it is stored, while it lies in a near cache. Each element is in one part, parts
+/// are of no particular size and come from several threads. It may write the part, and nothing reads that any more.
+pub type Finished<'a> = &'a (dyn Fn(Part) + Sync);
 
-/// What runs on every element of C once its sum and bias are complete. It sees each element once, in tiles of no
-/// particular size, from several threads. Values it writes are what is rounded and stored.
-pub type Epilogue<'a> = &'a (dyn Fn(TileMut<'_>) + Sync);
-
-/// A batch of matrix multiplications `C = epilogue(A · B (+ C) (+ bias))`, A `[M,K]`, B `[K,N]`, C `[M,N]`.
+/// A batch of matrix multiplications `C = A · B (+ C) (+ bias)`, A `[M,K]`, B `[K,N]`, C `[M,N]`.
 #[derive(Clone, Copy)]
 pub struct Gemm<'a> {
     /// Rows of A and C; when M-grouped, of all problems together (S).
@@ -234,14 +204,14 @@ pub struct Gemm<'a> {
     pub accumulate: bool,
     /// Added to every row after the sum.
     pub bias: Option<Bias>,
-    /// Runs on the finished values. Not run on rows in no segment.
-    pub epilogue: Option<Epilogue<'a>>,
+    /// Runs on what is finished.
+    pub finished: Option<Finished<'a>>,
 }
 
 impl Gemm<'_> {
     /// One plain `C = A · B`, everything else off.
     pub fn new(m: usize, n: usize, k: usize, a: Mat, b: Mat, c: MatMut) -> Self {
-        Gemm { m, n, k, a, b, c, batch: Batch::One, gather: None, accumulate: false, bias: None, epilogue: None }
+        Gemm { m, n, k, a, b, c, batch: Batch::One, gather: None, accumulate: false, bias: None, finished: None }
     }
 }
 

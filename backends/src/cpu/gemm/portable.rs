@@ -42,6 +42,10 @@ impl Simd for Portable {
         std::array::from_fn(|i| mul_add(a[i], b[i], c[i]))
     }
     #[inline(always)]
+    unsafe fn add(a: [f32; 4], b: [f32; 4]) -> [f32; 4] {
+        std::array::from_fn(|i| a[i] + b[i])
+    }
+    #[inline(always)]
     unsafe fn load_bf16(p: *const bf16) -> [f32; 4] {
         // SAFETY: the caller's pointer has 4 elements.
         unsafe { p.cast::<[bf16; 4]>().read() }.map(Element::to_f32)

@@ -28,7 +28,7 @@ impl MatMut {
 pub(super) struct Problem<'a> {
     pub(super) index: usize,
     pub(super) k: usize,
-    /// The row of C, as [`super::TileMut`] counts, of the problem's first row.
+    /// The row of C, as [`super::Part`] counts, of the problem's first row.
     pub(super) first_row: usize,
     /// At the problem's first row and k, unless the list for that axis takes it there.
     pub(super) a: Mat,
@@ -36,7 +36,7 @@ pub(super) struct Problem<'a> {
     pub(super) c: MatMut,
     pub(super) row_list: Option<&'a [i32]>,
     pub(super) k_list: Option<&'a [i32]>,
-    /// Rows in no segment: written as zeros, without bias and epilogue.
+    /// Rows in no segment: written as zeros, without bias.
     pub(super) unused: bool,
 }
 

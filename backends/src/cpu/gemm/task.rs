@@ -1,11 +1,11 @@
 //! One task: a block of C of one problem, computed by one thread.
 
 use super::drive::{Scratch, chunks, group_tiles, panel_step, sums_aside, tile_step};
-use super::finish::{self, Spot};
+use super::finish::Spot;
 use super::kernel::{Isa, MAX_TILE, ROW, Wide, WideFn};
 use super::pack::{ArgsA, ArgsB, edge};
 use super::problem::Problem;
-use super::{Gemm, MatMut, Storage};
+use super::{Gemm, MatMut, Part, Storage};
 
 /// A block of C: `rows` and `cols` (from, to) of one problem.
 pub(super) struct Task<'t, 'a> {
@@ -150,19 +150,27 @@ impl Task<'_, '_> {
         }
     }
 
-    /// Bias, epilogue and the store of a tile whose sums are complete.
+    /// Bias and the store of a tile whose sums are complete.
     unsafe fn finish(&self, at: At, sums: &Sums) {
-        let Problem { index, first_row, unused, .. } = self.problem;
-        let Gemm { bias, epilogue, .. } = *self.gemm;
+        let Problem { index, unused, .. } = self.problem;
         // SAFETY: the caller's contract.
         unsafe {
-            if !unused && (bias.is_some() || epilogue.is_some()) {
-                let spot = Spot { problem: index, row: first_row + at.row, col: at.col, rows: at.rows, cols: at.cols };
-                finish::apply(sums.at, sums.stride, spot, bias, epilogue);
+            if let Some(bias) = self.gemm.bias.filter(|_| !unused) {
+                let spot = Spot { problem: index, col: at.col, rows: at.rows, cols: at.cols };
+                (self.isa.add_bias)(sums.at, sums.stride, spot, bias);
             }
             if !sums.in_c {
                 (self.isa.store_tile)(&self.c(at), at.rows, at.cols, sums.at, sums.stride);
             }
+        }
+    }
+
+    /// All columns of some rows (from, to) of the block are stored.
+    fn tell(&self, (from, to): (usize, usize)) {
+        if let Some(finished) = self.gemm.finished {
+            let Problem { index, first_row, .. } = self.problem;
+            let (rows, cols) = (first_row + from..first_row + to, self.cols.0..self.cols.1);
+            finished(Part { problem: index, rows, cols });
         }
     }
 
@@ -179,6 +187,7 @@ impl Task<'_, '_> {
             } else {
                 self.strips_by_panel();
             }
+            self.tell(self.rows);
         }
     }
 
@@ -349,6 +358,9 @@ impl Task<'_, '_> {
                                 (isa.store_tile)(&self.c(at), rows, cols, sums.at, sums.stride);
                             }
                         }
+                    }
+                    if chunk.last {
+                        self.tell((group, group + height));
                     }
                 }
             }

@@ -1,5 +1,7 @@
 //! Against naive f64 loops, and bit for bit across threads, groupings, layouts and kernels.
 
+use std::sync::Mutex;
+
 use half::{bf16, f16};
 
 use super::kernel::{self, Isa};
@@ -53,10 +55,19 @@ impl Memory {
         bytemuck::cast_slice(&self.words)
     }
     fn get(&self, i: usize) -> f64 {
-        match self.storage {
-            Storage::F32 => f32::from_bits(self.words[i]) as f64,
-            Storage::Bf16 => bytemuck::cast_slice::<_, bf16>(&self.words)[i].to_f64(),
-            Storage::F16 => bytemuck::cast_slice::<_, f16>(&self.words)[i].to_f64(),
+        assert!(i * self.storage.bytes() < self.words.len() * 4);
+        // SAFETY: within the memory.
+        unsafe { Self::read(self.words.as_ptr().cast(), self.storage, i) }
+    }
+    /// Element `i` of memory that begins at `data`.
+    unsafe fn read(data: *const u8, storage: Storage, i: usize) -> f64 {
+        // SAFETY: the caller's pointer reaches the element.
+        unsafe {
+            match storage {
+                Storage::F32 => f64::from(*data.cast::<f32>().add(i)),
+                Storage::Bf16 => (*data.cast::<bf16>().add(i)).to_f64(),
+                Storage::F16 => (*data.cast::<f16>().add(i)).to_f64(),
+            }
         }
     }
     fn set(&mut self, i: usize, value: f64) {
@@ -124,7 +135,7 @@ struct Case {
     gather: bool,
     accumulate: bool,
     bias: bool,
-    epilogue: bool,
+    finished: bool,
     seed: u64,
 }
 
@@ -142,7 +153,7 @@ impl Case {
             gather: false,
             accumulate: false,
             bias: false,
-            epilogue: false,
+            finished: false,
             seed: 0x9e37_79b9_7f4a_7c15,
         }
     }
@@ -232,10 +243,6 @@ impl Case {
                         sum += bias.get(p * n + j);
                         size += 1.0;
                     }
-                    if self.epilogue {
-                        sum = 2.0 * sum + (p + i + 2 * j) as f64;
-                        size = 2.0 * size + sum.abs();
-                    }
                     wanted[at] = sum;
                     slack[at] = sum.abs() * unit * 1.001 + size * 2f64.powi(-24) * (steps.len() as f64 + 3.0) + 1e-7;
                 }
@@ -247,12 +254,16 @@ impl Case {
             }
         }
         let step = |span: usize, y: usize| [(span * y) as isize, span as isize];
-        let epilogue = |mut tile: TileMut<'_>| {
-            let (first_row, first_col, problem) = (tile.first_row(), tile.first_col(), tile.problem());
-            for i in 0..tile.rows() {
-                for (j, value) in tile.row_mut(i).iter_mut().enumerate() {
-                    *value = 2.0 * *value + (problem + first_row + i + 2 * (first_col + j)) as f32;
-                }
+        // Every element is in one part, and holds its last value by then.
+        let (address, c_storage) = (c.words.as_mut_ptr() as usize, c.storage);
+        let seen = Mutex::new(vec![None; wanted.len()]);
+        let finished = |part: Part| {
+            let base = if m_grouped { 0 } else { part.problem * c_span };
+            for (i, j) in part.rows.flat_map(|i| part.cols.clone().map(move |j| (i, j))) {
+                let at = base + i * c_strides.0 + j * c_strides.1;
+                // SAFETY: an element of C, which nobody writes any more.
+                let value = unsafe { Memory::read(address as *const u8, c_storage, at) };
+                assert!(seen.lock().unwrap()[at].replace(value.to_bits()).is_none(), "({i}, {j}) twice");
             }
         };
         let gemm = Gemm {
@@ -271,7 +282,7 @@ impl Case {
                 storage: bias.storage,
                 step: n as isize,
             }),
-            epilogue: if self.epilogue { Some(&epilogue) } else { None },
+            finished: if self.finished { Some(&finished) } else { None },
             ..Gemm::new(m, n, k, a.mat(a_strides), b.mat(b_strides), c.mat_mut(c_strides))
         };
         let size = drive::Scratch::new(isa, m, n, k, self.storages[2]).bytes * threads + drive::ALIGN;
@@ -279,6 +290,14 @@ impl Case {
         let mut workspace = vec![0xa5u8; size + 71];
         // SAFETY: all operands were sized by their spans.
         unsafe { drive::run(isa, &gemm, &mut workspace[7..7 + size], threads) }.unwrap();
+        if self.finished {
+            for (at, (seen, want)) in seen.into_inner().unwrap().into_iter().zip(&wanted).enumerate() {
+                // With no rows in the last segment there is nothing to tell of them when accumulating: they stay.
+                let told = seen.map(f64::from_bits);
+                assert!(told.is_none() || told == Some(c.get(at)), "{at}: told {told:?} of {}: {self:?}", c.get(at));
+                assert!(told.is_some() || want.is_nan() || self.accumulate, "{at} is not told: {self:?}");
+            }
+        }
         assert!(workspace[..7].iter().chain(&workspace[7 + size..]).all(|&byte| byte == 0xa5), "{self:?}");
         (c, wanted, slack)
     }
@@ -312,7 +331,7 @@ impl Case {
             gather: random.below(3) == 0,
             accumulate: random.below(3) == 0,
             bias: random.below(3) == 0,
-            epilogue: random.below(3) == 0,
+            finished: random.below(3) == 0,
             seed: random.next(),
         }
     }

@@ -52,6 +52,10 @@ mod avx512 {
             unsafe { _mm512_fmadd_ps(a, b, c) }
         }
         #[inline(always)]
+        unsafe fn add(a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_add_ps(a, b) }
+        }
+        #[inline(always)]
         unsafe fn load_bf16(p: *const bf16) -> __m512 {
             unsafe {
                 let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
@@ -179,6 +183,10 @@ mod avx2 {
         #[inline(always)]
         unsafe fn fma(a: __m256, b: __m256, c: __m256) -> __m256 {
             unsafe { _mm256_fmadd_ps(a, b, c) }
+        }
+        #[inline(always)]
+        unsafe fn add(a: __m256, b: __m256) -> __m256 {
+            unsafe { _mm256_add_ps(a, b) }
         }
         #[inline(always)]
         unsafe fn load_bf16(p: *const bf16) -> __m256 {

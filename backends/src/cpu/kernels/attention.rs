@@ -6,7 +6,7 @@ use crate::cpu::element::{Element, simd};
 use crate::cpu::kernels::product::{Left, Start, product};
 use crate::cpu::kernels::rows::sum_over;
 use crate::cpu::kernels::tile::{LANES, Shared, TILE, cut, lanes, load_rows, share_out, transpose, workspace_of};
-use crate::cpu::vmath;
+use crate::cpu::vmath::{self, BLOCK, map_block};
 
 /// The shape of an attention over packed operands.
 ///
@@ -157,21 +157,42 @@ pub(super) fn attend<T: Element>(
             #[inline(always)]
             || load_rows(count, head_dim, (&k.0[first * k.1..], k.1), 1.0, (loaded, head_dim)),
         );
-        let left = Left { data: loaded, row: head_dim, step: 1 };
-        product([count, n, head_dim], left, (queries, TILE), Start::Zero, (scores, TILE));
+        // On the diagonal only the squares of LANES keys and LANES queries that hold a visible score are computed.
+        let diagonal = causal && first + count > position + 1;
+        let step = if diagonal { LANES } else { TILE };
+        for key in (0..count).step_by(step) {
+            let from = if diagonal { hidden(first + key, position, n) / LANES * LANES } else { 0 };
+            let left = Left { data: &loaded[key * head_dim..], row: head_dim, step: 1 };
+            let to = (&mut scores[key * TILE + from..], TILE);
+            product([step.min(count - key), n - from, head_dim], left, (&queries[from..], TILE), Start::Zero, to);
+        }
+        let seen =
+            |lane: usize| if diagonal { count.min((position + lane + LANES).saturating_sub(first)) } else { count };
         simd(
             #[inline(always)]
             || {
-                if causal && first + count > position + 1 {
+                if diagonal {
                     mask(scores, count, n, first, position);
                 }
-                online_softmax(scores, count, n, max, sum, rescale);
+                for lane in (0..n).step_by(LANES) {
+                    online_softmax(
+                        &mut scores[lane..],
+                        seen(lane),
+                        &mut max[lane..],
+                        &mut sum[lane..],
+                        &mut rescale[lane..],
+                    );
+                }
                 load_rows(count, head_dim, (&v.0[first * v.1..], v.1), 1.0, (values, wide));
             },
         );
-        let left = Left { data: scores, row: 1, step: TILE };
-        let before = if first == 0 { Start::Zero } else { Start::Scaled(rescale) };
-        product([rows, wide, count], left, (values, wide), before, (result, wide));
+        for lane in (0..rows).step_by(step) {
+            let left = Left { data: &scores[lane..], row: 1, step: TILE };
+            let before = if first == 0 { Start::Zero } else { Start::Scaled(&rescale[lane..]) };
+            let to = (&mut result[lane * wide..], wide);
+            let seen = if diagonal { seen(lane) } else { count };
+            product([step.min(rows - lane), wide, seen], left, (values, wide), before, to);
+        }
     }
     simd(
         #[inline(always)]
@@ -193,45 +214,75 @@ pub(super) fn attend<T: Element>(
     );
 }
 
+/// How many of the `n` lanes do not see a key: those of queries, from `position` on, that come before it.
+#[inline(always)]
+fn hidden(key: usize, position: usize, n: usize) -> usize {
+    key.saturating_sub(position).min(n)
+}
+
 /// Sets the scores [count, n] of keys from `first` on to -inf where the query at `position` + lane comes before the key.
 #[inline(always)]
 fn mask(scores: &mut [f32], count: usize, n: usize, first: usize, position: usize) {
     for key in 0..count {
-        let hidden = (first + key).saturating_sub(position).min(n);
-        scores[key * TILE..][..hidden].fill(f32::NEG_INFINITY);
+        scores[key * TILE..][..hidden(first + key, position, n)].fill(f32::NEG_INFINITY);
     }
 }
 
-/// Turns scores [count, n] into exp(score - max) for the running maximum of each lane, with the sum brought up to date
-/// and the factor by which what was summed before must shrink.
+/// Keys that [`vmath::map_block`] takes in one step.
+const KEYS: usize = BLOCK / LANES;
+
+/// Turns the first [`LANES`] columns of scores [count, TILE] into exp(score - minus), and gives each row of them to `then`.
 #[inline(always)]
-fn online_softmax(scores: &mut [f32], count: usize, n: usize, max: &mut [f32], sum: &mut [f32], rescale: &mut [f32]) {
-    const W: usize = LANES;
-    for j in (0..n).step_by(W) {
-        let mut new = [0.0f32; W];
-        new.copy_from_slice(&max[j..j + W]);
-        for key in 0..count {
-            let row = &scores[key * TILE + j..][..W];
-            for x in 0..W {
-                new[x] = if row[x] > new[x] { row[x] } else { new[x] };
+fn exp_minus(scores: &mut [f32], count: usize, minus: &[f32; LANES], mut then: impl FnMut(usize, &mut [f32; LANES])) {
+    for key in (0..count).step_by(KEYS) {
+        let mut block = [[0.0f32; LANES]; KEYS];
+        let keys = KEYS.min(count - key);
+        for (i, row) in block.iter_mut().enumerate().take(keys) {
+            let from = &scores[(key + i) * TILE..][..LANES];
+            for x in 0..LANES {
+                row[x] = from[x] - minus[x];
             }
         }
-        let mut total = [0.0f32; W];
-        for x in 0..W {
-            let factor = vmath::exp_or_zero(max[j + x] - new[x]);
-            rescale[j + x] = factor;
-            total[x] = sum[j + x] * factor;
+        block = bytemuck::cast(map_block!(&bytemuck::cast(block), vmath::exps_or_zero));
+        for (i, row) in block.iter_mut().enumerate().take(keys) {
+            then(key + i, row);
+            scores[(key + i) * TILE..][..LANES].copy_from_slice(row);
         }
-        for key in 0..count {
-            let row = &mut scores[key * TILE + j..][..W];
+    }
+}
+
+/// Turns the first [`LANES`] columns of scores [count, TILE] into exp(score - max) for the running maximum of each lane,
+/// with the sum brought up to date and the factor by which what was summed before must shrink.
+#[inline(always)]
+fn online_softmax(scores: &mut [f32], count: usize, max: &mut [f32], sum: &mut [f32], rescale: &mut [f32]) {
+    const W: usize = LANES;
+    let mut new = [0.0f32; W];
+    new.copy_from_slice(&max[..W]);
+    for key in 0..count {
+        let row = &scores[key * TILE..][..W];
+        for x in 0..W {
+            new[x] = if row[x] > new[x] { row[x] } else { new[x] };
+        }
+    }
+    let mut total = [0.0f32; W];
+    for x in 0..W {
+        let factor = vmath::exp_or_zero(max[x] - new[x]);
+        rescale[x] = factor;
+        total[x] = sum[x] * factor;
+    }
+    exp_minus(
+        scores,
+        count,
+        &new,
+        #[inline(always)]
+        |_, row| {
             for x in 0..W {
-                row[x] = vmath::exp_or_zero(row[x] - new[x]);
                 total[x] += row[x];
             }
-        }
-        max[j..j + W].copy_from_slice(&new);
-        sum[j..j + W].copy_from_slice(&total);
-    }
+        },
+    );
+    max[..W].copy_from_slice(&new);
+    sum[..W].copy_from_slice(&total);
 }
 
 /// Workspace of [`attention_grad`] in f32, for `threads` threads: about 7 tokens x head_dim each.
@@ -349,36 +400,61 @@ fn grad_of_kv_head<T: Element>(
             for first in (if causal { key } else { 0 }..tokens).step_by(TILE) {
                 let rows = TILE.min(tokens - first);
                 let n = lanes(rows);
-                let at = first * head_dim;
-                let k_rows = Left { data: k_tile, row: wide, step: 1 };
-                let v_rows = Left { data: v_tile, row: head_dim, step: 1 };
-                product([count, n, head_dim], k_rows, (&q_lanes[at..], TILE), Start::Zero, (p_tile, TILE));
-                product([count, n, head_dim], v_rows, (&d_lanes[at..], TILE), Start::Zero, (ds_tile, TILE));
+                // As in the forward: on the diagonal squares of LANES keys and queries that see none are left out.
+                let diagonal = causal && first == key;
+                let step = if diagonal { LANES } else { TILE };
+                for k in (0..count).step_by(step) {
+                    let (size, from) = (step.min(count - k), if diagonal { k } else { 0 });
+                    let at = first * head_dim + from;
+                    let k_rows = Left { data: &k_tile[k * wide..], row: wide, step: 1 };
+                    let v_rows = Left { data: &v_tile[k * head_dim..], row: head_dim, step: 1 };
+                    let (p, ds) = (&mut p_tile[k * TILE + from..], &mut ds_tile[k * TILE + from..]);
+                    product([size, n - from, head_dim], k_rows, (&q_lanes[at..], TILE), Start::Zero, (p, TILE));
+                    product([size, n - from, head_dim], v_rows, (&d_lanes[at..], TILE), Start::Zero, (ds, TILE));
+                }
                 simd(
                     #[inline(always)]
                     || {
-                        if causal && first == key {
+                        if diagonal {
                             mask(p_tile, count, n, key, first);
                         }
-                        let (denominators, deltas) = (&denominators[first..][..n], &deltas[first..][..n]);
-                        for row in 0..count {
-                            let (p, ds) = (&mut p_tile[row * TILE..][..n], &mut ds_tile[row * TILE..][..n]);
-                            for x in 0..n {
-                                p[x] = vmath::exp_or_zero(p[x] - denominators[x]);
-                                ds[x] = p[x] * (ds[x] - deltas[x]);
-                            }
+                        for lane in (0..n).step_by(LANES) {
+                            let seen = if diagonal { count.min(lane + LANES) } else { count };
+                            let (mut minus, mut delta) = ([0.0f32; LANES], [0.0f32; LANES]);
+                            minus.copy_from_slice(&denominators[first + lane..][..LANES]);
+                            delta.copy_from_slice(&deltas[first + lane..][..LANES]);
+                            exp_minus(
+                                &mut p_tile[lane..],
+                                seen,
+                                &minus,
+                                #[inline(always)]
+                                |row, p| {
+                                    let ds = &mut ds_tile[row * TILE + lane..][..LANES];
+                                    for x in 0..LANES {
+                                        ds[x] = p[x] * (ds[x] - delta[x]);
+                                    }
+                                },
+                            );
                         }
                     },
                 );
-                let p = Left { data: p_tile, row: TILE, step: 1 };
-                let ds = Left { data: ds_tile, row: TILE, step: 1 };
-                let (d, q) = (&d_rows[first * wide..], &q_rows[first * wide..]);
-                product([count, wide, rows], p, (d, wide), Start::Keep, (&mut dv[key * wide..], wide));
-                product([count, wide, rows], ds, (q, wide), Start::Keep, (&mut dk[key * wide..], wide));
+                for k in (0..count).step_by(step) {
+                    let (size, from) = (step.min(count - k), if diagonal { k.min(rows) } else { 0 });
+                    let (at, to) = ((first + from) * wide, (key + k) * wide);
+                    let p = Left { data: &p_tile[k * TILE + from..], row: TILE, step: 1 };
+                    let ds = Left { data: &ds_tile[k * TILE + from..], row: TILE, step: 1 };
+                    let sizes = [size, wide, rows - from];
+                    product(sizes, p, (&d_rows[at..], wide), Start::Keep, (&mut dv[to..], wide));
+                    product(sizes, ds, (&q_rows[at..], wide), Start::Keep, (&mut dk[to..], wide));
+                }
                 // Every query sees the first tile of keys.
                 let before = if key == 0 { Start::Zero } else { Start::Keep };
-                let ds = Left { data: ds_tile, row: 1, step: TILE };
-                product([rows, wide, count], ds, (k_tile, wide), before, (&mut dq[first * wide..], wide));
+                for q in (0..rows).step_by(step) {
+                    let seen = if diagonal { count.min(q + LANES) } else { count };
+                    let ds = Left { data: &ds_tile[q..], row: 1, step: TILE };
+                    let to = (&mut dq[(first + q) * wide..], wide);
+                    product([step.min(rows - q), wide, seen], ds, (k_tile, wide), before, to);
+                }
             }
         }
         simd(

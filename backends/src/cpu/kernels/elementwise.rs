@@ -7,6 +7,7 @@ mod program;
 mod tests;
 
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -143,9 +144,40 @@ pub unsafe fn elementwise_at(program: &Program, inputs: &[*const u8], outputs: &
     let span = (SPAN / (TILE * program.weight)).clamp(1, 16) * TILE;
     tasks(len.div_ceil(span), len.saturating_mul(program.weight), |task| {
         let from = task * span;
+        let to = len.min(from + span);
         // SAFETY: by the promise above, and tasks have disjoint ranges of every output.
-        unsafe { run_span(program, &memory, from, len.min(from + span)) };
+        unsafe { run_pieces(program, &memory, TILE.min(to - from), tiles(from, to)) };
     });
+}
+
+/// Runs `program` on the calling thread over a part of its elements, seen as rows of `width` elements: columns `cols` of
+/// rows `rows`. The elements get the bits that [`elementwise_at`] gives them.
+///
+/// # Safety
+/// As [`elementwise_at`], for the elements of this part. Panics when the part is not within the elements.
+pub unsafe fn elementwise_part(
+    program: &Program,
+    inputs: &[*const u8],
+    outputs: &[*mut u8],
+    width: usize,
+    rows: Range<usize>,
+    cols: Range<usize>,
+) {
+    assert!(inputs.len() == program.inputs.len() && outputs.len() == program.outputs.len());
+    if rows.is_empty() || cols.is_empty() {
+        return;
+    }
+    assert!(cols.end <= width && rows.end <= program.len / width);
+    let longest = TILE.min(cols.len());
+    let pieces = rows.flat_map(|row| tiles(row * width + cols.start, row * width + cols.end));
+    // SAFETY: by the promise above.
+    unsafe { run_pieces(program, &Memory { inputs, outputs }, longest, pieces) };
+}
+
+/// Elements `from..to` in pieces of at most [`TILE`]: first element and length.
+#[inline(always)]
+fn tiles(from: usize, to: usize) -> impl Iterator<Item = (usize, usize)> {
+    (from..to).step_by(TILE).map(move |start| (start, TILE.min(to - start)))
 }
 
 /// The addresses of one run, for the threads that share it.
@@ -157,10 +189,11 @@ struct Memory<'a> {
 // SAFETY: the addresses are used only as `elementwise_at` promises, by tasks with disjoint ranges of every output.
 unsafe impl Sync for Memory<'_> {}
 
-/// The registers of one tile. References are made from the raw pointer one by one, so that an instruction can hold its
+/// The registers of one tile. References are made from the raw pointers one by one, so that an instruction can hold its
 /// operands and its result, which the program keeps distinct.
 struct Registers {
-    start: *mut u32,
+    /// Where each register lies: in the memory of the task, or in that of an operand of the run.
+    at: [*mut u32; MAX_REGISTERS],
     count: usize,
     /// Initialised words of each register.
     len: usize,
@@ -175,7 +208,7 @@ impl Registers {
     unsafe fn read(&self, register: Register, len: usize) -> &[u32] {
         assert!(usize::from(register) < self.count && len <= self.len);
         // SAFETY: in range and initialised by the assertion, not aliased by the caller's promise.
-        unsafe { std::slice::from_raw_parts(self.start.add(usize::from(register) * TILE), len) }
+        unsafe { std::slice::from_raw_parts(self.at[usize::from(register)], len) }
     }
 
     /// The first `len` values of a register, to write.
@@ -187,21 +220,55 @@ impl Registers {
     unsafe fn write(&self, register: Register, len: usize) -> &mut [u32] {
         assert!(usize::from(register) < self.count && len <= self.len);
         // SAFETY: as above.
-        unsafe { std::slice::from_raw_parts_mut(self.start.add(usize::from(register) * TILE), len) }
+        unsafe { std::slice::from_raw_parts_mut(self.at[usize::from(register)], len) }
     }
 }
 
-/// Elements `from..to`.
+/// Which operands the instructions work on where they lie, instead of on copies in registers.
+#[derive(Default)]
+struct InPlace {
+    inputs: [bool; MAX_REGISTERS],
+    outputs: [bool; MAX_OUTPUTS],
+}
+
+impl InPlace {
+    /// An input without a stretch and in words. An output in words that is the only one of its register, if that is not
+    /// one that is loaded, and overwrites no input: an instruction may read that input after this output is written.
+    fn of(program: &Program, memory: &Memory<'_>) -> InPlace {
+        let words = |storage: Storage| matches!(storage, Storage::F32 | Storage::I32 | Storage::U32);
+        let mut place = InPlace::default();
+        for (place, (storage, walk)) in place.inputs.iter_mut().zip(&program.inputs) {
+            *place = words(*storage) && matches!(walk.dims[..], [(_, 1)]);
+        }
+        let loaded = program.inputs.len() + program.constants.len();
+        for (i, output) in program.outputs.iter().enumerate() {
+            let only = program.outputs.iter().filter(|other| other.register == output.register).count() == 1;
+            let overwrites = memory.inputs.contains(&memory.outputs[i].cast_const());
+            place.outputs[i] = words(output.storage) && only && usize::from(output.register) >= loaded && !overwrites;
+        }
+        place
+    }
+}
+
+/// Pieces (first element, length) of at most `longest` elements.
 ///
 /// # Safety
 /// As [`elementwise_at`], and no other thread writes these elements of the outputs.
-unsafe fn run_span(program: &Program, memory: &Memory<'_>, from: usize, to: usize) {
+unsafe fn run_pieces(
+    program: &Program,
+    memory: &Memory<'_>,
+    longest: usize,
+    pieces: impl Iterator<Item = (usize, usize)>,
+) {
     let Memory { inputs, outputs } = *memory;
+    let place = InPlace::of(program, memory);
     let mut words = MaybeUninit::<[[u32; TILE]; MAX_REGISTERS]>::uninit();
-    let registers = Registers { start: words.as_mut_ptr().cast(), count: program.registers, len: TILE.min(to - from) };
+    let start: *mut u32 = words.as_mut_ptr().cast();
+    let at = std::array::from_fn(|register| start.wrapping_add(register * TILE));
+    let mut registers = Registers { at, count: program.registers, len: longest };
     for register in 0..registers.count {
         // SAFETY: inside `words`. Only what is used is cleared: a decode step must not pay for whole tiles.
-        unsafe { registers.start.add(register * TILE).write_bytes(0, registers.len) };
+        unsafe { registers.at[register].write_bytes(0, registers.len) };
     }
     simd(
         #[inline(always)]
@@ -216,21 +283,31 @@ unsafe fn run_span(program: &Program, memory: &Memory<'_>, from: usize, to: usiz
                 // SAFETY: the only reference alive; the operand's memory by the promise above.
                 unsafe { load(operand, *storage, walk, 0, registers.write(i as Register, registers.len)) };
             }
-            for start in (from..to).step_by(TILE) {
-                let len = TILE.min(to - start);
+            for (start, len) in pieces {
                 for (i, (&operand, (storage, walk))) in inputs.iter().zip(&program.inputs).enumerate() {
-                    if !walk.is_scalar() {
+                    if place.inputs[i] {
+                        // Only read: no instruction writes the register of an input.
+                        registers.at[i] = operand.cast::<u32>().wrapping_add(start).cast_mut();
+                    } else if !walk.is_scalar() {
                         // SAFETY: the only reference alive; the operand's memory by the promise above.
                         unsafe { load(operand, *storage, walk, start, registers.write(i as Register, len)) };
+                    }
+                }
+                for (i, (&out, want)) in outputs.iter().zip(&program.outputs).enumerate() {
+                    if place.outputs[i] {
+                        // Whatever the program keeps in this register before its last value, it writes before it reads.
+                        registers.at[usize::from(want.register)] = out.cast::<u32>().wrapping_add(start);
                     }
                 }
                 for step in &program.steps {
                     // SAFETY: no reference into the registers is alive here.
                     unsafe { run_step(step, &registers, len) };
                 }
-                for (&out, want) in outputs.iter().zip(&program.outputs) {
-                    // SAFETY: nothing is written here but this task's part of the output.
-                    unsafe { store(out, want.storage, start, registers.read(want.register, len)) };
+                for (i, (&out, want)) in outputs.iter().zip(&program.outputs).enumerate() {
+                    if !place.outputs[i] {
+                        // SAFETY: nothing is written here but this task's part of the output.
+                        unsafe { store(out, want.storage, start, registers.read(want.register, len)) };
+                    }
                 }
             }
         },
@@ -264,9 +341,7 @@ unsafe fn load(x: *const u8, storage: Storage, walk: &Walk, start: usize, out: &
     // SAFETY: by the promise above.
     unsafe {
         match storage {
-            Storage::F32 | Storage::I32 | Storage::U32 => {
-                gather(x.cast::<u32>(), walk, start, out, |x| x, |x, out| out.copy_from_slice(x))
-            }
+            Storage::F32 | Storage::I32 | Storage::U32 => gather(x.cast::<u32>(), walk, start, out, |x| x, copy),
             Storage::Bf16 => gather(x.cast::<bf16>(), walk, start, out, bf16, each(bf16)),
             // The slice conversion of `half` uses the vector instruction where there is one.
             Storage::F16 => gather(
@@ -280,6 +355,17 @@ unsafe fn load(x: *const u8, storage: Storage, walk: &Walk, start: usize, out: &
             Storage::Bool => gather(x, walk, start, out, |x| u32::from(x != 0), each(|x: u8| u32::from(x != 0))),
         }
     }
+}
+
+/// Copies words in steps of some vectors each. The library's copy of a whole tile uses an instruction that takes longer
+/// to get going than the tile takes.
+#[inline(always)]
+fn copy(from: &[u32], to: &mut [u32]) {
+    let ((from, from_rest), (to, to_rest)) = (from.as_chunks::<64>(), to.as_chunks_mut::<64>());
+    for (from, to) in from.iter().zip(to) {
+        *to = *from;
+    }
+    to_rest.copy_from_slice(from_rest);
 }
 
 /// Applies `f` to a run.
@@ -358,7 +444,7 @@ unsafe fn store(out: *mut u8, storage: Storage, start: usize, words: &[u32]) {
     // SAFETY: by the promise above.
     unsafe {
         match storage {
-            Storage::F32 | Storage::I32 | Storage::U32 => part::<u32>(out, start, n).copy_from_slice(words),
+            Storage::F32 | Storage::I32 | Storage::U32 => copy(words, part::<u32>(out, start, n)),
             Storage::F16 => part::<f16>(out, start, n).convert_from_f32_slice(bytemuck::cast_slice(words)),
             Storage::Bf16 => {
                 let words = words.iter().map(|&w| f32::from_bits(w));

@@ -6,8 +6,10 @@ use crate::cpu::element::Element;
 
 /// Elements a block of rows should have: enough that handing it to another thread pays.
 const BLOCK_ELEMENTS: usize = 1 << 14;
-/// Running sums along a row: enough registers to hide the latency of an addition.
+/// Running sums along a row, and running maxima: enough registers to hide the latency of an addition.
 const SUMS: usize = 32;
+/// Terms of a sum that are computed before they are added.
+const TERMS: usize = 128;
 
 /// Calls `block(first, count)` for consecutive blocks of the `rows` rows of `width` elements, in parallel where it pays.
 pub(super) fn for_blocks(rows: usize, width: usize, block: impl Fn(usize, usize) + Sync) {
@@ -59,7 +61,8 @@ pub(super) fn add_partials<T: Element>(
     }
 }
 
-/// The sum of `term(a[i], b[i], c[i])` in f32: 32 running sums, added up pairwise at the end. The slices have one length.
+/// The sum of `term(a[i], b[i], c[i])` in f32: pairwise within blocks of 128 down to 32 running sums, which are added up
+/// pairwise at the end. The slices have one length.
 #[inline(always)]
 pub(super) fn sum_over<A: Element, B: Element, C: Element>(
     a: &[A],
@@ -70,24 +73,35 @@ pub(super) fn sum_over<A: Element, B: Element, C: Element>(
     let n = a.len();
     let (b, c) = (&b[..n], &c[..n]);
     let mut sums = [0.0f32; SUMS];
-    let ((a_parts, a), (b_parts, b), (c_parts, c)) =
-        (a.as_chunks::<SUMS>(), b.as_chunks::<SUMS>(), c.as_chunks::<SUMS>());
-    for ((a, b), c) in a_parts.iter().zip(b_parts).zip(c_parts) {
+    for from in (0..n).step_by(TERMS) {
+        let count = TERMS.min(n - from);
+        // The terms are written down first: the compiler vectorises this loop, but not one that adds to an array.
+        let mut terms = [0.0f32; TERMS];
+        let (a, b, c) = (&a[from..][..count], &b[from..][..count], &c[from..][..count]);
+        for x in 0..count {
+            terms[x] = term(a[x].to_f32(), b[x].to_f32(), c[x].to_f32());
+        }
+        // A short rest has zeros above its terms, which need no adding up.
+        add_halves(&mut terms[..count.next_power_of_two().max(SUMS)], SUMS);
         for x in 0..SUMS {
-            sums[x] += term(a[x].to_f32(), b[x].to_f32(), c[x].to_f32());
+            sums[x] += terms[x];
         }
     }
-    for (((sum, a), b), c) in sums.iter_mut().zip(a).zip(b).zip(c) {
-        *sum += term(a.to_f32(), b.to_f32(), c.to_f32());
-    }
-    let mut width = SUMS / 2;
-    while width > 0 {
-        for x in 0..width {
-            sums[x] += sums[x + width];
+    add_halves(&mut sums, 1);
+    sums[0]
+}
+
+/// Adds the upper half of `values` to the lower one until `left` are left.
+#[inline(always)]
+fn add_halves(values: &mut [f32], left: usize) {
+    let mut width = values.len() / 2;
+    while width >= left {
+        let (low, high) = values.split_at_mut(width);
+        for (low, high) in low.iter_mut().zip(&high[..width]) {
+            *low += high;
         }
         width /= 2;
     }
-    sums[0]
 }
 
 /// The largest element, -inf if there is none; NaN are passed over.

@@ -1,11 +1,12 @@
 //! Launches of everything that is a matrix product or made of them: matmul, the expert matmuls, attention and embedding.
 
 use moebius_ir::ops::{Attention, AttentionCached, AttentionGrad, ExpertMatmul, Matmul};
-use moebius_ir::{DType, Graph, Node, Value};
+use moebius_ir::{DType, Graph, Node, NodeId, Op, Value};
 
 use super::args::{Args, Launch, Rejected};
+use super::elementwise::{Chain, lower_chain};
 use super::{Lowered, by_float, shapes};
-use crate::cpu::gemm::{Batch, Bias, Gemm, GemmError, Mat, MatMut, Storage, gemm, workspace_bytes};
+use crate::cpu::gemm::{Batch, Bias, Gemm, GemmError, Mat, MatMut, Part, Storage, gemm, workspace_bytes};
 use crate::cpu::kernels::attention::{
     AttentionShape, attention, attention_grad, attention_grad_workspace, attention_workspace,
 };
@@ -41,7 +42,37 @@ fn run(product: &Gemm<'_>, a: &Args<'_>) -> Result<(), Rejected> {
     unsafe { gemm(product, a.scratch()) }.map_err(rejected)
 }
 
-pub(super) fn lower_matmul(graph: &Graph, node: &Node, op: &Matmul, threads: usize) -> Lowered {
+/// Runs a product of rows of `width` and, on each part of them that is done, the chain that is joined onto it.
+fn run_with(chain: Option<&Joined>, product: &Gemm<'_>, width: usize, a: &Args<'_>) -> Result<(), Rejected> {
+    let Some(Joined { chain, operands }) = chain else { return run(product, a) };
+    let memory = chain.memory(a, *operands, 1);
+    let finished = |part: Part| {
+        // SAFETY: each element is in one part, which nobody else uses any more. The plan lets no result of the chain lie
+        // over an operand of the product.
+        unsafe { chain.run_part(&memory, width, part.rows, part.cols) };
+    };
+    run(&Gemm { finished: Some(&finished), ..*product }, a)
+}
+
+/// A chain that runs with a product, and how many operands that has: the chain's follow them.
+pub(super) struct Joined {
+    chain: Chain,
+    operands: usize,
+}
+
+impl Joined {
+    /// The chain of node `chain` for the product `node`.
+    ///
+    /// # Errors
+    /// What is wanted instead of the chain.
+    pub(super) fn new(graph: &Graph, node: &Node, chain: NodeId) -> Result<Joined, String> {
+        let after = graph.node(chain);
+        let Op::Elementwise(op) = &after.op else { return Err("a fused chain to join".into()) };
+        Ok(Joined { chain: lower_chain(graph, after, op)?, operands: node.operands.len() })
+    }
+}
+
+pub(super) fn lower_matmul(graph: &Graph, node: &Node, op: &Matmul, joined: Option<Joined>, threads: usize) -> Lowered {
     let [a_shape, b_shape] = shapes(graph, node);
     let out = &graph.ty(node.results[0]).shape;
     let (sa, sb, sc) =
@@ -65,11 +96,17 @@ pub(super) fn lower_matmul(graph: &Graph, node: &Node, op: &Matmul, threads: usi
             let (of_a, of_c) = ((m * k) as isize, (m * n) as isize);
             product.batch = Batch::Strided { counts: [1, batch], a: [0, of_a], b: [0, of_b], c: [0, of_c] };
         }
-        run(&product, args)
+        run_with(joined.as_ref(), &product, n, args)
     }))
 }
 
-pub(super) fn lower_expert_matmul(graph: &Graph, node: &Node, op: &ExpertMatmul, threads: usize) -> Lowered {
+pub(super) fn lower_expert_matmul(
+    graph: &Graph,
+    node: &Node,
+    op: &ExpertMatmul,
+    joined: Option<Joined>,
+    threads: usize,
+) -> Lowered {
     let [rows, w, offsets] = shapes(graph, node);
     let (sa, sb, sc) =
         (storage(graph, node.operands[0])?, storage(graph, node.operands[1])?, storage(graph, node.results[0])?);
@@ -82,7 +119,7 @@ pub(super) fn lower_expert_matmul(graph: &Graph, node: &Node, op: &ExpertMatmul,
         let mut product = Gemm::new(m, n, k, a, b, result(args.result_ptr(0), sc, n));
         product.bias = bias.map(|storage| Bias { data: args.operand_ptr(3), storage, step: n as isize });
         product.batch = Batch::MGrouped { offsets: args.operand(2, entries), b: (k * n) as isize };
-        run(&product, args)
+        run_with(joined.as_ref(), &product, n, args)
     }))
 }
 

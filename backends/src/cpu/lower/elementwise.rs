@@ -1,15 +1,17 @@
 //! Launch of a fused elementwise chain: the IR's registers, one per instruction, are mapped onto the few that the kernel
 //! keeps in the first-level cache.
 
+use std::ops::Range;
+
 use moebius_ir::ops::{BinaryFn, CompareFn, ElementFn, Elementwise, Literal, UnaryFn};
 use moebius_ir::{DType, Graph, Node, Op, Shape};
 use smallvec::SmallVec;
 
 use super::Lowered;
-use super::args::Launch;
+use super::args::{Args, Launch};
 use crate::cpu::kernels::elementwise::{
     Action, Binary, Compare, Constant, Input, Instr, Kind, MAX_DIMS, MAX_OUTPUTS, MAX_REGISTERS, Output, Program,
-    Register, Storage, Unary, elementwise_at,
+    Register, Storage, Unary, elementwise_at, elementwise_part,
 };
 
 fn storage(dtype: DType) -> Storage {
@@ -114,7 +116,60 @@ impl Registers {
     }
 }
 
+/// A fused chain, ready to run on the memory of its operands and results.
+pub(super) struct Chain {
+    program: Program,
+    /// The operands that are loaded, in the order of the program.
+    loaded: Vec<usize>,
+    results: usize,
+}
+
+/// The addresses of a chain's operands and results.
+pub(super) struct ChainMemory {
+    from: [*const u8; MAX_REGISTERS],
+    to: [*mut u8; MAX_OUTPUTS],
+}
+
+// SAFETY: only `Chain` reads the addresses, as the contracts of its functions say.
+unsafe impl Sync for ChainMemory {}
+
+impl Chain {
+    /// The memory of a step whose operands and results from these places on are the chain's.
+    pub(super) fn memory(&self, args: &Args<'_>, operand: usize, result: usize) -> ChainMemory {
+        let mut memory =
+            ChainMemory { from: [std::ptr::null(); MAX_REGISTERS], to: [std::ptr::null_mut(); MAX_OUTPUTS] };
+        for (from, &i) in memory.from.iter_mut().zip(&self.loaded) {
+            *from = args.operand_ptr(operand + i);
+        }
+        (0..self.results).for_each(|i| memory.to[i] = args.result_ptr(result + i));
+        memory
+    }
+
+    /// Runs all elements.
+    fn run(&self, memory: &ChainMemory) {
+        // SAFETY: planned memory of each value's type. A result shares memory only with an operand of its own type and
+        // shape that the plan lets it overwrite, which the kernel allows.
+        unsafe { elementwise_at(&self.program, &memory.from[..self.loaded.len()], &memory.to[..self.results]) }
+    }
+
+    /// Runs a part of the elements, seen as rows of `width`, on the calling thread.
+    ///
+    /// # Safety
+    /// Nobody else uses these elements of the results, or writes those of the operands.
+    pub(super) unsafe fn run_part(&self, memory: &ChainMemory, width: usize, rows: Range<usize>, cols: Range<usize>) {
+        let (from, to) = (&memory.from[..self.loaded.len()], &memory.to[..self.results]);
+        // SAFETY: as in `run`, and by the caller's contract.
+        unsafe { elementwise_part(&self.program, from, to, width, rows, cols) }
+    }
+}
+
 pub(super) fn lower_elementwise(graph: &Graph, node: &Node, op: &Elementwise) -> Lowered {
+    let chain = lower_chain(graph, node, op)?;
+    Ok(Launch::new(0, move |a| chain.run(&chain.memory(a, 0, 0))))
+}
+
+/// The chain of a node.
+pub(super) fn lower_chain(graph: &Graph, node: &Node, op: &Elementwise) -> Result<Chain, String> {
     let operands = node.operands.len();
     let dtypes: Vec<DType> = node.operands.iter().map(|&v| graph.ty(v).dtype).collect();
     let dtypes = op.register_dtypes(&dtypes).map_err(|m| m.wanted)?;
@@ -192,14 +247,5 @@ pub(super) fn lower_elementwise(graph: &Graph, node: &Node, op: &Elementwise) ->
         })
         .collect();
     let program = Program::new(&op.shape, &inputs, &constants, &instrs, &outputs).map_err(|e| e.to_string())?;
-    let results = node.results.len();
-    Ok(Launch::new(0, move |a| {
-        let mut from = [std::ptr::null(); MAX_REGISTERS];
-        let mut to = [std::ptr::null_mut(); MAX_OUTPUTS];
-        loaded.iter().enumerate().for_each(|(slot, &i)| from[slot] = a.operand_ptr(i));
-        (0..results).for_each(|i| to[i] = a.result_ptr(i));
-        // SAFETY: planned memory of each value's type. A result shares memory only with an operand of its own type and
-        // shape that the plan lets it overwrite, which the kernel allows.
-        unsafe { elementwise_at(&program, &from[..loaded.len()], &to[..results]) }
-    }))
+    Ok(Chain { program, loaded, results: node.results.len() })
 }

@@ -7,6 +7,7 @@ mod args;
 mod classifier;
 mod dense;
 mod elementwise;
+mod joined;
 mod movement;
 mod norm;
 mod optimizer;
@@ -15,6 +16,7 @@ mod sparse;
 use moebius_ir::{Graph, NodeId, Op};
 
 pub(crate) use args::{Args, Launch};
+pub(crate) use joined::joined;
 
 use crate::lowering::shapes;
 
@@ -45,12 +47,14 @@ macro_rules! by_float {
 }
 use by_float;
 
-/// The launch of a node on `threads` threads.
+/// The launch of a node on `threads` threads; with a chain that is joined onto it, the chain's operands and results follow
+/// the node's.
 ///
 /// # Errors
 /// What the backend wants instead.
-pub(crate) fn lower(graph: &Graph, id: NodeId, threads: usize) -> Lowered {
+pub(crate) fn lower(graph: &Graph, id: NodeId, chain: Option<NodeId>, threads: usize) -> Lowered {
     let node = graph.node(id);
+    let joined = chain.map(|chain| dense::Joined::new(graph, node, chain)).transpose()?;
     match &node.op {
         // Nothing to run: these are places in memory, settled by the plan.
         Op::Input(_) | Op::Constant(_) | Op::Reshape(_) | Op::After(_) => Ok(Launch::new(0, |_| {})),
@@ -75,7 +79,7 @@ pub(crate) fn lower(graph: &Graph, id: NodeId, threads: usize) -> Lowered {
         Op::RmsNorm(op) => norm::lower_rms_norm(graph, node, op.eps),
         Op::RmsNormGrad(_) => norm::lower_rms_norm_grad(graph, node),
 
-        Op::Matmul(op) => dense::lower_matmul(graph, node, op, threads),
+        Op::Matmul(op) => dense::lower_matmul(graph, node, op, joined, threads),
         Op::Attention(op) => dense::lower_attention(graph, node, op, threads),
         Op::AttentionGrad(op) => dense::lower_attention_grad(graph, node, op, threads),
         Op::AttentionCached(op) => dense::lower_attention_cached(graph, node, op, threads),
@@ -101,7 +105,7 @@ pub(crate) fn lower(graph: &Graph, id: NodeId, threads: usize) -> Lowered {
         Op::Combine(op) => sparse::lower_combine(graph, node, *op),
         Op::GateGrad(_) => sparse::lower_gate_grad(graph, node),
         Op::SegmentSum(_) => sparse::lower_segment_sum(graph, node),
-        Op::ExpertMatmul(op) => dense::lower_expert_matmul(graph, node, op, threads),
+        Op::ExpertMatmul(op) => dense::lower_expert_matmul(graph, node, op, joined, threads),
         Op::ExpertMatmulWgrad(_) => dense::lower_expert_matmul_wgrad(graph, node, threads),
 
         Op::GlobalNorm(_) => optimizer::lower_global_norm(graph, node),

@@ -4,7 +4,7 @@ use half::{bf16, f16};
 
 use super::program::{Binary, Compare, Kind, Unary};
 use crate::cpu::element::Element;
-use crate::cpu::vmath;
+use crate::cpu::vmath::{self, BLOCK, map_block};
 
 // The loops are macros rather than functions over closures: a closure is a function of its own, which the compiler may
 // leave outside the loop and so outside the vector instructions.
@@ -47,6 +47,32 @@ macro_rules! zip_f {
     };
 }
 
+/// `out[i]` = f(`x[i]`) on f32 for a function of [`vmath`] that takes many values at once.
+macro_rules! blocks {
+    ($x:ident, $out:ident, $f:path) => {{
+        let ((x, x_rest), (out, out_rest)) = ($x.as_chunks::<BLOCK>(), $out.as_chunks_mut::<BLOCK>());
+        for (x, out) in x.iter().zip(out) {
+            *out = bytemuck::cast(map_block!(&bytemuck::cast(*x), $f));
+        }
+        if !x_rest.is_empty() {
+            let mut last = [0; BLOCK];
+            last[..x_rest.len()].copy_from_slice(x_rest);
+            let last: [u32; BLOCK] = bytemuck::cast(map_block!(&bytemuck::cast(last), $f));
+            out_rest.copy_from_slice(&last[..out_rest.len()]);
+        }
+    }};
+}
+
+/// `out[i]` = `dy[i]` f(`x[i]`), likewise.
+macro_rules! times_slope {
+    ($x:ident, $dy:ident, $out:ident, $f:path) => {{
+        blocks!($x, $out, $f);
+        for (o, &dy) in $out.iter_mut().zip($dy) {
+            *o = (f32::from_bits(dy) * f32::from_bits(*o)).to_bits();
+        }
+    }};
+}
+
 /// `op` of operands of `kind`, which the program has checked to exist.
 #[inline(always)]
 pub(super) fn unary(op: Unary, kind: Kind, x: &[u32], out: &mut [u32]) {
@@ -66,16 +92,16 @@ pub(super) fn unary(op: Unary, kind: Kind, x: &[u32], out: &mut [u32]) {
         }),
         Unary::Square if integer => map!(x, out, |x| x.wrapping_mul(x)),
         Unary::Square => map_f!(x, out, |x| x * x),
-        Unary::Exp => map_f!(x, out, |x| vmath::exp(x)),
-        Unary::Ln => map_f!(x, out, |x| vmath::ln(x)),
+        Unary::Exp => blocks!(x, out, vmath::exps),
+        Unary::Ln => blocks!(x, out, vmath::lns),
         Unary::Sqrt => map_f!(x, out, |x| f32::sqrt(x)),
         Unary::Rsqrt => map_f!(x, out, |x| 1.0 / x.sqrt()),
         Unary::Reciprocal => map_f!(x, out, |x| 1.0 / x),
-        Unary::Tanh => map_f!(x, out, |x| vmath::tanh(x)),
-        Unary::Sigmoid => map_f!(x, out, |x| vmath::sigmoid(x)),
-        Unary::GeluTanh => map_f!(x, out, |x| vmath::gelu_tanh(x)),
-        Unary::GeluErf => map_f!(x, out, |x| vmath::gelu_erf(x)),
-        Unary::Silu => map_f!(x, out, |x| vmath::silu(x)),
+        Unary::Tanh => blocks!(x, out, vmath::tanhs),
+        Unary::Sigmoid => blocks!(x, out, vmath::sigmoids),
+        Unary::GeluTanh => blocks!(x, out, vmath::gelus_tanh),
+        Unary::GeluErf => blocks!(x, out, vmath::gelus_erf),
+        Unary::Silu => blocks!(x, out, vmath::silus),
         Unary::Sin => map_f!(x, out, |x| vmath::sin(x)),
         Unary::Cos => map_f!(x, out, |x| vmath::cos(x)),
         Unary::Floor => map_f!(x, out, |x| f32::floor(x)),
@@ -108,9 +134,9 @@ fn binary_f32(op: Binary, a: &[u32], b: &[u32], out: &mut [u32]) {
         Binary::Max => zip_f!(a, b, out, |a, b| if a > b || a.is_nan() { a } else { b }),
         Binary::Min => zip_f!(a, b, out, |a, b| if a < b || a.is_nan() { a } else { b }),
         Binary::Pow => zip_f!(a, b, out, |a, b| a.powf(b)),
-        Binary::GeluTanhGrad => zip_f!(a, b, out, |x, dy| dy * vmath::gelu_tanh_grad(x)),
-        Binary::GeluErfGrad => zip_f!(a, b, out, |x, dy| dy * vmath::gelu_erf_grad(x)),
-        Binary::SiluGrad => zip_f!(a, b, out, |x, dy| dy * vmath::silu_grad(x)),
+        Binary::GeluTanhGrad => times_slope!(a, b, out, vmath::gelus_tanh_grad),
+        Binary::GeluErfGrad => times_slope!(a, b, out, vmath::gelus_erf_grad),
+        Binary::SiluGrad => times_slope!(a, b, out, vmath::silus_grad),
         Binary::ReluGrad => zip_f!(a, b, out, |x, dy| if x > 0.0 { dy } else { 0.0 }),
     }
 }

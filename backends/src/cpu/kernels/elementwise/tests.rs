@@ -394,3 +394,61 @@ fn a_short_input_is_refused() {
     let program = Program::new(&[4], &[full(&[4], Storage::F32)], &[], &[], &[output]).unwrap();
     elementwise(&program, &[Operand::F32(&[0.0; 3])], &mut [OperandMut::F32(&mut [0.0; 4])]);
 }
+
+/// An output over an input that a later instruction still reads, whichever of the two it is.
+#[test]
+fn an_output_may_lie_over_an_input() {
+    let mut rng = Rng(56);
+    let n = 3000;
+    let (a, b) = (rng.values(n, 1.0), rng.values(n, 1.0));
+    let add = Instr { action: Action::Binary { op: Binary::Add, a: 0, b: 1 }, out: 2 };
+    let sub = Instr { action: Action::Binary { op: Binary::Sub, a: 0, b: 1 }, out: 3 };
+    let outputs = [2, 3].map(|register| Output { storage: Storage::F32, register });
+    let list = [full(&[n], Storage::F32), full(&[n], Storage::F32)];
+    let program = Program::new(&[n], &list, &[], &[add, sub], &outputs).unwrap();
+    for over in 0..2 {
+        let mut inputs = [a.clone(), b.clone()];
+        let mut apart = vec![f32::NAN; n];
+        let [x, y] = inputs.each_mut().map(|x| x.as_mut_ptr().cast::<u8>());
+        let first = [x, y][over];
+        // SAFETY: initialised f32 of the program's shape; the first output lies exactly over an input.
+        unsafe { elementwise_at(&program, &[x.cast_const(), y], &[first, apart.as_mut_ptr().cast()]) };
+        for i in 0..n {
+            assert_eq!((inputs[over][i], apart[i]), (a[i] + b[i], a[i] - b[i]), "{i}");
+        }
+    }
+}
+
+/// The parts of a table give what the whole gives, whatever their order.
+#[test]
+fn parts_have_the_bits_of_the_whole() {
+    let mut rng = Rng(57);
+    let (rows, width) = (7, 2500);
+    let n = rows * width;
+    let (a, b) = (rng.values(n, 2.0), rng.values(width, 2.0));
+    let bias = Input { storage: Storage::F32, strides: [0, 1].into_iter().collect() };
+    let steps = [
+        Instr { action: Action::Binary { op: Binary::Add, a: 0, b: 1 }, out: 2 },
+        Instr { action: Action::Unary { op: Unary::GeluTanh, x: 2 }, out: 3 },
+    ];
+    let outputs = [2, 3].map(|register| Output { storage: Storage::F32, register });
+    let program =
+        Program::new(&[rows, width], &[full(&[rows, width], Storage::F32), bias], &[], &steps, &outputs).unwrap();
+    let run = |parts: bool| {
+        let (mut x, mut y) = (vec![f32::NAN; n], vec![f32::NAN; n]);
+        let (from, to) = ([a.as_ptr().cast(), b.as_ptr().cast()], [x.as_mut_ptr().cast(), y.as_mut_ptr().cast()]);
+        let columns = [0..1, 1..1, 1..130, 130..2400, 2400..2500];
+        // SAFETY: memory of the program's shapes, and each part is run once.
+        unsafe {
+            if parts {
+                for (r, c) in [4..7, 0..4].iter().flat_map(|r| columns.iter().map(move |c| (r, c))) {
+                    elementwise_part(&program, &from, &to, width, r.clone(), c.clone());
+                }
+            } else {
+                elementwise_at(&program, &from, &to);
+            }
+        }
+        (bits(&x), bits(&y))
+    };
+    assert!(run(true) == run(false));
+}
