@@ -192,7 +192,7 @@ fn a_machine_is_verified_op_by_op_and_a_wrong_name_is_wrong_use() {
     let table = stdout(&succeeds(place.run(&["verify", "--op", "linear_cross_entropy_grad", "--op", "decoder"])));
     assert!(table.lines().all(|line| line.chars().count() <= 80), "{table}");
     let last = table.lines().last().unwrap();
-    assert!(last.starts_with("1 op, 1 kind of layers, 12 cases: all passed on cpu ("), "{table}");
+    assert!(last.starts_with("1 op, 1 kind of layers, 18 cases: all passed on cpu ("), "{table}");
 
     let error = place.fails(2, &["verify", "--op", "expert_matmull"]);
     assert!(error.contains("nearest: expert_matmul"), "{error}");
