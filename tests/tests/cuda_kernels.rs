@@ -31,14 +31,16 @@ fn kernels(chip: Chip) -> Vec<KernelText> {
     all.into_iter().collect()
 }
 
-/// A kernel's title without the extents that only change how often its loops run.
+/// A kernel's title without the extents that only change how often its loops run, and of Hopper's products, which take long to
+/// compile, without the dtype, which is a word of their instructions.
 fn kind(title: &str) -> String {
     let extents = ["EXPERTS=", "K=", "COUNTED=", "KEEP=", "HEAD=", "JITTER="];
     let word = |w: &str| match extents.iter().find(|e| w.trim_start_matches('(').starts_with(**e)) {
         Some(extent) => (*extent).to_owned(),
         None => w.trim_end_matches([',', ')']).to_owned(),
     };
-    title.split(' ').map(word).collect::<Vec<_>>().join(" ")
+    let kind = title.split(' ').map(word).collect::<Vec<_>>().join(" ");
+    if title.contains("hopper") { kind.replace("T=f16", "T=bf16") } else { kind }
 }
 
 #[test]
