@@ -27,8 +27,8 @@ fn run(s: &Sketch) -> Results {
 }
 
 /// Every output of the dense equivalent is that of the layer.
-fn agree(got: &Results, wanted: &Sketch) -> Result<(), TestCaseError> {
-    check::agree(got, wanted).map_err(TestCaseError::fail)
+fn agree(got: &Results, wanted: &Sketch, of: &Layer) -> Result<(), TestCaseError> {
+    check::agree(got, wanted, check::close(&of.routing)).map_err(TestCaseError::fail)
 }
 
 fn draws(family: Family) -> impl Strategy<Value = Draw> {
@@ -103,7 +103,7 @@ fn all_experts_are_the_dense_mixture() {
         let capacity = expert_choice.then_some(draw.experts as f64);
         let mut layer = layer(&Draw { capacity, noisy: false, ..draw });
         layer.outputs(false).unwrap();
-        agree(&run(&layer.s), &dense::mixture(&layer).unwrap().unwrap())
+        agree(&run(&layer.s), &dense::mixture(&layer).unwrap().unwrap(), &layer)
     });
 }
 
@@ -155,7 +155,7 @@ fn relabelled_experts_change_nothing_but_the_order_of_their_weights() {
         layer.s.inputs = layer.s.inputs.iter().map(|(n, t)| (n.clone(), relabel(n, t))).collect();
         let after = run(&layer.s);
         for (name, tensor) in before.iter().filter(|(name, _)| *name != "expert_index") {
-            let found = difference(&after[name], &relabel(name, tensor), CLOSE);
+            let found = difference(&after[name], &relabel(name, tensor), check::close(&layer.routing));
             prop_assert!(found.is_none(), "{}: {}", name, found.unwrap_or_default());
         }
         Ok(())
@@ -190,7 +190,7 @@ fn a_residual_of_nothing_leaves_the_dense_network_alone() {
         prop_assert_eq!(layer.config.mlp, Mlp::Residual);
         layer.outputs(false).unwrap();
         let got = run(&layer.s);
-        agree(&got, &dense::network_alone(&layer).unwrap())?;
+        agree(&got, &dense::network_alone(&layer).unwrap(), &layer)?;
         for (name, d) in got.iter().filter(|(n, _)| n.starts_with("d.") && !n.contains(".mlp.") && *n != "d.x") {
             prop_assert!(d.data.iter().all(|v| *v == 0.0), "{} is not 0", name);
         }

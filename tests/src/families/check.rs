@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use moebius_backends::Backend;
 use moebius_ir::Tensor;
 use moebius_ir::reference::Precision;
+use moebius_models::config::Routing;
 use moebius_models::gpt::router;
 
 use super::oracle::{self, Given, Routes};
@@ -19,6 +20,11 @@ pub type Results = HashMap<String, Tensor>;
 /// A computation in f32 of some dozens of roundings against one in f64; terms are near 1, and of a router's gradient, a difference
 /// of them, little may be left.
 pub const CLOSE: Tolerance = Tolerance { relative: 1e-4, of_rms: 2e-4, least: 0.1, most: f64::INFINITY };
+
+/// [`CLOSE`] where gates are scaled, which makes the terms of a router's gradient larger by as much.
+pub fn close(routing: &Routing) -> Tolerance {
+    CLOSE.of_terms(CLOSE.least * routing.scale.max(1.0))
+}
 
 /// What a draw tells where nothing is wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,13 +48,13 @@ pub fn run(backend: &dyn Backend, s: &Sketch) -> Results {
 ///
 /// # Errors
 /// In words, the first that differs.
-pub fn agree(got: &Results, wanted: &Sketch) -> Result<(), String> {
+pub fn agree(got: &Results, wanted: &Sketch, tolerance: Tolerance) -> Result<(), String> {
     let wanted = device::reference(&wanted.graph, &wanted.inputs, Precision::Exact);
     let mut names: Vec<&String> = wanted.keys().filter(|n| !n.starts_with("state.")).collect();
     names.sort_unstable();
     assert!(names.len() > 2, "outputs to compare");
     for name in names {
-        if let Some(found) = difference(&got[name], &wanted[name], CLOSE) {
+        if let Some(found) = difference(&got[name], &wanted[name], tolerance) {
             return Err(format!("{name}: {found}"));
         }
     }
@@ -133,7 +139,7 @@ pub fn one_hot_form(backend: &dyn Backend, draw: &Draw) -> Result<Found, String>
         }
     }
     let slots = capacity(draw, &layer).unwrap_or(draw.tokens).min(draw.tokens);
-    agree(&got, &dense::one_hot(&layer, &routes, slots).map_err(wrong)?)?;
+    agree(&got, &dense::one_hot(&layer, &routes, slots).map_err(wrong)?, close(&layer.routing))?;
     Ok(Found::Agrees)
 }
 
