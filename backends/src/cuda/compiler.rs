@@ -33,8 +33,8 @@ pub struct Compiler {
 }
 
 impl Compiler {
-    /// The compiler of this machine, looked for once: in the file that `MOEBIUS_NVRTC` names, on the loader's path, in the
-    /// toolkit of `CUDA_PATH`, in `/usr/local/cuda`, and among the packages of Python environments.
+    /// The compiler of this machine, looked for once: the file that `MOEBIUS_NVRTC` names, if it names one; else on the loader's
+    /// path, in the toolkit of `CUDA_PATH`, in `/usr/local/cuda`, and among the packages of Python environments.
     ///
     /// # Errors
     /// [`CudaError::NoCompiler`] naming every place.
@@ -176,8 +176,11 @@ fn built_ins(nvrtc: &Path) -> Vec<PathBuf> {
 
 /// Every file that may be NVRTC, in the order it is looked for.
 fn candidates() -> Vec<PathBuf> {
-    let mut files: Vec<PathBuf> = std::env::var_os("MOEBIUS_NVRTC").map(PathBuf::from).into_iter().collect();
-    files.extend(NAMES.iter().map(PathBuf::from));
+    // Whoever names a file wants that one.
+    if let Some(named) = std::env::var_os("MOEBIUS_NVRTC") {
+        return vec![named.into()];
+    }
+    let mut files: Vec<PathBuf> = NAMES.iter().map(PathBuf::from).collect();
     let toolkit = std::env::var_os("CUDA_PATH").map(|p| PathBuf::from(p).join("lib64"));
     let mut folders: Vec<PathBuf> = toolkit.into_iter().chain(["/usr/local/cuda/lib64".into()]).collect();
     let home = std::env::var_os("HOME").map(|h| PathBuf::from(h).join(".local"));

@@ -46,7 +46,8 @@ __device__ __forceinline__ void rows_by_rows(float (&sum)[32], u64 own, u64 othe
 __device__ __forceinline__ void weights_by_rows(float (&sum)[32], const u32 (&weights)[16], u64 other, int add) {
 #pragma unroll
     for (int i = 0; i < OTHERS / 16; i++)
-        wgmma_held(sum, weights[4 * i], weights[4 * i + 1], weights[4 * i + 2], weights[4 * i + 3], other + i * ACROSS, add || i > 0);
+        wgmma_held(sum, weights[4 * i], weights[4 * i + 1], weights[4 * i + 2], weights[4 * i + 3], other + i * ACROSS,
+                   add || i > 0);
 }
 /// Sums as the left side of a product, rounded.
 __device__ __forceinline__ void held(u32 (&to)[16], const float (&sum)[32]) {
@@ -102,7 +103,8 @@ __device__ __forceinline__ void load_others(Room& room, const TensorMap& x_map, 
 }
 
 /// Loads the own rows; one thread.
-__device__ __forceinline__ void load_own(Room& room, const TensorMap& x_map, const TensorMap* y_map, int x, int y, int from, int b) {
+__device__ __forceinline__ void load_own(Room& room, const TensorMap& x_map, const TensorMap* y_map, int x, int y, int from,
+                                         int b) {
     arrive_with_bytes(&room.own, (y_map ? 2 : 1) * OWN * HEAD * 2);
     for (int i = 0; i < OWN / 64; i++) {
         load_box(room.own_x + i * 64 * HEAD, &x_map, x, from + i * 64, b, &room.own);
@@ -204,7 +206,9 @@ attention_hopper(const __grid_constant__ TensorMap qkv_map, T* out, float* lse, 
             products_end();
             products_wait<0>();
         }
-        if (lane == 0) arrive(&room.empty[turn.stage]);
+        // What every lane read of the stage comes before the arrival of one.
+            __syncwarp();
+            if (lane == 0) arrive(&room.empty[turn.stage]);
         turn.next();
     }
     float low = quad_total(sum[0]), high = quad_total(sum[1]);
@@ -229,7 +233,8 @@ __device__ __forceinline__ void grads(const TensorMap& qkv_map, const TensorMap&
     begin(room);
     if (threadIdx.x >= COMPUTING) {
         if (threadIdx.x == COMPUTING)
-            load_own(room, qkv_map, OF_KEYS ? &qkv_map : &dout_map, OF_KEYS ? key : head * HEAD, OF_KEYS ? value : head * HEAD, from, b);
+            load_own(room, qkv_map, OF_KEYS ? &qkv_map : &dout_map, OF_KEYS ? key : head * HEAD,
+                     OF_KEYS ? value : head * HEAD, from, b);
         load_others(room, qkv_map, OF_KEYS ? dout_map : qkv_map, walk, b,
                     [&](int h, int& x, int& y) { x = OF_KEYS ? h * HEAD : key, y = OF_KEYS ? h * HEAD : value; },
                     [&](int stage, int h, int at, int lane) {
@@ -253,7 +258,8 @@ __device__ __forceinline__ void grads(const TensorMap& qkv_map, const TensorMap&
     }
     float of_x[32] = {}, of_y[32] = {};
     barrier_wait(&room.own, 0);
-    u64 own_x = described(room.own_x + threadIdx.x / 128 * 64 * HEAD), own_y = described(room.own_y + threadIdx.x / 128 * 64 * HEAD);
+    u64 own_x = described(room.own_x + threadIdx.x / 128 * 64 * HEAD);
+    u64 own_y = described(room.own_y + threadIdx.x / 128 * 64 * HEAD);
     Turn turn;
     for (int h = walk.first; h <= walk.last; h++) {
         for (int at = walk.begin; at < walk.end; at += OTHERS) {
@@ -289,6 +295,8 @@ __device__ __forceinline__ void grads(const TensorMap& qkv_map, const TensorMap&
                 products_end();
                 products_wait<0>();
             }
+            // What every lane read of the stage comes before the arrival of one.
+            __syncwarp();
             if (lane == 0) arrive(&room.empty[turn.stage]);
             turn.next();
         }
@@ -299,8 +307,8 @@ __device__ __forceinline__ void grads(const TensorMap& qkv_map, const TensorMap&
 
 /// The gradient of the queries. Grid: blocks of queries, heads, batch.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-attention_grad_query_hopper(const __grid_constant__ TensorMap qkv_map, const __grid_constant__ TensorMap dout_map, const float* lse,
-                            const float* delta, T* dqkv, Heads s) {
+attention_grad_query_hopper(const __grid_constant__ TensorMap qkv_map, const __grid_constant__ TensorMap dout_map,
+                            const float* lse, const float* delta, T* dqkv, Heads s) {
     // The last queries have the most keys to see: they start first.
     int block = (int)(s.causal ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
     grads<false>(qkv_map, dout_map, lse, delta, dqkv, s, block * OWN, blockIdx.y, blockIdx.z);
@@ -308,7 +316,7 @@ attention_grad_query_hopper(const __grid_constant__ TensorMap qkv_map, const __g
 
 /// The gradients of keys and values, summed over the query heads that share them. Grid: blocks of keys, kv heads, batch.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-attention_grad_key_hopper(const __grid_constant__ TensorMap qkv_map, const __grid_constant__ TensorMap dout_map, const float* lse,
-                          const float* delta, T* dqkv, Heads s) {
+attention_grad_key_hopper(const __grid_constant__ TensorMap qkv_map, const __grid_constant__ TensorMap dout_map,
+                          const float* lse, const float* delta, T* dqkv, Heads s) {
     grads<true>(qkv_map, dout_map, lse, delta, dqkv, s, (int)blockIdx.x * OWN, blockIdx.y, blockIdx.z);
 }

@@ -224,7 +224,8 @@ static_assert(sizeof(Room) + 1024 <= SHARED, "the memory that is asked for");
 
 /// All tiles of this block.
 template <typename End>
-__device__ __forceinline__ void products(const TensorMap& x_map, const TensorMap& w_map, const int* offsets, const Sizes& s, const End& end) {
+__device__ __forceinline__ void products(const TensorMap& x_map, const TensorMap& w_map, const int* offsets, const Sizes& s,
+                                         const End& end) {
     extern __shared__ u8 shared[];
     Room& room = *(Room*)(((u64)shared + 1023) / 1024 * 1024);
     u32 rank = rank_in_cluster();

@@ -1,7 +1,7 @@
 //! From a node to its kernels. This one function is also the support check: a node it gives no launch for is refused.
 //!
-//! The files beside this one hold the launches, grouped as the kernels are; each decides from the graph and the kind of GPU alone, so that what is
-//! said here of a machine with a GPU can be tested on one without.
+//! The files beside this one hold the launches, grouped as the kernels are; each decides from the graph and the kind of GPU
+//! alone, so that what is said here of a machine with a GPU can be tested on one without.
 
 mod attention;
 mod classifier;
