@@ -41,11 +41,7 @@ pub struct Trainer {
     /// Steps that were collected, and those that were launched beyond.
     step: u64,
     pending: u64,
-    micro_batches: usize,
-    /// Steps that are remembered on the device, and values of each; without a history one step, and loss and norm.
-    rows: usize,
-    columns: usize,
-    remembers: bool,
+    shape: Shape,
     parameters: Vec<String>,
     copies: Option<Copies>,
 }
@@ -53,6 +49,7 @@ pub struct Trainer {
 /// What a trainer has to know of its program.
 struct Shape {
     micro_batches: usize,
+    /// Steps that are remembered on the device, and values of each; without a history one step, and loss and norm.
     rows: usize,
     columns: usize,
     remembers: bool,
@@ -89,13 +86,12 @@ impl Trainer {
     }
 
     fn of(session: &mut Session, step: &Graph, shape: Shape) -> Result<Trainer> {
-        let Shape { micro_batches, rows, columns, remembers } = shape;
         let program = session.compile(step)?;
         let copies = Copies::of(session, step)?;
         let graph = program.plan().graph();
         let parameter = |v: Value| graph.input_of(v).is_some_and(|i| i.role == Role::Parameter);
         let parameters = graph.inputs().iter().filter(|(_, v)| parameter(*v)).map(|(n, _)| n.clone()).collect();
-        Ok(Trainer { program, step: 0, pending: 0, micro_batches, rows, columns, remembers, parameters, copies })
+        Ok(Trainer { program, step: 0, pending: 0, shape, parameters, copies })
     }
 
     /// Goes on with another graph for the same parameters, as [`Trainer::with`] compiles it. The old program and what only it kept
@@ -144,7 +140,7 @@ impl Trainer {
 
     /// How many more steps can be launched before they must be collected.
     pub fn room(&self) -> u64 {
-        (self.rows as u64).saturating_sub(self.pending)
+        (self.shape.rows as u64).saturating_sub(self.pending)
     }
 
     /// Goes on as if `step` steps were done: after loading a checkpoint. Steps that were launched are forgotten.
@@ -172,11 +168,11 @@ impl Trainer {
         let program = &mut self.program;
         program.feed("learning_rate", &[learning_rate])?;
         program.feed("step", &[at.step as f32])?;
-        if self.micro_batches > 1 {
+        if self.shape.micro_batches > 1 {
             program.feed(MICRO_BATCH, &[at.micro_batch as i32])?;
         }
-        if self.remembers {
-            program.feed(HISTORY_ROW, &[((at.step - 1) % self.rows as u64) as i32])?;
+        if self.shape.remembers {
+            program.feed(HISTORY_ROW, &[((at.step - 1) % self.shape.rows as u64) as i32])?;
         }
         Ok(())
     }
@@ -192,13 +188,13 @@ impl Trainer {
         mut feed: impl FnMut(MicroStep, &mut Program) -> Result<f32, E>,
     ) -> Result<(), E> {
         if self.room() == 0 {
-            return Err(Error::Uncollected { launched: self.pending, most: self.rows }.into());
+            return Err(Error::Uncollected { launched: self.pending, most: self.shape.rows }.into());
         }
         if let Some(copies) = &mut self.copies {
             copies.refresh(session)?;
         }
         let step = self.step + self.pending + 1;
-        for micro_batch in 0..self.micro_batches {
+        for micro_batch in 0..self.shape.micro_batches {
             self.prepare(MicroStep { step, micro_batch }, &mut feed)?;
             session.run(&mut self.program)?;
         }
@@ -222,15 +218,15 @@ impl Trainer {
         if self.pending == 0 {
             return Ok(());
         }
-        let values: Vec<f32> = if self.remembers {
+        let values: Vec<f32> = if self.shape.remembers {
             self.program.output(HISTORY)?
         } else {
             vec![self.program.scalar("loss")?, self.program.scalar("grad_norm")?]
         };
         for _ in 0..std::mem::take(&mut self.pending) {
             let step = self.step + 1;
-            let row = ((step - 1) % self.rows as u64) as usize * self.columns;
-            let row = &values[row..row + self.columns];
+            let row = ((step - 1) % self.shape.rows as u64) as usize * self.shape.columns;
+            let row = &values[row..row + self.shape.columns];
             let (loss, grad_norm) = (row[0], row[1]);
             if !loss.is_finite() || !grad_norm.is_finite() {
                 let found = self.first_non_finite(session, step, &mut feed)?;
@@ -250,13 +246,13 @@ impl Trainer {
         feed: &mut impl FnMut(MicroStep, &mut Program) -> Result<f32, E>,
     ) -> Result<Option<moebius_backends::NonFinite>, E> {
         let mut found = None;
-        for micro_batch in 0..self.micro_batches {
+        for micro_batch in 0..self.shape.micro_batches {
             if found.is_none() {
                 self.prepare(MicroStep { step, micro_batch }, feed)?;
                 found = session.first_non_finite(&mut self.program)?;
             }
         }
-        if self.remembers {
+        if self.shape.remembers {
             session.write(HALTED, &[0u8])?;
         }
         Ok(found)

@@ -92,7 +92,7 @@ pub struct Run {
     session: Session,
     trainer: Trainer,
     evaluator: Evaluator,
-    batches: Batches,
+    feeds: Feeds,
     windows: Windows,
     checkpoints: Checkpoints,
     metrics: MetricsWriter,
@@ -100,11 +100,6 @@ pub struct Run {
     moe_layers: Vec<(usize, usize)>,
     watch: Watch,
     alarm_ends: bool,
-    is_noisy: bool,
-    /// While the run follows a teacher.
-    teaching: Option<Teaching>,
-    tokens: Vec<i32>,
-    targets: Vec<i32>,
     /// When the first step was launched that was not collected yet.
     begun: Option<Instant>,
     best: Option<f64>,
@@ -219,17 +214,19 @@ impl Run {
             session,
             trainer,
             evaluator,
-            batches,
+            feeds: Feeds {
+                batches,
+                is_noisy: gpt::is_noisy(&config.model),
+                teaching,
+                tokens: vec![0; ids],
+                targets: vec![0; ids],
+            },
             windows,
             checkpoints,
             metrics,
             moe_layers: health::moe_layers(&config.model),
             watch: Watch::default(),
             alarm_ends: false,
-            is_noisy: gpt::is_noisy(&config.model),
-            teaching,
-            tokens: vec![0; ids],
-            targets: vec![0; ids],
             begun: None,
             best: None,
             last_evaluation: None,
@@ -311,7 +308,7 @@ impl Run {
             self.launch(observer)?;
             let step = self.trainer.steps_launched();
             let (evaluates, saves) = (due(eval_every, step) || step == total, due(save_every, step) || step == total);
-            let leaves = step < total && self.teaching.as_ref().is_some_and(|teaching| teaching.stop == step);
+            let leaves = step < total && self.feeds.teaching.as_ref().is_some_and(|teaching| teaching.stop == step);
             let looks = self.has_health(step) || self.trainer.room() == 0 || leaves;
             if !(looks || evaluates || saves || stop.load(Ordering::Relaxed)) {
                 continue;
@@ -353,15 +350,8 @@ impl Run {
     /// Launches the next step. What the steps before it did is not lost if that fails.
     fn launch(&mut self, observer: &mut Observer<'_>) -> Result<(), TrainingError> {
         self.begun.get_or_insert_with(Instant::now);
-        let mut feeds = Feeds {
-            config: &self.config,
-            batches: &self.batches,
-            is_noisy: self.is_noisy,
-            teaching: self.teaching.as_mut(),
-            tokens: &mut self.tokens,
-            targets: &mut self.targets,
-        };
-        let launched = self.trainer.launch(&mut self.session, |at, program| feeds.give(at, program));
+        let (config, feeds) = (&self.config, &mut self.feeds);
+        let launched = self.trainer.launch(&mut self.session, |at, program| feeds.give(config, at, program));
         if launched.is_err() {
             self.collect(observer)?;
         }
@@ -371,17 +361,10 @@ impl Run {
     /// Looks at what the steps that were launched have done; whether an alarm was given.
     fn collect(&mut self, observer: &mut Observer<'_>) -> Result<bool, TrainingError> {
         let mut seen: Vec<(StepReport, Vec<f32>)> = Vec::new();
-        let mut feeds = Feeds {
-            config: &self.config,
-            batches: &self.batches,
-            is_noisy: self.is_noisy,
-            teaching: self.teaching.as_mut(),
-            tokens: &mut self.tokens,
-            targets: &mut self.targets,
-        };
+        let (config, feeds) = (&self.config, &mut self.feeds);
         let collected = self.trainer.collect(
             &mut self.session,
-            |at, program| feeds.give(at, program),
+            |at, program| feeds.give(config, at, program),
             |report, values| seen.push((report, values.to_vec())),
         );
         let elapsed = self.begun.take().map_or(Duration::ZERO, |begun| begun.elapsed());
@@ -450,30 +433,31 @@ impl Run {
 }
 
 /// What a micro-batch is fed.
-struct Feeds<'r> {
-    config: &'r Config,
-    batches: &'r Batches,
+struct Feeds {
+    batches: Batches,
     is_noisy: bool,
-    teaching: Option<&'r mut Teaching>,
-    tokens: &'r mut [i32],
-    targets: &'r mut [i32],
+    /// While the run follows a teacher.
+    teaching: Option<Teaching>,
+    tokens: Vec<i32>,
+    targets: Vec<i32>,
 }
 
-impl Feeds<'_> {
+impl Feeds {
     /// Gives the program the tokens and the noise of a micro-batch; the learning rate of its step.
-    fn give(&mut self, at: MicroStep, program: &mut Program) -> Result<f32, TrainingError> {
+    fn give(&mut self, config: &Config, at: MicroStep, program: &mut Program) -> Result<f32, TrainingError> {
+        let train = &config.train;
         // Batches are counted over the whole run, so that a resumed one goes on with those it would have seen.
-        let number = (at.step - 1) * self.config.train.accumulate as u64 + at.micro_batch as u64;
-        self.batches.fill(number, self.tokens, self.targets)?;
-        program.feed("tokens", self.tokens)?;
-        program.feed("targets", self.targets)?;
+        let number = (at.step - 1) * train.accumulate as u64 + at.micro_batch as u64;
+        self.batches.fill(number, &mut self.tokens, &mut self.targets)?;
+        program.feed("tokens", &self.tokens)?;
+        program.feed("targets", &self.targets)?;
         if let Some(teaching) = &mut self.teaching {
             teaching.give(number, program)?;
         }
         if self.is_noisy {
-            program.feed(gpt::NOISE_KEY, &noise_key(self.config.train.seed, number + 1))?;
+            program.feed(gpt::NOISE_KEY, &noise_key(train.seed, number + 1))?;
         }
-        Ok(self.config.learning_rate_of_step(at.step) as f32)
+        Ok(config.learning_rate_of_step(at.step) as f32)
     }
 }
 

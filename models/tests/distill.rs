@@ -4,19 +4,16 @@ mod place;
 
 use std::fs;
 use std::path::Path;
-use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use moebius::Engine;
-use moebius::ir::philox;
 use moebius_models::config::Config;
 use moebius_models::data::{Corpus, CorpusSpec, Source, Validation};
 use moebius_models::distill::{CacheSettings, Course, Settings, Stop, Teacher, cut};
 use moebius_models::gpt::{Distilling, Lesson};
 use moebius_models::tokenizer::Tokenizer;
 use moebius_models::training::{self, Ending, Event, Run};
-use place::{Place, checkpoint, metrics, stderr, stdout, succeeds};
+use place::{Place, checkpoint, kill_until_it_ends, metrics, stderr, stdout, succeeds};
 
 /// A place with a trained teacher of two layers.
 fn place() -> Place {
@@ -106,7 +103,6 @@ fn a_student_begins_with_what_fits_of_its_teacher() {
 #[test]
 fn a_distillation_killed_at_random_moments_ends_with_the_same_bits() {
     let place = place();
-    let seed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().subsec_nanos();
     for (number, more) in [&[][..], &["--cache-top", "16", "--teacher-cache"]].into_iter().enumerate() {
         let settings = ["--kd-stop", "0.5", "--steps", "60", "--checkpoint-every", "1"];
         let args = |out: &str| {
@@ -117,28 +113,12 @@ fn a_distillation_killed_at_random_moments_ends_with_the_same_bits() {
             begin
         };
         let (alone, killed) = (format!("alone{number}"), format!("killed{number}"));
-        let strs = |args: &[String]| args.iter().map(|a| a.clone().leak() as &str).collect::<Vec<&str>>();
-        succeeds(place.run(&strs(&args(&alone))));
-        let mut kills = 0;
-        for attempt in 0..200u64 {
-            let started = place.path(&killed).join("config.toml").exists();
+        let whole = args(&alone);
+        succeeds(place.run(&whole.iter().map(String::as_str).collect::<Vec<_>>()));
+        let seed = kill_until_it_ends(&place, &killed, 16, number as u32, |started| {
             let resume = ["distill", "--resume", "--data", "text.txt", "--out", &killed].map(str::to_owned).to_vec();
-            let args = if started { resume } else { args(&killed) };
-            let mut child = place.command(&strs(&args)).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-            // The first attempts are cut short at a random moment; then the run may end.
-            if attempt < 16 {
-                let wait = philox::uniform([seed, number as u32], 0, attempt) * 400.0;
-                std::thread::sleep(Duration::from_millis(5 + wait as u64));
-                let _ = child.kill();
-            }
-            let output = child.wait_with_output().unwrap();
-            if output.status.success() {
-                break;
-            }
-            kills += u32::from(output.status.code().is_none());
-            assert!(output.status.code().is_none(), "seed {seed}, attempt {attempt}: {}", stderr(&output));
-        }
-        assert!(kills > 0, "no run was killed");
+            if started { resume } else { args(&killed) }
+        });
         let [alone, killed] = [alone, killed].map(|out| place.path(&out));
         assert_eq!(checkpoint(&alone, 60), checkpoint(&killed, 60), "seed {seed}");
         assert_eq!(metrics(&alone), metrics(&killed), "seed {seed}");

@@ -4,11 +4,7 @@
 
 mod place;
 
-use std::process::Stdio;
-use std::time::Duration;
-
-use moebius::ir::philox;
-use place::{Place, checkpoint, json, metrics, stderr, stdout, succeeds};
+use place::{Place, checkpoint, json, kill_until_it_ends, metrics, stderr, stdout, succeeds};
 
 #[test]
 fn training_writes_what_it_promises_and_the_other_commands_use_it() {
@@ -95,27 +91,15 @@ fn a_run_killed_at_random_moments_ends_with_the_same_bits() {
     let place = Place::new();
     let settings = ["--set", "train.steps=60", "--checkpoint-every", "1"];
     succeeds(place.train("alone", &settings));
-    let seed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().subsec_nanos();
-    let mut kills = 0;
-    for attempt in 0..200u64 {
-        let started = place.path("killed/config.toml").exists();
-        let mut args = vec!["train", "--data", "text.txt", "--out", "killed"];
-        args.extend(if started { vec!["--resume"] } else { [&["--config", "small.toml"][..], &settings].concat() });
-        let mut child = place.command(&args).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-        // The first dozen attempts are cut short at a random moment; then the run may end.
-        if attempt < 12 {
-            let wait = philox::uniform([seed, 1], 0, attempt) * 400.0;
-            std::thread::sleep(Duration::from_millis(5 + wait as u64));
-            let _ = child.kill();
-        }
-        let output = child.wait_with_output().unwrap();
-        if output.status.success() {
-            break;
-        }
-        kills += u32::from(output.status.code().is_none());
-        assert!(output.status.code().is_none(), "seed {seed}, attempt {attempt}: {}", stderr(&output));
-    }
-    assert!(kills > 0, "no run was killed");
+    let seed = kill_until_it_ends(&place, "killed", 12, 1, |started| {
+        let begin = [&["--config", "small.toml"][..], &settings].concat();
+        let more = if started { &["--resume"][..] } else { &begin };
+        [&["train", "--data", "text.txt", "--out", "killed"][..], more]
+            .concat()
+            .into_iter()
+            .map(str::to_owned)
+            .collect()
+    });
     assert_eq!(checkpoint(&place.path("alone"), 60), checkpoint(&place.path("killed"), 60), "seed {seed}");
     assert_eq!(metrics(&place.path("alone")), metrics(&place.path("killed")), "seed {seed}");
 }

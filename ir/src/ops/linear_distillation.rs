@@ -76,6 +76,16 @@ pub(super) fn lse(logits: impl Iterator<Item = f64> + Clone) -> f64 {
     if max == f64::NEG_INFINITY { max } else { max + logits.map(|l| (l - max).exp()).sum::<f64>().ln() }
 }
 
+/// `[loss, kd]` of a row with these logits, whose lse is `hard` and whose divergence `kd`: 0 where the target is ignored, NaN where it
+/// is none.
+pub(super) fn losses(target: f64, student: &[f64], hard: f64, kd: f64) -> [f64; 2] {
+    match index(target, student.len()) {
+        Some(target) => [hard - student[target], kd],
+        None if target < 0.0 => [0.0, 0.0],
+        None => [f64::NAN, f64::NAN],
+    }
+}
+
 impl Rule for LinearDistillation {
     const NAME: &'static str = "linear_distillation";
 
@@ -99,7 +109,7 @@ impl Rule for LinearDistillation {
 
     fn reference(&self, operands: &[&Tensor], results: &[TensorType]) -> Vec<Tensor> {
         let (x, w, targets) = (operands[0], operands[1], operands[2]);
-        let (n, v, t) = (x.ty.shape[0], w.ty.shape[0], f64::from(self.temperature));
+        let (n, t) = (x.ty.shape[0], f64::from(self.temperature));
         let mut out: Vec<Tensor> = results.iter().cloned().map(Tensor::zeros).collect();
         for i in 0..n {
             let (student, teacher) = (logits(x, w, i), logits(operands[3], operands[4], i));
@@ -109,11 +119,7 @@ impl Rule for LinearDistillation {
                 let (p, q) = (a / t - of_teacher, b / t - soft);
                 p.exp() * (p - q)
             });
-            let (loss, kd) = match index(targets.data[i], v) {
-                Some(target) => (hard - student[target], t * t * terms.sum::<f64>()),
-                None if targets.data[i] < 0.0 => (0.0, 0.0),
-                None => (f64::NAN, f64::NAN),
-            };
+            let [loss, kd] = losses(targets.data[i], &student, hard, t * t * terms.sum::<f64>());
             for (out, value) in out.iter_mut().zip([loss, kd, hard, soft, of_teacher]) {
                 out.data[i] = value;
             }

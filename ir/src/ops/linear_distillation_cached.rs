@@ -14,7 +14,7 @@ use smallvec::smallvec;
 
 use super::embedding::index;
 use super::linear_cross_entropy::per_row;
-use super::linear_distillation::{logits, lse, row_cotangents, temperature};
+use super::linear_distillation::{logits, losses, lse, row_cotangents, temperature};
 use super::{Cotangents, Rule, Types, check};
 use crate::autodiff::{Cotangent, Vjp};
 use crate::error::{Mismatch, Result};
@@ -103,11 +103,7 @@ impl Rule for LinearDistillationCached {
                 let exact = (0..v).filter_map(|j| kept.p[j].map(|p| term(p, student[j] / t - soft))).sum::<f64>();
                 t * t * (exact + term(kept.tail, tail - soft))
             });
-            let (loss, kd) = match index(targets.data[i], v) {
-                Some(target) => (hard - student[target], kd),
-                None if targets.data[i] < 0.0 => (0.0, 0.0),
-                None => (f64::NAN, f64::NAN),
-            };
+            let [loss, kd] = losses(targets.data[i], &student, hard, kd);
             for (out, value) in out.iter_mut().zip([loss, kd, hard, soft, tail]) {
                 out.data[i] = value;
             }

@@ -80,7 +80,7 @@ impl Run {
     /// launched steps must have been collected.
     pub(super) fn dismiss_teacher(&mut self, observer: &mut Observer<'_>) -> Result<(), TrainingError> {
         let before = self.memory();
-        self.teaching = None;
+        self.feeds.teaching = None;
         let (graph, loss, options) = step::parts(&self.config)?;
         self.trainer.replace(&mut self.session, graph, loss, options)?;
         observer(Event::TeacherLeft { step: self.trainer.steps_done(), before, after: self.memory() });

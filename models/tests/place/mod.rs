@@ -5,7 +5,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use moebius::ir::philox;
 use tempfile::TempDir;
 
 /// A model that trains in a second.
@@ -39,6 +41,38 @@ checkpoint_every = 6
 keep_checkpoints = 3
 log_every = 1
 "#;
+
+/// Runs the program again and again with the arguments that `args` gives for a fresh or a begun run, kills the first attempts at random
+/// moments, then lets it end. At least one must have been killed; `stream` makes the moments of one use those of no other. Gives the
+/// seed of the moments.
+pub fn kill_until_it_ends(
+    place: &Place,
+    out: &str,
+    attempts: u64,
+    stream: u32,
+    args: impl Fn(bool) -> Vec<String>,
+) -> u32 {
+    let seed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().subsec_nanos();
+    let mut kills = 0;
+    for attempt in 0..200u64 {
+        let args = args(place.path(out).join("config.toml").exists());
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let mut child = place.command(&args).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        if attempt < attempts {
+            let wait = philox::uniform([seed, stream], 0, attempt) * 400.0;
+            std::thread::sleep(Duration::from_millis(5 + wait as u64));
+            let _ = child.kill();
+        }
+        let output = child.wait_with_output().unwrap();
+        if output.status.success() {
+            break;
+        }
+        kills += u32::from(output.status.code().is_none());
+        assert!(output.status.code().is_none(), "seed {seed}, attempt {attempt}: {}", stderr(&output));
+    }
+    assert!(kills > 0, "no run was killed");
+    seed
+}
 
 /// A folder with a configuration, a text and what the program writes there.
 pub struct Place {

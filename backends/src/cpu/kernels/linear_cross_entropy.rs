@@ -27,6 +27,15 @@ pub(super) fn choose(targets: &[i32], of: Rows, tokens: Tokens, logits: &[f32], 
     }
 }
 
+/// Takes `share` of each row from the cotangent of its target, if that is in the tile.
+pub(super) fn take_from_targets(targets: &[i32], of: Rows, tokens: Tokens, share: &[f32], cotangents: &mut [f32]) {
+    for (r, &id) in targets[of.first..][..of.count].iter().enumerate() {
+        if let Some(at) = tokens.place(id) {
+            cotangents[at * TILE + r] -= share[r];
+        }
+    }
+}
+
 impl Tiles for Losses<'_> {
     fn scratch(&self) -> usize {
         3 * TILE
@@ -138,11 +147,7 @@ impl Tiles for LossGrads<'_> {
                 }
             },
         );
-        for (r, &id) in self.targets[of.first..][..of.count].iter().enumerate() {
-            if let Some(at) = tokens.place(id) {
-                logits[at * TILE + r] -= factors[r];
-            }
-        }
+        take_from_targets(self.targets, of, tokens, factors, logits);
     }
 }
 

@@ -5,7 +5,7 @@ use crate::cpu::kernels::classifier::{
     ClassifierShape, Rows, TargetOutOfRange, Tiles, Tokens, forward, forward_workspace, gradients, gradients_workspace,
     load_lanes, online_sum, tile_of,
 };
-use crate::cpu::kernels::linear_cross_entropy::choose;
+use crate::cpu::kernels::linear_cross_entropy::{choose, take_from_targets};
 use crate::cpu::kernels::product::{Left, Start, product};
 use crate::cpu::kernels::tile::{LANES, Shared, TILE, cut, lanes};
 use crate::cpu::vmath;
@@ -323,11 +323,7 @@ impl<T: Element> Tiles for LossGrads<'_, T> {
                 }
             },
         );
-        for (r, &id) in self.targets[of.first..][..of.count].iter().enumerate() {
-            if let Some(at) = tokens.place(id) {
-                logits[at * TILE + r] -= dloss[r];
-            }
-        }
+        take_from_targets(self.targets, of, tokens, dloss, logits);
     }
 }
 

@@ -6,7 +6,7 @@ use crate::cpu::kernels::classifier::{
     ClassifierShape, Rows, TargetOutOfRange, Tiles, Tokens, forward, forward_workspace, gradients, gradients_workspace,
     online_sum,
 };
-use crate::cpu::kernels::linear_cross_entropy::choose;
+use crate::cpu::kernels::linear_cross_entropy::{choose, take_from_targets};
 use crate::cpu::kernels::linear_distillation::{OfRows, Results, SharedResults, divide};
 use crate::cpu::kernels::tile::{TILE, cut, lanes};
 use crate::cpu::vmath;
@@ -265,11 +265,7 @@ impl Tiles for LossGrads<'_> {
                 logits[place] = dloss[r] * q + all[r] * soft_q - dkd[r] * self.kept.log_p(of, at).1;
             }
         });
-        for (r, &id) in self.targets[of.first..][..of.count].iter().enumerate() {
-            if let Some(at) = tokens.place(id) {
-                logits[at * TILE + r] -= dloss[r];
-            }
-        }
+        take_from_targets(self.targets, of, tokens, dloss, logits);
     }
 }
 
