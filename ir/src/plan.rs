@@ -6,7 +6,7 @@
 //! the old value later. Parameters and state lie outside the arena.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::{BinaryHeap, HashMap, HashSet};
 use std::fmt::Write;
 
 use crate::error::{Error, Result};
@@ -311,9 +311,8 @@ impl Plan {
 }
 
 /// Node order with every op that works in place after all other readers of what it overwrites, and the chains that are
-/// joined right behind their nodes: those of `joined` that are ready then. A chain that computes the update of a stored tensor
-/// comes as soon as its operands can be there, which need not be kept then ([`ranks`]). Otherwise nodes keep the order in which
-/// they were made.
+/// joined right behind their nodes: those of `joined` that are ready then. A node that computes the update of a stored tensor
+/// comes as soon as its operands are there, which need not be kept then. Otherwise nodes keep the order in which they were made.
 fn order(graph: &Graph, mut joined: Vec<Option<NodeId>>) -> Result<(Vec<NodeId>, Vec<Option<NodeId>>)> {
     let nodes = graph.nodes();
     let mut readers: Vec<Vec<NodeId>> = vec![Vec::new(); graph.value_count()];
@@ -362,7 +361,17 @@ fn order(graph: &Graph, mut joined: Vec<Option<NodeId>>) -> Result<(Vec<NodeId>,
     }
     // Places in memory are no steps: they come as early as they can, so that nothing that is joined waits for one.
     let free = |i: usize| matches!(nodes[i].op, Op::Input(_) | Op::Constant(_)) || nodes[i].op.is_alias();
-    let rank = ranks(graph);
+    // What is there before the first step is waited for by nobody.
+    let is_there = |node: NodeId| matches!(graph.node(node).op, Op::Input(_) | Op::Constant(_));
+    let own_rank = |i: usize| if is_there(NodeId(i as u32)) { 0 } else { i };
+    let mut rank: Vec<usize> = (0..nodes.len()).map(own_rank).collect();
+    for update in graph.updates() {
+        let node = graph.producer(update.new);
+        let operands = graph.node(node).operands.iter().map(|&v| rank[graph.producer(v).index()]);
+        if graph.node(node).op.in_place().is_empty() && !is_there(node) {
+            rank[node.index()] = operands.max().unwrap_or(node.index());
+        }
+    }
     let key = |i: usize| Reverse((!free(i), rank[i], i));
     let mut ready: BinaryHeap<_> = (0..nodes.len()).filter(|&i| waits[i] == 0).map(key).collect();
     let mut taken = vec![false; nodes.len()];
@@ -406,31 +415,6 @@ fn order(graph: &Graph, mut joined: Vec<Option<NodeId>>) -> Result<(Vec<NodeId>,
         return Err(Error::Overwrite { op: node.op.name(), operand, site: node.site.clone() });
     }
     Ok((order, joined))
-}
-
-/// The order in which nodes are run that could be run: that in which they were made, but chains that lead to the update of a stored
-/// tensor as early as what they are computed from.
-fn ranks(graph: &Graph) -> Vec<usize> {
-    let mut earliest: Vec<usize> = Vec::with_capacity(graph.nodes().len());
-    let mut rank: Vec<usize> = Vec::with_capacity(graph.nodes().len());
-    for (id, node) in graph.nodes_with_ids() {
-        let operands = node.operands.iter().map(|&v| earliest[graph.producer(v).index()]);
-        // Inputs and constants are there before the first step.
-        let is_there = matches!(node.op, Op::Input(_) | Op::Constant(_));
-        let own = if is_there { 0 } else { id.index() };
-        let chain = matches!(node.op, Op::Elementwise(_));
-        earliest.push(if chain { operands.max().unwrap_or(own) } else { own });
-        rank.push(own);
-    }
-    let is_chain = |id: NodeId| matches!(graph.node(id).op, Op::Elementwise(_));
-    let mut open: Vec<NodeId> = graph.updates().iter().map(|u| graph.producer(u.new)).collect();
-    while let Some(id) = open.pop() {
-        if is_chain(id) && rank[id.index()] > earliest[id.index()] {
-            rank[id.index()] = earliest[id.index()];
-            open.extend(graph.node(id).operands.iter().map(|&v| graph.producer(v)));
-        }
-    }
-    rank
 }
 
 fn alias_base(graph: &Graph, mut value: Value) -> Value {
@@ -486,6 +470,12 @@ fn roots(graph: &Graph, steps: &[Step], step_of: &[usize], joined: &[Option<Node
         }
         !matches!(graph.node(graph.producer(root)).op, Op::Constant(_))
     };
+    // One that nothing reads is written there from the start, whatever it is computed from.
+    let operands = graph.nodes().iter().flat_map(|node| &node.operands).copied();
+    let kept = graph.outputs().iter().map(|(_, v)| *v).chain(graph.updates().iter().map(|u| u.new));
+    let read: HashSet<Value> = operands.chain(kept).map(|v| roots[v.index()]).collect();
+    let unread = graph.updates().iter().filter(|u| !read.contains(&u.state));
+    let written: HashMap<Value, Value> = unread.map(|u| (u.new, u.state)).collect();
     for &id in &by_step {
         let node = graph.node(id);
         let Op::Elementwise(_) = node.op else { continue };
@@ -506,8 +496,8 @@ fn roots(graph: &Graph, steps: &[Step], step_of: &[usize], joined: &[Option<Node
             // The stored tensor first: another operand would have to be copied over it.
             let is_stored = |v: &&Value| graph.input_of(roots[v.index()]).is_some();
             let mut candidates = node.operands.iter().filter(is_stored).chain(&node.operands);
-            let Some(&operand) = candidates.find(fits) else { continue };
-            let root = roots[operand.index()];
+            let over = || candidates.find(fits).map(|operand| roots[operand.index()]);
+            let Some(root) = written.get(&result).copied().or_else(over) else { continue };
             taken.push(root);
             last[root.index()] = last[result.index()];
             // Everything that shared the result's storage now shares the operand's.

@@ -174,6 +174,30 @@ fn every_step_of_a_training_step_finds_what_it_reads() {
     assert_eq!(FENCE_BYTES % 128, 0);
 }
 
+/// What is computed for a stored tensor that nothing reads needs no place of its own; what something reads does.
+#[test]
+fn an_update_of_what_nothing_reads_is_written_where_it_stays() {
+    for reads in [false, true] {
+        let mut g = Graph::new();
+        let (ty, narrow) = (TensorType::f32([300]), TensorType::new(DType::Bf16, [300]));
+        for name in ["a", "b"] {
+            let wide = g.parameter(name, ty.clone()).unwrap();
+            let copy = g.state(format!("{name}.copy"), narrow.clone()).unwrap();
+            let rounded = g.cast(wide, DType::Bf16).unwrap();
+            g.update(copy, rounded).unwrap();
+            if reads {
+                let old = g.cast(copy, DType::F32).unwrap();
+                g.output(name, old).unwrap();
+            }
+        }
+        let plan = Plan::new(passes::optimise(&g).unwrap(), &|_, _| 0, Fences::Off).unwrap();
+        assert_eq!(plan.overlap(), None);
+        Owners::check(&plan);
+        let copies = plan.steps().iter().filter(|s| matches!(s, Step::Copy { .. })).count();
+        assert_eq!((copies, plan.arena_bytes() == 0), if reads { (2, false) } else { (0, true) });
+    }
+}
+
 #[test]
 fn updates_in_place_wait_for_every_reader() {
     let mut g = Graph::new();

@@ -141,17 +141,23 @@ fn micro_batches_are_one_large_batch() {
 #[test]
 fn gradients_are_added_where_they_are_kept() {
     // One micro-batch needs all gradients in its arena until their norm is known; of several, each gives its own away at once.
-    for (sparse, dtype) in [(false, "model.dtype=f32"), (true, "model.dtype=bf16")] {
-        given_away(config(sparse, &["model.layers=6", "model.width=64", "model.ffn=256", dtype]));
+    for (sparse, dtype, recomputes) in
+        [(false, "f32", false), (true, "f32", true), (true, "bf16", false), (true, "bf16", true)]
+    {
+        let dtype = format!("model.dtype={dtype}");
+        let config = config(sparse, &["model.layers=6", "model.width=64", "model.ffn=256", &dtype]);
+        given_away(config, recomputes);
     }
 }
 
-fn given_away(config: Config) {
-    let mut one = Run::new(config.clone(), 1, 1, false, None);
-    let mut many = Run::new(config.clone(), 1, 4, false, None);
+fn given_away(config: Config, recomputes: bool) {
+    let mut one = Run::new(config.clone(), 1, 1, recomputes, None);
+    let mut many = Run::new(config.clone(), 1, 4, recomputes, None);
     let gradients = config.training_bytes().gradients as usize;
-    let [(arena, state), (arena_of_many, state_of_many)] = [&mut one, &mut many]
-        .map(|run| (run.trainer.program().plan().arena_bytes(), run.trainer.program().plan().state_bytes()));
+    let [(arena, state), (arena_of_many, state_of_many)] = [&mut one, &mut many].map(|run| {
+        let plan = run.trainer.program().plan();
+        (plan.arena_bytes(), plan.state_bytes())
+    });
     assert!(state_of_many >= state + gradients && state_of_many < state + gradients + 1000, "{state_of_many} {state}");
     assert!(arena_of_many + gradients / 4 < arena, "{arena_of_many} of {arena}, gradients {gradients}");
 }

@@ -8,7 +8,7 @@
 use std::collections::{BTreeSet, HashMap};
 
 use crate::error::Result;
-use crate::graph::{Graph, NodeId, Value};
+use crate::graph::{Graph, Node, NodeId, Value};
 use crate::ops::Op;
 
 /// The scope of nodes that [`crate::gradients`] emits.
@@ -26,8 +26,9 @@ pub fn recompute(graph: &Graph, borders: &[Value]) -> Result<Graph> {
     let mut out = Graph::new();
     let mut map: Vec<Option<Value>> = vec![None; graph.value_count()];
     let mut latest = None;
-    for (id, node) in graph.nodes_with_ids() {
-        let backward = copies.segments.backward[id.index()];
+    for node in graph.nodes() {
+        // What comes from the backward pass but is no part of it, as an optimizer does, reads what is there.
+        let backward = is_emitted(node);
         if backward {
             let incoming = node.operands.iter().rev().find(|v| copies.segments.backward[graph.producer(**v).index()]);
             let trigger = incoming.and_then(|v| map[v.index()]).or(latest);
@@ -45,6 +46,11 @@ pub fn recompute(graph: &Graph, borders: &[Value]) -> Result<Graph> {
     }
     out.adopt_ends(graph, &map);
     Ok(out)
+}
+
+/// Whether [`crate::gradients`] made a node.
+fn is_emitted(node: &Node) -> bool {
+    node.scope.split('/').next() == Some(BACKWARD)
 }
 
 /// Which values are kept, and between which borders the others lie.
@@ -66,8 +72,8 @@ impl Segments {
         // What depends on constants alone costs nothing to keep.
         let mut constant = vec![false; graph.value_count()];
         for (id, node) in graph.nodes_with_ids() {
-            let emitted = node.scope.split('/').next() == Some(BACKWARD);
-            backward[id.index()] = emitted || node.operands.iter().any(|v| backward[graph.producer(*v).index()]);
+            backward[id.index()] =
+                is_emitted(node) || node.operands.iter().any(|v| backward[graph.producer(*v).index()]);
             let after = |v: &Value| number[v.index()] + usize::from(is_border[v.index()]);
             let of_node = node.operands.iter().map(after).max().unwrap_or(0);
             let folds = node.op.as_input().is_none() && node.operands.iter().all(|v| constant[v.index()]);
