@@ -1,8 +1,6 @@
 //! `moebius train`.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use moebius::Engine;
 use moebius::checkpoint::Checkpoints;
@@ -19,7 +17,8 @@ use moebius_models::training::{
 };
 
 use crate::cli::TrainArgs;
-use crate::failure::{Failure, INTERRUPTED};
+use crate::failure::Failure;
+use crate::interrupt;
 use crate::progress::{Caching, Progress};
 use crate::text::{self, note};
 
@@ -55,19 +54,7 @@ pub(crate) fn train(args: &TrainArgs, job: &Job, config: Config, course: Option<
     alarms.check(&config.model)?;
     let corpus = corpus(args, &config, tokenizer)?;
 
-    let stop = Arc::new(AtomicBool::new(false));
-    let asked = Arc::clone(&stop);
-    // The first Ctrl-C (or SIGTERM, or a terminal that is closed) ends the run after the step; a second one ends the
-    // program at once.
-    let handler = ctrlc::set_handler(move || {
-        if asked.swap(true, Ordering::Relaxed) {
-            std::process::exit(INTERRUPTED.into());
-        }
-        note!("\nstopping after this step (press Ctrl-C again to stop at once) ...");
-    });
-    if let Err(error) = handler {
-        note!("moebius: warning: Ctrl-C will not save a checkpoint: {error}");
-    }
+    let stop = interrupt::stop_flag("after this step");
 
     let parameters = config.parameters();
     note!(
