@@ -102,10 +102,10 @@ fn judge(values: &[f64], constant: f64, bounds: usize) -> (Verdict, Option<Test>
 
 fn tested(test: Option<Test>, bounds: usize) -> String {
     match test {
-        Some(_) if bounds > 0 => format!("; a bound in {bounds} seeds that do not reach it"),
-        Some(Test { count, p, .. }) if p < 1e-3 => format!("; {count} seeds, p < 0.001"),
-        Some(Test { count, p, .. }) => format!("; {count} seeds, p = {p:.3}"),
-        None => "; one seed has no spread".into(),
+        Some(_) if bounds > 0 => format!(", a bound for {bounds} seeds that do not reach it"),
+        Some(Test { count, p, .. }) if p < 1e-3 => format!(", {count} seeds, p < 0.001"),
+        Some(Test { count, p, .. }) => format!(", {count} seeds, p = {p:.3}"),
+        None => ", one seed has no spread".into(),
     }
 }
 
@@ -139,12 +139,14 @@ impl Sheet<'_> {
         let lower: Vec<f64> = pairs.iter().map(|(own, other)| other - own).collect();
         let (verdict, test) = judge(&lower, -margin, 0);
         let text = |values| with_spread(&sample(values), Unit::Loss);
-        let than_margin = if margin > 0.0 { format!(" against {:+}", -margin) } else { String::new() };
+        let side = if sample(lower.clone()).mean() < 0.0 { "higher" } else { "lower" };
+        let turned = if side == "higher" { -1.0 } else { 1.0 };
+        let wanted = if margin > 0.0 { format!(", wanted at most {margin} higher") } else { String::new() };
         let numbers = format!(
-            "{of} {}, {than} {}: lower by {} nats{than_margin}, paired by seed{}",
+            "{of} {}, {than} {}: {} nats {side}{wanted}; paired by seed{}",
             text(own),
             text(other),
-            text(lower),
+            text(lower.iter().map(|difference| turned * difference).collect()),
             tested(test, 0)
         );
         (verdict, numbers)

@@ -107,14 +107,14 @@ fn exact(value: f64) -> String {
     if value.is_finite() { value.to_string() } else { String::new() }
 }
 
-/// The table with all digits: for each column the mean, its standard deviation where there are seeds, and the seeds for which it is
-/// a bound or missing.
+/// The table with all digits: for each column the mean, and where each run has its own number its standard deviation and the seeds
+/// for which it is a bound or missing.
 pub(super) fn table_csv(sheet: &Sheet<'_>) -> String {
     let mut header = vec![ARM.to_owned()];
     for column in &sheet.study.columns {
         let key = column.key();
         header.push(key.clone());
-        if *column != Measure::Experts {
+        if column.is_of_runs() {
             // What kind of number it is stays at the end of the name.
             let (name, end) = ["_ms", "_s", "_time"]
                 .iter()
@@ -132,7 +132,10 @@ pub(super) fn table_csv(sheet: &Sheet<'_>) -> String {
                 continue;
             }
             let sample = sheet.sample(at, column);
-            cells.extend([exact(sample.mean()), exact(sample.deviation()), sample.bounds.to_string()]);
+            cells.push(exact(sample.mean()));
+            if column.is_of_runs() {
+                cells.extend([exact(sample.deviation()), sample.bounds.to_string()]);
+            }
         }
         text += &line(&cells);
     }

@@ -131,6 +131,32 @@ impl Measure {
         }
     }
 
+    /// Whether each run has its own number; else the arm has one.
+    pub fn is_of_runs(self) -> bool {
+        match self {
+            Measure::ValidationLoss
+            | Measure::TestBits
+            | Measure::TrainingSeconds
+            | Measure::FlopsToReach(_)
+            | Measure::SecondsToReach(_)
+            | Measure::LessTraining(_)
+            | Measure::LessTime(_) => true,
+            Measure::Experts
+            | Measure::Parameters
+            | Measure::ActiveParameters
+            | Measure::PlainStepMs
+            | Measure::StepMs
+            | Measure::CachedStepMs
+            | Measure::DispatchBytes
+            | Measure::TrainingFlops
+            | Measure::DecodeMs
+            | Measure::TrainingMemory
+            | Measure::WeightBytes
+            | Measure::LearningRate
+            | Measure::AuxCoef => false,
+        }
+    }
+
     /// The arm that it compares with.
     pub fn reference(self) -> Option<&'static str> {
         match self {

@@ -19,7 +19,7 @@ pub enum Axis {
 /// A plot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Plot {
-    /// The validation loss at the end, a dot for each seed and a bar for the mean of an arm.
+    /// The validation loss at the end, dots joined by seed and a bar for the mean of an arm.
     Seeds,
     /// The loss of the evaluations: mean over the seeds, and a band from the least to the greatest.
     Curves(Axis),
@@ -43,7 +43,7 @@ const STYLE: &str = "\
 .st{font:13px system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue',Arial,sans-serif}\
 .st text{fill:#5b6570;font-size:13px}.st .st-t{fill:#1b1f24;font-size:15px;font-weight:600}.st .st-n{fill:#1b1f24}\
 .st-bg{fill:#fff}.st-g{stroke:#e4e7eb}.st-x{stroke:#5b6570}.st-l{fill:none;stroke-width:2;stroke-linejoin:round}\
-.st-b{stroke:none;fill-opacity:.15}.st-m{stroke-width:3}.st-e{stroke-width:1.5}\
+.st-b{stroke:none;fill-opacity:.15}.st-m{stroke-width:3}.st-e{stroke-width:1.5}.st-p{fill:none;stroke:#9aa4af;stroke-opacity:.5}\
 .st-0{--c:#3457b1}.st-1{--c:#c24e00}.st-2{--c:#0a8f6f}.st-3{--c:#a8003f}.st-4{--c:#7a4fb5}.st-5{--c:#8a6d00}.st-6{--c:#0a7fa5}.st-7{--c:#5b6570}\
 .st-l,.st-m,.st-e{stroke:var(--c)}.st-b,.st-d{fill:var(--c)}\
 @media (prefers-color-scheme:dark){.st text{fill:#9aa4af}.st .st-t,.st .st-n{fill:#e8eaed}.st-bg{fill:#14171b}.st-g{stroke:#2c3238}.st-x{stroke:#9aa4af}\
@@ -74,7 +74,7 @@ impl Plot {
     /// What it shows.
     pub fn title(self) -> String {
         match self {
-            Plot::Seeds => "Validation loss at the end: a dot for each seed, a bar for the mean".into(),
+            Plot::Seeds => "Validation loss at the end: bars for means, dots joined by seed".into(),
             Plot::Curves(Axis::Tokens) => "Validation loss over training tokens: mean and range over the seeds".into(),
             Plot::Curves(Axis::Flops) => "Validation loss over training FLOPs: mean and range over the seeds".into(),
             Plot::Scatter(measure) => {
@@ -185,18 +185,28 @@ fn seeds(sheet: &Sheet<'_>, svg: &mut String) -> Option<()> {
     let (low, high) = range(samples.iter().flat_map(|s| s.values.iter().copied()))?;
     let y = losses(svg, low, high);
     let step = (RIGHT - LEFT) / arms as f64;
+    let half = (step * 0.28).min(40.0);
+    let place = |arm: usize, seed: usize, value: f64| {
+        let aside = (seed as f64 + 0.5 - sheet.seeds as f64 / 2.0) * (half / sheet.seeds.max(2) as f64);
+        (LEFT + step * (arm as f64 + 0.5) + aside, y.pixel(value))
+    };
+    let loss = |arm: usize, seed: usize| sheet.results[arm].get(seed)?.as_ref()?.validation_loss;
+    // What the seeds share is seen along the lines.
+    for seed in 0..sheet.seeds {
+        let points = (0..arms).filter_map(|arm| Some(place(arm, seed, loss(arm, seed)?)));
+        let points: Vec<String> = points.map(|(x, y)| format!("{x:.1} {y:.1}")).collect();
+        if points.len() > 1 {
+            let _ = write!(svg, "<path class=\"st-p\" d=\"M{}\"/>", points.join("L"));
+        }
+    }
     let mut list = Vec::new();
     for (arm, sample) in samples.iter().enumerate().filter(|(_, s)| !s.values.is_empty()) {
         let (middle, class) = (LEFT + step * (arm as f64 + 0.5), colour(arm));
         let mean = y.pixel(sample.mean());
-        let half = (step * 0.28).min(40.0);
         let _ =
             write!(svg, "<path class=\"st-m st-{class}\" d=\"M{:.1} {mean:.1}h{:.1}\"/>", middle - half, 2.0 * half);
-        let count = sample.values.len() as f64;
-        for (i, &value) in sample.values.iter().enumerate() {
-            let at = middle + (i as f64 + 0.5 - count / 2.0) * (half / count.max(2.0));
-            let _ =
-                write!(svg, "<circle class=\"st-d st-{class}\" cx=\"{at:.1}\" cy=\"{:.1}\" r=\"4\"/>", y.pixel(value));
+        for (x, y) in (0..sheet.seeds).filter_map(|seed| Some(place(arm, seed, loss(arm, seed)?))) {
+            let _ = write!(svg, "<circle class=\"st-d st-{class}\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"4\"/>");
         }
         let name = escape(sheet.study.arms[arm].name);
         let _ = write!(svg, "<text text-anchor=\"middle\" x=\"{middle:.1}\" y=\"{:.1}\">{name}</text>", BOTTOM + 19.0);

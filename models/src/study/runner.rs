@@ -8,7 +8,7 @@ use moebius::Engine;
 
 use super::files;
 use super::timing::{self, Timings};
-use super::train::{Wanted, Workshop};
+use super::train::{Wanted, Weights, Workshop};
 use super::{RunResult, Scale, Sheet, Study, StudyError, StudyEvent as Event, TIMING_FILE, Text, Training, tune};
 use crate::config::Config;
 
@@ -186,11 +186,15 @@ fn fill(
             observer(event);
             let needed = finished.is_none();
             if let Some((teacher, _)) = run.teacher.as_ref().filter(|_| needed)
-                && workshop.train(teacher, true, observer)?.is_none()
+                && workshop.train(teacher, Weights::Needed, observer)?.is_none()
             {
                 return Ok(false);
             }
-            let Some(result) = workshop.train(run, false, observer)? else { return Ok(false) };
+            let weights = match setup.keep_checkpoints || teaches(&wanted, at) {
+                true => Weights::Kept,
+                false => Weights::Forgotten,
+            };
+            let Some(result) = workshop.train(run, weights, observer)? else { return Ok(false) };
             if needed {
                 observer(Event::Finished(&result));
             }
@@ -251,9 +255,8 @@ fn time(
     }
     observer(Event::Timing);
     let all: Vec<Wanted> = (0..arms.len()).map(|arm| wanted(sheet, arm, 1)).collect();
-    for (at, run) in all.iter().enumerate().filter(|&(at, _)| teaches(&all, at)) {
-        observer(Event::Arm { arm: run.arm, seed: 1, number: at + 1, of: all.len(), finished: None });
-        if workshop.train(run, true, observer)?.is_none() {
+    for (_, run) in all.iter().enumerate().filter(|&(at, _)| teaches(&all, at)) {
+        if workshop.train(run, Weights::Needed, observer)?.is_none() {
             return Ok(false);
         }
     }

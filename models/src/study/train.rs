@@ -75,6 +75,17 @@ pub(super) struct Wanted {
     pub(super) tuning: bool,
 }
 
+/// What becomes of the weights of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Weights {
+    /// They are not wanted after the last evaluation.
+    Forgotten,
+    /// They stay if the run is trained now.
+    Kept,
+    /// They must be there: a run that has none is trained again.
+    Needed,
+}
+
 /// What runs are made with.
 pub(super) struct Workshop<'a> {
     pub(super) engine: &'a Engine,
@@ -124,25 +135,25 @@ impl Workshop<'_> {
     }
 
     /// Trains a run to its end, or goes on with it; nothing is done if it is finished and, where they are needed, its weights are
-    /// there. None if it was asked to stop.
+    /// there. None if it was asked to stop. Only weights that are `kept` are written at the end.
     pub(super) fn train(
         &self,
         wanted: &Wanted,
-        needs_weights: bool,
+        weights: Weights,
         observer: &mut dyn FnMut(StudyEvent<'_>),
     ) -> Result<Option<RunResult>, StudyError> {
         if let Some(result) = self.finished(wanted)?
-            && (!needs_weights || self.has_weights(wanted))
+            && (weights != Weights::Needed || self.has_weights(wanted))
         {
             return Ok(Some(result));
         }
         let folder = self.folder(wanted);
-        match self.train_once(wanted, &folder, observer) {
+        match self.train_once(wanted, &folder, weights, observer) {
             // The teacher was trained anew and came out with other bits, as on another device: so is its student.
             Err(StudyError::Run { source: TrainingError::Distill(DistillError::OtherTeacher { .. }), .. }) => {
                 remove(&folder)?;
                 observer(StudyEvent::Note("its teacher was trained anew and is another one: it begins again"));
-                self.train_once(wanted, &folder, observer)
+                self.train_once(wanted, &folder, weights, observer)
             }
             trained => trained,
         }
@@ -152,6 +163,7 @@ impl Workshop<'_> {
         &self,
         wanted: &Wanted,
         folder: &Path,
+        weights: Weights,
         observer: &mut dyn FnMut(StudyEvent<'_>),
     ) -> Result<Option<RunResult>, StudyError> {
         let fail = |source| StudyError::Run { folder: folder.to_owned(), source };
@@ -167,6 +179,7 @@ impl Workshop<'_> {
             }
         };
         let mut run = opened.map_err(fail)?;
+        run.save_last(weights != Weights::Forgotten);
         let ending = match run.train(self.stop, &mut events) {
             Err(TrainingError::Engine(moebius::Error::NonFinite { step, .. })) if wanted.tuning => {
                 let result = self.result(wanted, folder, None, None)?;

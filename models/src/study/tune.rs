@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::train::{Wanted, Workshop};
+use super::train::{Wanted, Weights, Workshop};
 use super::{Arm, StudyError, StudyEvent};
 use crate::config::Config;
 
@@ -95,7 +95,7 @@ pub(super) fn all(
             number += 1;
             observer(StudyEvent::Tuning { arm: arm.name, number, of, learning_rate: rate, aux_coef: coefficient });
             let wanted = short(arm, config, rate, coefficient);
-            let Some(result) = workshop.train(&wanted, false, observer)? else { return Ok(false) };
+            let Some(result) = workshop.train(&wanted, Weights::Forgotten, observer)? else { return Ok(false) };
             workshop.forget_weights(&wanted)?;
             tries.push(Try { learning_rate: rate, aux_coef: coefficient, loss: result.validation_loss });
             Ok(true)
