@@ -199,6 +199,12 @@ impl Workshop<'_> {
             false => Some(evaluate(&mut run, &self.text.test).map_err(fail)?),
         };
         let result = self.result(wanted, folder, Some(validation), test)?;
+        // Trained again for its weights alone: what was measured the first time stays, unless it came out differently.
+        if let Some(before) = self.finished(wanted)?
+            && (before.validation_loss, before.test_loss) == (result.validation_loss, result.test_loss)
+        {
+            return Ok(Some(before));
+        }
         self.report(&run, folder)?;
         // Last, as this file says that the run is finished.
         result.write(folder)?;
