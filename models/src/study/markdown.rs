@@ -43,7 +43,8 @@ pub(super) fn tuning_table(sheet: &Sheet<'_>) -> (Vec<String>, Vec<Vec<String>>)
             true => format!("as {}", tuning.found_for),
             false => tuning.tries.iter().map(one).collect::<Vec<_>>().join("; "),
         };
-        let taken = format!("{} / {}", short(tuning.learning_rate), short(tuning.aux_coef));
+        let edge = if tuning.is_at_the_edge() { ", at the edge of the grid" } else { "" };
+        let taken = format!("{} / {}{edge}", short(tuning.learning_rate), short(tuning.aux_coef));
         vec![tuning.arm.to_owned(), tries, taken]
     };
     (header, sheet.tunings.iter().map(row).collect())

@@ -76,6 +76,7 @@ pub(super) fn number(value: f64, unit: Unit) -> String {
             v if v >= 1e4 => format!("{:.1} kB", v / 1e3),
             v => format!("{v:.0} B"),
         },
+        Unit::Flops if value == 0.0 => "0".into(),
         Unit::Flops => format!("{value:.2e}"),
         Unit::Count | Unit::Time | Unit::Setting => short(value),
     }

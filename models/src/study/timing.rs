@@ -194,8 +194,11 @@ pub(super) fn measure(
         let bytes = (plan.state_bytes() + plan.arena_bytes()) as u64;
         measured.push((way.kind, median(&mut way.times) * 1e3, bytes));
     }
+    // Their memory is the generators'.
+    drop(ways);
+    let decoded = decode(engine, arms, tokens)?;
     let mut timings = Vec::new();
-    for (own, (arm, config)) in of_arms.iter().zip(arms) {
+    for ((own, (arm, _)), seconds) in of_arms.iter().zip(arms).zip(decoded) {
         let ms = |kind: Kind| own.iter().map(|&i| measured[i]).find(|way| way.0 == kind).map(|way| way.1);
         let needed = match arm.training {
             Training::Plain => Kind::Plain,
@@ -206,7 +209,7 @@ pub(super) fn measure(
             plain_ms: ms(Kind::Plain).unwrap_or(f64::NAN),
             live_ms: ms(Kind::Live),
             cached_ms: ms(Kind::Cached),
-            decode_ms: decode(engine, &config.model, config.train.seed, tokens)? * 1e3,
+            decode_ms: seconds * 1e3,
             training_bytes: bytes,
         });
     }
@@ -264,21 +267,31 @@ fn one(way: &mut Way, batches: &Batches, reader: Option<&CacheReader>) -> Result
     Ok(begun.elapsed().as_secs_f64())
 }
 
-/// The median seconds of a generated token.
-fn decode(engine: &Engine, model: &ModelConfig, seed: u64, tokens: usize) -> Result<f64, StudyError> {
-    let mut session = engine.session();
-    let mut generator = Generator::frozen(&mut session, model, RouteTap::default())?;
-    gpt::initialise(model, seed, |p, values| session.write_rounded(&p.name, values))?;
-    let mut times = Vec::with_capacity(tokens);
-    let mut next = 0i32;
+/// The median seconds of a generated token of each model, in turns as the steps.
+fn decode(engine: &Engine, arms: &[(&Arm, Config)], tokens: usize) -> Result<Vec<f64>, StudyError> {
+    struct Decoder {
+        session: Session,
+        generator: Generator,
+        next: i32,
+        times: Vec<f64>,
+    }
+    let mut decoders = Vec::new();
+    for (_, config) in arms {
+        let mut session = engine.session();
+        let generator = Generator::frozen(&mut session, &config.model, RouteTap::default())?;
+        gpt::initialise(&config.model, config.train.seed, |p, values| session.write_rounded(&p.name, values))?;
+        decoders.push(Decoder { session, generator, next: 0, times: Vec::with_capacity(tokens) });
+    }
     for i in 0..tokens + WARM_UP {
-        let begun = Instant::now();
-        let logits = generator.take(&mut session, &[next])?;
-        let best = |a: usize, b: usize| if logits[b] > logits[a] { b } else { a };
-        next = (0..logits.len()).reduce(best).unwrap_or(0) as i32;
-        if i >= WARM_UP {
-            times.push(begun.elapsed().as_secs_f64());
+        for Decoder { session, generator, next, times } in &mut decoders {
+            let begun = Instant::now();
+            let logits = generator.take(session, &[*next])?;
+            let best = |a: usize, b: usize| if logits[b] > logits[a] { b } else { a };
+            *next = (0..logits.len()).reduce(best).unwrap_or(0) as i32;
+            if i >= WARM_UP {
+                times.push(begun.elapsed().as_secs_f64());
+            }
         }
     }
-    Ok(median(&mut times))
+    Ok(decoders.iter_mut().map(|decoder| median(&mut decoder.times)).collect())
 }

@@ -49,6 +49,13 @@ fn set_rate(config: &mut Config, rate: f64) {
 }
 
 impl Tuning {
+    /// Whether the learning rate is the highest or lowest that was tried, so that the best may lie beyond.
+    pub fn is_at_the_edge(&self) -> bool {
+        let rates = self.tries.iter().map(|one| one.learning_rate);
+        let (low, high) = rates.fold((f64::INFINITY, 0.0), |(l, h): (f64, f64), r| (l.min(r), h.max(r)));
+        !self.tries.is_empty() && (self.learning_rate <= low || self.learning_rate >= high)
+    }
+
     /// Gives the settings to an arm's configuration.
     pub(super) fn apply(&self, config: &mut Config) {
         set_rate(config, self.learning_rate);
@@ -148,6 +155,9 @@ mod tests {
         let one = |rate, loss| Try { learning_rate: rate, aux_coef: 0.01, loss };
         let tries = [one(1.0, Some(2.0)), one(2.0, Some(1.5)), one(3.0, None), one(4.0, Some(f64::NAN))];
         assert_eq!(best("a", &tries).unwrap().learning_rate, 2.0);
+        let tuning =
+            |rate: f64| Tuning { arm: "a", tries: tries.to_vec(), learning_rate: rate, aux_coef: 0.01, found_for: "a" };
+        assert_eq!([1.0, 2.0, 4.0].map(|rate| tuning(rate).is_at_the_edge()), [true, false, true]);
         assert!(best("a", &tries[2..]).unwrap_err().to_string().contains("3, 4"));
     }
 
