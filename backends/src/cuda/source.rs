@@ -24,6 +24,7 @@ macro_rules! header {
 }
 
 header!(COMMON, "common.cuh");
+header!(HALVES, "halves.cuh");
 header!(MMA, "mma.cuh");
 header!(HOPPER, "hopper.cuh");
 header!(GEMM, "gemm.cuh");

@@ -20,33 +20,18 @@ struct Room {
 
 static_assert(sizeof(Room) + 1024 <= SHARED, "the memory that is asked for");
 
-/// Where a pipeline is: a stage, and the parity of its round.
-struct Turn {
-    int stage = 0;
-    u32 parity = 0;
-    __device__ __forceinline__ void next() {
-        if (++stage == STAGES) stage = 0, parity ^= 1;
-    }
-};
-
-/// Describes rows of 128 bytes, swizzled, to wgmma.
-__device__ __forceinline__ u64 described(const void* at) {
-    return (u64)((shared_address(at) & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
-}
-/// From 16 elements of k to the next, as descriptions count: of rows that lie along k, and of others.
-#define ALONG 2
-#define ACROSS 128
+typedef Round<STAGES> Turn;
 
 /// sum = own rows times other rows, both along the head.
 __device__ __forceinline__ void rows_by_rows(float (&sum)[32], u64 own, u64 other) {
 #pragma unroll
-    for (int i = 0; i < HEAD / 16; i++) wgmma(sum, own + i * ALONG, other + i * ALONG, i > 0);
+    for (int i = 0; i < HEAD / 16; i++) wgmma(sum, own + i * ALONG_K, other + i * ALONG_K, i > 0);
 }
 /// sum += weights, [64 own rows, OTHERS], times other rows.
 __device__ __forceinline__ void weights_by_rows(float (&sum)[32], const u32 (&weights)[16], u64 other, int add) {
 #pragma unroll
     for (int i = 0; i < OTHERS / 16; i++)
-        wgmma_held(sum, weights[4 * i], weights[4 * i + 1], weights[4 * i + 2], weights[4 * i + 3], other + i * ACROSS,
+        wgmma_held(sum, weights[4 * i], weights[4 * i + 1], weights[4 * i + 2], weights[4 * i + 3], other + i * ACROSS_K,
                    add || i > 0);
 }
 /// Sums as the left side of a product, rounded.
@@ -126,18 +111,6 @@ __device__ __forceinline__ void store(T* to, i64 pitch, int first, int rows, con
     }
 }
 
-__device__ __forceinline__ float quad_largest(float x) {
-    x = fmaxf(x, __shfl_xor_sync(WHOLE_WARP, x, 1));
-    return fmaxf(x, __shfl_xor_sync(WHOLE_WARP, x, 2));
-}
-__device__ __forceinline__ float quad_total(float x) {
-    x += __shfl_xor_sync(WHOLE_WARP, x, 1);
-    return x + __shfl_xor_sync(WHOLE_WARP, x, 2);
-}
-
-#define LOG2_E 1.4426950408889634f
-#define LN_2 0.6931471805599453f
-
 /// Grid: blocks of queries, heads, batch.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 attention_hopper(const __grid_constant__ TensorMap qkv_map, T* out, float* lse, Heads s) {
@@ -184,7 +157,7 @@ attention_hopper(const __grid_constant__ TensorMap qkv_map, T* out, float* lse, 
             float shrink[2];
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                most[half] = quad_largest(most[half]);
+                most[half] = quad_max(most[half]);
                 // Where nothing is visible yet all weights are 0, not those of a difference of infinities.
                 float base = most[half] == -INF_F ? 0.0f : most[half], total = 0.0f;
                 shrink[half] = exp2_fast(greatest[half] - base);
@@ -211,7 +184,7 @@ attention_hopper(const __grid_constant__ TensorMap qkv_map, T* out, float* lse, 
             if (lane == 0) arrive(&room.empty[turn.stage]);
         turn.next();
     }
-    float low = quad_total(sum[0]), high = quad_total(sum[1]);
+    float low = quad_sum(sum[0]), high = quad_sum(sum[1]);
     store(out + s.result(b, h), s.result_pitch(), first, s.tokens, acc, 1.0f / low, 1.0f / high);
     if (lane % 4 == 0) {
         if (row < s.tokens) lse[s.row(b, h) + row] = LN_2 * greatest[0] + logf(low);

@@ -89,25 +89,14 @@ __device__ __forceinline__ Tile find(const Room& room, const Sizes& s, int at, u
     return t;
 }
 
-/// Where a pipeline is: a stage, and the parity of its round.
-struct Turn {
-    int stage = 0;
-    u32 parity = 0;
+/// Where the pipeline is.
+struct Turn : Round<STAGES> {
     /// Which of its two pieces of memory a warpgroup stores through next.
     int piece = 0;
-    __device__ __forceinline__ void next() {
-        if (++stage == STAGES) stage = 0, parity ^= 1;
-    }
 };
 
-/// Describes a tile in shared memory to wgmma: rows of 128 bytes, swizzled; `apart` bytes between blocks of 64 when the tile's
-/// rows do not lie along k.
-__device__ __forceinline__ u64 described(const void* at, u32 apart) {
-    return (u64)((shared_address(at) & 0x3ffff) >> 4) | (u64)(apart >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
-}
-/// From 16 elements of k to the next, as descriptions count.
-#define X_STEP (X_ALONG_K ? 2 : 128)
-#define W_STEP (W_ALONG_K ? 2 : 128)
+#define X_STEP (X_ALONG_K ? ALONG_K : ACROSS_K)
+#define W_STEP (W_ALONG_K ? ALONG_K : ACROSS_K)
 
 /// The tile after the present one; it is looked for while products run.
 struct Next {

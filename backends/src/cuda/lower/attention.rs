@@ -7,7 +7,7 @@ use super::wgmma::{held_instruction, instructions};
 use super::{Lowered, dtype, float, int, shapes, typed};
 use crate::cuda::chip::Chip;
 use crate::cuda::launch::{Action, Arg, Kernel, Launch, Scratch, TensorBox, kernel};
-use crate::cuda::source::{HEADS, HOPPER, MMA, Source, TILES};
+use crate::cuda::source::{HALVES, HEADS, HOPPER, MMA, Source, TILES};
 
 const TEXT: &str = include_str!("../kernels/attention.cu");
 const FAST: &str = include_str!("../kernels/attention_mma.cu");
@@ -105,7 +105,7 @@ impl Packed {
 
     /// A file of the tensor cores' kernels.
     fn fast(&self, file: &'static str, text: &'static str) -> Result<Source, String> {
-        Ok(typed(file, &[MMA, HEADS, TILES], text, self.dtype)?.define("HEAD", self.head))
+        Ok(typed(file, &[HALVES, MMA, HEADS, TILES], text, self.dtype)?.define("HEAD", self.head))
     }
 
     /// Whether Hopper's own kernels take it: heads that are one line of shared memory.
@@ -128,7 +128,8 @@ impl Packed {
     fn hopper(&self, name: &'static str, heads: usize, args: Vec<Arg>) -> Result<Action, String> {
         let rows = instructions(self.dtype, &[64], true, true)? + &held_instruction(self.dtype, 64, false)?;
         let text = format!("{rows}\n#line 1 \"attention_hopper.cu\"\n{HOPPERS}");
-        let source = Source::generated("attention_hopper.cu", &[HOPPER, HEADS], text).define("T", float(self.dtype)?);
+        let source =
+            Source::generated("attention_hopper.cu", &[HALVES, HOPPER, HEADS], text).define("T", float(self.dtype)?);
         Ok(Action::Kernel(Kernel {
             source: source.define("HEAD", self.head).define("SHARED", HOPPER_SHARED),
             name,

@@ -8,7 +8,7 @@ use super::hopper::{self, End, Segments};
 use super::{Lowered, dtype, float, int, shapes};
 use crate::cuda::chip::Chip;
 use crate::cuda::launch::{Action, Arg, Launch, kernel};
-use crate::cuda::source::{GEMM, MMA, Source};
+use crate::cuda::source::{GEMM, HALVES, MMA, Source};
 
 const TEXT: &str = include_str!("../kernels/gemm.cu");
 /// Rows and columns of the tile of a block: the small one where sizes are small, and where more than the sums is kept.
@@ -42,7 +42,7 @@ pub(super) struct Kernels {
 
 pub(super) fn products(file: &'static str, text: &'static str, dtype: DType, tile: usize) -> Result<Kernels, String> {
     let wide = dtype == DType::F32;
-    let headers: &[_] = if wide { &[GEMM] } else { &[MMA, GEMM] };
+    let headers: &[_] = if wide { &[GEMM] } else { &[HALVES, MMA, GEMM] };
     let source = Source::new(file, headers, text).define("T", float(dtype)?).define("WIDE", u8::from(wide));
     Ok(Kernels { source: source.define("TILE", tile), threads: if wide { 256 } else { 2 * tile as u32 }, tile })
 }
