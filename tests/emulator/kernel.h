@@ -72,6 +72,13 @@ template <typename V> inline V __shfl_xor_sync(unsigned, V value, int mask) {
     memcpy(&other, all[moebius_emulator->now->lane ^ mask], sizeof other);
     return other;
 }
+template <typename V> inline V __shfl_up_sync(unsigned, V value, int distance) {
+    uint64_t (*all)[8] = exchange(&value, sizeof value);
+    V other;
+    int lane = moebius_emulator->now->lane;
+    memcpy(&other, all[lane < distance ? lane : lane - distance], sizeof other);
+    return other;
+}
 inline unsigned __ballot_sync(unsigned, bool flag) {
     uint64_t word = flag;
     uint64_t (*all)[8] = exchange(&word, sizeof word);
@@ -83,6 +90,8 @@ inline unsigned __ballot_sync(unsigned, bool flag) {
 inline unsigned __float_as_uint(float x) { unsigned u; memcpy(&u, &x, 4); return u; }
 inline float __uint_as_float(unsigned u) { float x; memcpy(&x, &u, 4); return x; }
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __expf(float x) { return expf(x); }
+inline float __fdividef(float a, float b) { return a / b; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int atomicCAS(int* at, int old, int now) { int was = *at; if (was == old) *at = now; return was; }
 inline int atomicAdd(int* at, int n) { int was = *at; *at += n; return was; }

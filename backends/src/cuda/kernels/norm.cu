@@ -1,52 +1,55 @@
-// Softmax and norms over rows of d elements, with their gradients: a block for each row.
+// Norms over rows of d elements, with their gradients: a block for each row.
+//
+// PER_LANE: elements that a thread has at a time; PIECES: how often, so that THREADS of them cover a row.
 
 #define THREADS 128
 
-KERNEL softmax(const T* x, int d, T* y) {
-    __shared__ float room[THREADS / 32];
-    x += (i64)blockIdx.x * d, y += (i64)blockIdx.x * d;
-    float greatest = -INF_F, sum = 0.0f;
-    for (int i = threadIdx.x; i < d; i += THREADS) greatest = fmaxf(greatest, to_float(x[i]));
-    greatest = block_max<THREADS>(greatest, room);
-    // A NaN, and a row of -inf, make the sum NaN.
-    for (int i = threadIdx.x; i < d; i += THREADS) sum += expf(to_float(x[i]) - greatest);
-    sum = block_sum<THREADS>(sum, room);
-    for (int i = threadIdx.x; i < d; i += THREADS) y[i] = from_float<T>(expf(to_float(x[i]) - greatest) / sum);
-}
+#define EACH_OF(j) _Pragma("unroll") for (int j = 0; j < PER_LANE; j++)
 
-KERNEL softmax_grad(const T* y, const T* dy, int d, T* dx) {
-    __shared__ float room[THREADS / 32];
-    i64 row = (i64)blockIdx.x * d;
-    float dot = 0.0f;
-    for (int i = threadIdx.x; i < d; i += THREADS) dot += to_float(y[row + i]) * to_float(dy[row + i]);
-    dot = block_sum<THREADS>(dot, room);
-    for (int i = threadIdx.x; i < d; i += THREADS)
-        dx[row + i] = from_float<T>(to_float(y[row + i]) * (to_float(dy[row + i]) - dot));
-}
+/// Walks what a thread has of a row: its i-th piece is the PER_LANE elements from `at` on.
+#define EACH_PIECE(i, at)                                                                                              \
+    _Pragma("unroll") for (int i = 0; i < PIECES; i++) if (int at = (i * THREADS + threadIdx.x) * PER_LANE; at < d)
+
+/// The pieces of a row that a thread has, in registers.
+struct Part {
+    Vector<T, PER_LANE> pieces[PIECES];
+    __device__ __forceinline__ Part(const T* row, int d) {
+        EACH_PIECE(i, at) pieces[i] = load_vector<PER_LANE>(row + at);
+    }
+};
 
 KERNEL layer_norm(const T* x, const float* gamma, const float* beta, int d, float eps, T* y, float* mean, float* rstd) {
     __shared__ float room[THREADS / 32];
     i64 row = (i64)blockIdx.x * d;
+    Part own(x + row, d);
     float sum = 0.0f, squares = 0.0f;
-    for (int i = threadIdx.x; i < d; i += THREADS) sum += to_float(x[row + i]);
+    EACH_PIECE(i, at) EACH_OF(j) sum += to_float(own.pieces[i].at[j]);
     float m = block_sum<THREADS>(sum, room) / (float)d;
-    for (int i = threadIdx.x; i < d; i += THREADS) {
-        float distance = to_float(x[row + i]) - m;
+    EACH_PIECE(i, at) EACH_OF(j) {
+        float distance = to_float(own.pieces[i].at[j]) - m;
         squares += distance * distance;
     }
     float r = 1.0f / sqrtf(block_sum<THREADS>(squares, room) / (float)d + eps);
-    for (int i = threadIdx.x; i < d; i += THREADS)
-        y[row + i] = from_float<T>((to_float(x[row + i]) - m) * r * gamma[i] + beta[i]);
+    EACH_PIECE(i, at) {
+        auto g = load_vector<PER_LANE>(gamma + at), b = load_vector<PER_LANE>(beta + at);
+        EACH_OF(j) own.pieces[i].at[j] = from_float<T>((to_float(own.pieces[i].at[j]) - m) * r * g.at[j] + b.at[j]);
+        store_vector<PER_LANE>(y + row + at, own.pieces[i]);
+    }
     if (threadIdx.x == 0) mean[blockIdx.x] = m, rstd[blockIdx.x] = r;
 }
 
 KERNEL rms_norm(const T* x, const float* gamma, int d, float eps, T* y, float* rstd) {
     __shared__ float room[THREADS / 32];
     i64 row = (i64)blockIdx.x * d;
+    Part own(x + row, d);
     float squares = 0.0f;
-    for (int i = threadIdx.x; i < d; i += THREADS) squares += to_float(x[row + i]) * to_float(x[row + i]);
+    EACH_PIECE(i, at) EACH_OF(j) squares += to_float(own.pieces[i].at[j]) * to_float(own.pieces[i].at[j]);
     float r = 1.0f / sqrtf(block_sum<THREADS>(squares, room) / (float)d + eps);
-    for (int i = threadIdx.x; i < d; i += THREADS) y[row + i] = from_float<T>(to_float(x[row + i]) * r * gamma[i]);
+    EACH_PIECE(i, at) {
+        auto g = load_vector<PER_LANE>(gamma + at);
+        EACH_OF(j) own.pieces[i].at[j] = from_float<T>(to_float(own.pieces[i].at[j]) * r * g.at[j]);
+        store_vector<PER_LANE>(y + row + at, own.pieces[i]);
+    }
     if (threadIdx.x == 0) rstd[blockIdx.x] = r;
 }
 
@@ -55,16 +58,24 @@ KERNEL norm_grad(const T* x, const float* gamma, const float* mean, const float*
     __shared__ float room[THREADS / 32];
     i64 row = (i64)blockIdx.x * d;
     float m = mean ? mean[blockIdx.x] : 0.0f, r = rstd[blockIdx.x];
+    Part own(x + row, d), cotangent(dy + row, d);
     float sum_g = 0.0f, sum_gh = 0.0f;
-    for (int i = threadIdx.x; i < d; i += THREADS) {
-        float h = (to_float(x[row + i]) - m) * r, g = __fmul_rn(to_float(dy[row + i]), gamma[i]);
-        sum_g += g, sum_gh += g * h;
+    EACH_PIECE(i, at) {
+        auto weight = load_vector<PER_LANE>(gamma + at);
+        EACH_OF(j) {
+            float h = (to_float(own.pieces[i].at[j]) - m) * r, g = __fmul_rn(to_float(cotangent.pieces[i].at[j]), weight.at[j]);
+            sum_g += g, sum_gh += g * h;
+        }
     }
     float mean_gh = block_sum<THREADS>(sum_gh, room) / (float)d;
     float mean_g = mean ? block_sum<THREADS>(sum_g, room) / (float)d : 0.0f;
-    for (int i = threadIdx.x; i < d; i += THREADS) {
-        float h = (to_float(x[row + i]) - m) * r, g = __fmul_rn(to_float(dy[row + i]), gamma[i]);
-        dx[row + i] = from_float<T>(r * (g - mean_g - h * mean_gh));
+    EACH_PIECE(i, at) {
+        auto weight = load_vector<PER_LANE>(gamma + at);
+        EACH_OF(j) {
+            float h = (to_float(own.pieces[i].at[j]) - m) * r, g = __fmul_rn(to_float(cotangent.pieces[i].at[j]), weight.at[j]);
+            own.pieces[i].at[j] = from_float<T>(r * (g - mean_g - h * mean_gh));
+        }
+        store_vector<PER_LANE>(dx + row + at, own.pieces[i]);
     }
 }
 

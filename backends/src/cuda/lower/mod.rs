@@ -52,6 +52,12 @@ fn dtype(graph: &Graph, node: &Node, i: usize) -> DType {
     graph.ty(node.operands[i]).dtype
 }
 
+/// Elements of a row that a lane has at a time: 16 bytes where rows of `d` begin at multiples of that, else one.
+fn per_lane(dtype: DType, d: usize) -> usize {
+    let whole = 16 / dtype.bytes();
+    if d.is_multiple_of(whole) { whole } else { 1 }
+}
+
 /// The launch of a node on such a GPU.
 ///
 /// # Errors

@@ -1,30 +1,33 @@
 //! Launches of softmax and norms, a block for each row.
 
-use moebius_ir::{DType, Graph, Node};
+use moebius_ir::{Graph, Node};
 
-use super::{Lowered, dtype, int, typed};
+use super::{Lowered, dtype, int, per_lane, typed};
 use crate::cuda::launch::{Action, Arg, Launch, Scratch, kernel};
 use crate::cuda::source::{Source, VECTORS};
 
 const TEXT: &str = include_str!("../kernels/norm.cu");
+const SOFTMAX: &str = include_str!("../kernels/softmax.cu");
 const THREADS: usize = 128;
 /// Rows whose parts of dgamma one thread adds up.
 const CHUNK: usize = 64;
 
-/// Columns that a lane has at a time: 16 bytes where rows of `d` begin at multiples of that, else one.
-fn per_lane(dtype: DType, d: usize) -> usize {
-    let whole = 16 / dtype.bytes();
-    if d.is_multiple_of(whole) { whole } else { 1 }
-}
-
-/// The kernels for the node's first operand, its rows, and its columns.
-fn parts(graph: &Graph, node: &Node) -> Result<(Source, usize, usize), String> {
+/// The rows of the node's first operand, and its columns.
+fn sizes(graph: &Graph, node: &Node) -> Result<(usize, usize), String> {
     let shape = &graph.ty(node.operands[0]).shape;
-    let dtype = dtype(graph, node, 0);
-    let source = typed("norm.cu", &[VECTORS], TEXT, dtype)?.define("PER_LANE", per_lane(dtype, shape.last()));
     int(shape.last(), "a last axis")?;
     int(shape.rows(), "rows")?;
-    Ok((source, shape.rows(), shape.last()))
+    Ok((shape.rows(), shape.last()))
+}
+
+/// The norms' kernels for the node's first operand, its rows, and its columns.
+fn parts(graph: &Graph, node: &Node) -> Result<(Source, usize, usize), String> {
+    let (rows, d) = sizes(graph, node)?;
+    let dtype = dtype(graph, node, 0);
+    let source = typed("norm.cu", &[VECTORS], TEXT, dtype)?
+        .define("PER_LANE", per_lane(dtype, d))
+        .define("PIECES", d.div_ceil(THREADS * per_lane(dtype, d)).max(1));
+    Ok((source, rows, d))
 }
 
 fn by_row(source: Source, name: &'static str, rows: usize, args: Vec<Arg>) -> Action {
@@ -32,13 +35,15 @@ fn by_row(source: Source, name: &'static str, rows: usize, args: Vec<Arg>) -> Ac
 }
 
 pub(super) fn lower_softmax(graph: &Graph, node: &Node) -> Lowered {
-    let (source, rows, d) = parts(graph, node)?;
+    let (rows, d) = sizes(graph, node)?;
+    let source = typed("softmax.cu", &[], SOFTMAX, dtype(graph, node, 0))?;
     let args = vec![Arg::Operand(0), Arg::I32(d as i32), Arg::Result(0)];
     Ok(Launch::of(vec![by_row(source, "softmax", rows, args)]))
 }
 
 pub(super) fn lower_softmax_grad(graph: &Graph, node: &Node) -> Lowered {
-    let (source, rows, d) = parts(graph, node)?;
+    let (rows, d) = sizes(graph, node)?;
+    let source = typed("softmax.cu", &[], SOFTMAX, dtype(graph, node, 0))?;
     let args = vec![Arg::Operand(0), Arg::Operand(1), Arg::I32(d as i32), Arg::Result(0)];
     Ok(Launch::of(vec![by_row(source, "softmax_grad", rows, args)]))
 }
