@@ -5,6 +5,7 @@ mod cse;
 mod dce;
 mod fusion;
 mod narrow;
+mod read_through;
 mod recompute;
 
 pub use constant_folding::fold_constants;
@@ -12,13 +13,14 @@ pub use cse::eliminate_common_subexpressions;
 pub use dce::eliminate_dead_code;
 pub use fusion::fuse_elementwise;
 pub use narrow::narrow_parameters;
+pub use read_through::read_through;
 pub use recompute::recompute;
 
 use crate::error::Result;
 use crate::graph::Graph;
 use crate::verify::{Stage, verify};
 
-/// All passes in their order: constants, common subexpressions, dead code, fusion of elementwise chains.
+/// All passes in their order: constants, common subexpressions, reading through, dead code, fusion of elementwise chains.
 ///
 /// # Errors
 /// [`crate::Error::Invalid`] if the graph, or what a pass made of it, breaks a rule.
@@ -27,6 +29,8 @@ pub fn optimise(graph: &Graph) -> Result<Graph> {
     let mut graph = fold_constants(graph)?;
     verify(&graph, Stage::Built)?;
     graph = eliminate_common_subexpressions(&graph)?;
+    verify(&graph, Stage::Built)?;
+    graph = read_through(&graph)?;
     verify(&graph, Stage::Built)?;
     graph = eliminate_dead_code(&graph)?;
     verify(&graph, Stage::Built)?;
