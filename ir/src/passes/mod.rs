@@ -20,17 +20,17 @@ use crate::error::Result;
 use crate::graph::Graph;
 use crate::verify::{Stage, verify};
 
-/// All passes in their order: constants, common subexpressions, reading through, dead code, fusion of elementwise chains.
+/// All passes in their order: reading through, constants, common subexpressions, dead code, fusion of elementwise chains.
 ///
 /// # Errors
 /// [`crate::Error::Invalid`] if the graph, or what a pass made of it, breaks a rule.
 pub fn optimise(graph: &Graph) -> Result<Graph> {
     verify(graph, Stage::Built)?;
-    let mut graph = fold_constants(graph)?;
+    let mut graph = read_through(graph)?;
+    verify(&graph, Stage::Built)?;
+    graph = fold_constants(&graph)?;
     verify(&graph, Stage::Built)?;
     graph = eliminate_common_subexpressions(&graph)?;
-    verify(&graph, Stage::Built)?;
-    graph = read_through(&graph)?;
     verify(&graph, Stage::Built)?;
     graph = eliminate_dead_code(&graph)?;
     verify(&graph, Stage::Built)?;

@@ -1,7 +1,8 @@
 //! Reading through: an operand that was only widened or stretched is read as it was before, where the op does that itself.
 //!
 //! A matrix product takes one factor of 16 bits beside one of f32, so a cast to f32 before it need not be stored; an elementwise
-//! op stretches its operands, so a broadcast before it need not be either.
+//! op stretches its operands, so a broadcast before it need not be either. What is done to every element of a broadcast is done
+//! before it.
 
 use crate::dtype::DType;
 use crate::error::Result;
@@ -14,6 +15,13 @@ use crate::ops::Op;
 /// None on a verified graph.
 pub fn read_through(graph: &Graph) -> Result<Graph> {
     graph.rebuild(|out, _, node, operands| {
+        if let (Op::Unary(_) | Op::Cast(_), &[whole]) = (&node.op, operands)
+            && let Op::Broadcast(_) = &out.node(out.producer(whole)).op
+        {
+            let stretch = out.node(out.producer(whole)).clone();
+            let one = out.push_copy(node, &stretch.operands)?;
+            return out.push_copy(&stretch, &one);
+        }
         let mut operands: Vec<Value> = operands.to_vec();
         let types = |out: &Graph, operands: &[Value]| {
             node.op.infer(&operands.iter().map(|&v| out.ty(v).clone()).collect::<Vec<_>>())
@@ -85,9 +93,14 @@ mod tests {
         let sum = g.add(x, rows).unwrap();
         g.output("sum", sum).unwrap();
         assert_eq!(ops(&read_through(&g).unwrap()), ["binary"]);
+        // What is done to the broadcast is done to what it is of.
+        let negative = g.neg(rows).unwrap();
+        let sum = g.add(x, negative).unwrap();
+        g.output("sum of negatives", sum).unwrap();
+        assert_eq!(ops(&read_through(&g).unwrap()), ["binary", "unary", "binary"]);
         // Of two broadcasts only one can go.
         let both = g.mul(ones, rows).unwrap();
         g.output("both", both).unwrap();
-        assert_eq!(ops(&read_through(&g).unwrap()), ["broadcast", "binary", "binary"]);
+        assert_eq!(ops(&read_through(&g).unwrap()), ["broadcast", "binary", "unary", "binary", "binary"]);
     }
 }

@@ -49,6 +49,14 @@ template <bool ALONG_K, typename Element>
 __device__ __forceinline__ Carried<Element> fetch(const Element* m, i64 pitch, int row0, int rows, int k0, int k) {
     Carried<Element> carried;
     bool aligned = (u64)m % 16 == 0 && pitch % (16 / (int)sizeof(Element)) == 0;
+    if (aligned && row0 + TILE <= rows && k0 + DEPTH <= k) {
+#pragma unroll
+        for (int i = 0; i < SEGMENTS; i++) {
+            Walk<ALONG_K> w(i);
+            carried.segment[i] = load_vector<8>(m + ((ALONG_K ? row0 : k0) + w.line) * pitch + (ALONG_K ? k0 : row0) + w.at);
+        }
+        return carried;
+    }
 #pragma unroll
     for (int i = 0; i < SEGMENTS; i++) {
         Walk<ALONG_K> w(i);
@@ -65,10 +73,9 @@ __device__ __forceinline__ Carried<Element> fetch(const Element* m, i64 pitch, i
     return carried;
 }
 
-/// Puts the parts of what was loaded into their tiles. True if a number among them is none that can be split.
+/// Puts the parts of what was loaded into their tiles.
 template <bool ALONG_K, int PARTS, typename Element>
-__device__ __forceinline__ bool place(u16 (*to)[LINES(ALONG_K)][PITCH(ALONG_K)], const Carried<Element>& carried) {
-    bool wild = false;
+__device__ __forceinline__ void place(u16 (*to)[LINES(ALONG_K)][PITCH(ALONG_K)], const Carried<Element>& carried) {
 #pragma unroll
     for (int i = 0; i < SEGMENTS; i++) {
         Walk<ALONG_K> w(i);
@@ -76,14 +83,12 @@ __device__ __forceinline__ bool place(u16 (*to)[LINES(ALONG_K)][PITCH(ALONG_K)],
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             float x = to_float(carried.segment[i].at[j]);
-            wild |= (__float_as_uint(x) & 0x7f800000u) == 0x7f800000u;
 #pragma unroll
             for (int p = 0; p < PARTS; p++) parts[p].at[j] = first_part(x);
         }
 #pragma unroll
         for (int p = 0; p < PARTS; p++) *(uint4*)&to[p][w.line][w.at] = parts[p].fours[0];
     }
-    return wild;
 }
 
 struct Room {
@@ -99,12 +104,11 @@ KERNEL split(const TA* a, const TB* b, const float* bias, float* partial, float*
     int first = chunk * s.chunk, end = min(first + s.chunk, s.k), row0 = warp / 2 * 32, column0 = warp % 2 * 32;
     a += batch * s.a_batch, b += batch * s.b_batch;
     float sum[2][4][4] = {};
-    bool wild = false;
     auto next_a = fetch<A_ALONG_K>(a, s.a_line, m0, s.m, first, end);
     auto next_b = fetch<B_ALONG_K>(b, s.b_line, n0, s.n, first, end);
     for (int k0 = first; k0 < end; k0 += DEPTH) {
-        wild |= place<A_ALONG_K, A_PARTS>(room.left, next_a);
-        wild |= place<B_ALONG_K, B_PARTS>(room.right, next_b);
+        place<A_ALONG_K, A_PARTS>(room.left, next_a);
+        place<B_ALONG_K, B_PARTS>(room.right, next_b);
         __syncthreads();
         // What the next round needs is on its way while this one computes.
         if (k0 + DEPTH < end) {
@@ -158,29 +162,41 @@ KERNEL split(const TA* a, const TB* b, const float* bias, float* partial, float*
 #pragma unroll
                 for (int q = 0; q < 4; q++) sum[i][j][q] += part[i][j][q];
     }
-    // An infinity has no parts; a tile that met one, or a NaN, is computed anew in plain arithmetic.
-    wild = __syncthreads_or(wild);
+    // An infinity has no parts: what is left of it is a NaN, or meets a part that is 0. Where the sum is a NaN, it is computed anew
+    // in plain arithmetic.
+    auto plain = [&](int row, int column) {
+        float v = 0.0f;
+        for (int k = first; k < end; k++) {
+            TA x = a[A_ALONG_K ? row * s.a_line + k : k * s.a_line + row];
+            TB y = b[B_ALONG_K ? column * s.b_line + k : k * s.b_line + column];
+            v = fmaf(to_float(x), to_float(y), v);
+        }
+        return v;
+    };
+    float* to = partial ? partial + chunk * s.total : c;
+    bool pairs = s.n % 2 == 0 && s.total % 2 == 0;
 #pragma unroll
     for (int i = 0; i < 2; i++)
 #pragma unroll
         for (int j = 0; j < 4; j++)
 #pragma unroll
-            for (int q = 0; q < 4; q++) {
-                int row = m0 + row0 + 16 * i + group + q / 2 * 8, column = n0 + column0 + 8 * j + 2 * pair + q % 2;
+            for (int half = 0; half < 2; half++) {
+                int row = m0 + row0 + 16 * i + group + half * 8, column = n0 + column0 + 8 * j + 2 * pair;
                 if (row >= s.m || column >= s.n) continue;
-                float v = sum[i][j][q];
-                if (wild) {
-                    v = 0.0f;
-                    for (int k = first; k < end; k++) {
-                        TA x = a[A_ALONG_K ? row * s.a_line + k : k * s.a_line + row];
-                        TB y = b[B_ALONG_K ? column * s.b_line + k : k * s.b_line + column];
-                        v = fmaf(to_float(x), to_float(y), v);
-                    }
+                Vector<float, 2> v;
+#pragma unroll
+                for (int q = 0; q < 2; q++) {
+                    v.at[q] = sum[i][j][2 * half + q];
+                    if (column + q >= s.n) continue;
+                    if (v.at[q] != v.at[q]) v.at[q] = plain(row, column + q);
+                    if (bias && chunk == 0) v.at[q] += bias[column + q];
                 }
-                if (bias && chunk == 0) v += bias[column];
-                i64 at = batch * s.c_batch + (i64)row * s.n + column;
-                if (partial) partial[chunk * s.total + at] = v;
-                else c[at] = v;
+                float* at = to + batch * s.c_batch + (i64)row * s.n + column;
+                if (pairs) store_vector<2>(at, v);
+                else {
+                    at[0] = v.at[0];
+                    if (column + 1 < s.n) at[1] = v.at[1];
+                }
             }
 }
 
