@@ -4,17 +4,22 @@
 //! on `param`, `m` and `v`. With `g = grad_scale grad` and `step` counted from 1: `m' = beta1 m + (1 - beta1) g`,
 //! `v' = beta2 v + (1 - beta2) g²`, `param' = param - lr (mhat / (sqrt(vhat) + eps) + weight_decay param)` with
 //! `mhat = m' / (1 - beta1^step)` and `vhat = v' / (1 - beta2^step)`. If `lr` or `grad_scale` is not finite, or `step` is
-//! below 1, nothing changes: a step whose gradient overflowed is skipped. With `rounded` there is an eighth operand, a float of
-//! 16 bits of the same shape that holds `param` rounded, and a fourth result in its place, `param'` rounded to nearest even. Not
-//! differentiable.
+//! below 1, nothing changes: a step whose gradient overflowed is skipped. With `rounded` there is one operand more at the end, a
+//! float of 16 bits of the same shape that holds `param` rounded, and one result more in its place, `param'` rounded to nearest
+//! even. Not differentiable.
+//!
+//! With `moments` = `bf16`, `m` and `v` are bf16; `m'` and `v'` are those of the formula, rounded to f32 and from there
+//! stochastically ([`crate::moments`]) by the random numbers of `stream` and `step`; `param'` is that of the formula, with `m'`
+//! and `v'` before they are rounded.
 
 use serde::{Deserialize, Serialize};
 use smallvec::smallvec;
 
 use super::{Cotangents, Rule, Types, check};
 use crate::autodiff::Vjp;
-use crate::error::{Mismatch, Result};
+use crate::error::{Mismatch, Result, Site};
 use crate::graph::{Graph, Value};
+use crate::moments::{self, Moments};
 use crate::tensor::Tensor;
 use crate::types::TensorType;
 
@@ -33,6 +38,29 @@ pub struct Adamw {
     /// A copy of the parameter in a float of 16 bits is kept too.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub rounded: bool,
+    /// How the moments are kept.
+    #[serde(default, skip_serializing_if = "Moments::is_default")]
+    pub moments: Moments,
+    /// The stream of the random numbers that moments in fewer bits are rounded by ([`moments::stream`]).
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub stream: u32,
+}
+
+fn is_zero(stream: &u32) -> bool {
+    *stream == 0
+}
+
+/// What a step of AdamW moves, or has moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AdamwState {
+    /// The parameter, f32.
+    pub param: Value,
+    /// The first moment, as [`Moments::ty`] says.
+    pub m: Value,
+    /// The second moment, as the first.
+    pub v: Value,
+    /// The parameter rounded to a float of 16 bits, if such a copy is kept.
+    pub rounded: Option<Value>,
 }
 
 impl Rule for Adamw {
@@ -48,17 +76,18 @@ impl Rule for Adamw {
         check::attribute(decay.is_finite() && decay >= 0.0, || {
             format!("a weight_decay that is finite and not negative, not {decay}")
         })?;
-        let moment = TensorType::f32(operands[0].shape.clone());
-        check::ty(operands, 0, &moment)?;
+        let param = TensorType::f32(operands[0].shape.clone());
+        let moment = self.moments.ty(&param.shape);
+        check::ty(operands, 0, &param)?;
         check::float(operands, 1)?;
-        check::shape(operands, 1, moment.shape.clone())?;
+        check::shape(operands, 1, param.shape.clone())?;
         check::ty(operands, 2, &moment)?;
         check::ty(operands, 3, &moment)?;
         (4..7).try_for_each(|i| check::ty(operands, i, &TensorType::f32([])))?;
-        let mut results: Types = smallvec![moment.clone(), moment.clone(), moment.clone()];
+        let mut results: Types = smallvec![param.clone(), moment.clone(), moment];
         if self.rounded {
             check::float(operands, 7)?;
-            check::shape(operands, 7, moment.shape.clone())?;
+            check::shape(operands, 7, param.shape)?;
             let dtype = operands[7].dtype;
             check::attribute(dtype.bytes() == 2, || format!("a rounded parameter of 16 bits, not {dtype}"))?;
             results.push(operands[7].clone());
@@ -86,6 +115,17 @@ impl Rule for Adamw {
                 let v_hat = v.data[i] / (1.0 - beta2.powf(step));
                 param.data[i] -= lr * (m_hat / (v_hat.sqrt() + eps) + decay * param.data[i]);
             }
+            match self.moments {
+                Moments::F32 => {}
+                Moments::Bf16 => {
+                    for i in 0..m.data.len() {
+                        let word = moments::words(self.stream, step as u32, i as u64 / 4)[i % 4];
+                        for (moment, random) in [(&mut m.data[i], word), (&mut v.data[i], word >> 16)] {
+                            *moment = f64::from(moments::bf16(moments::bf16_bits(*moment as f32, random)));
+                        }
+                    }
+                }
+            }
             if let Some(rounded) = &mut rounded {
                 rounded.data.clone_from(&param.data);
             }
@@ -102,7 +142,7 @@ impl Graph {
     /// One step of `rule` on `param` with the moments `m` and `v`; returns `[param', m', v']`. See [`Adamw`].
     ///
     /// # Errors
-    /// [`crate::Error::Operands`] if the operands do not fit or an attribute is out of its range.
+    /// As [`Graph::adamw_of`].
     #[track_caller]
     pub fn adamw(
         &mut self,
@@ -115,27 +155,25 @@ impl Graph {
         step: Value,
         grad_scale: Value,
     ) -> Result<[Value; 3]> {
-        self.push_all(Adamw { rounded: false, ..rule }, &[param, grad, m, v, lr, step, grad_scale])
+        let state = AdamwState { param, m, v, rounded: None };
+        let AdamwState { param, m, v, .. } = self.adamw_of(rule, state, grad, [lr, step, grad_scale])?;
+        Ok([param, m, v])
     }
 
-    /// [`Graph::adamw`] that keeps `rounded`, the parameter in a float of 16 bits, too; returns `[param', m', v', rounded']`.
+    /// One step of `rule` on all that it moves, `scalars` being `[lr, step, grad_scale]`; returns what it has moved, in the same
+    /// storage. Whether there is a rounded copy is read from `state`. See [`Adamw`].
     ///
     /// # Errors
-    /// As [`Graph::adamw`].
+    /// [`crate::Error::Operands`] if the operands do not fit or an attribute is out of its range.
     #[track_caller]
-    pub fn adamw_rounded(
-        &mut self,
-        rule: Adamw,
-        param: Value,
-        grad: Value,
-        m: Value,
-        v: Value,
-        lr: Value,
-        step: Value,
-        grad_scale: Value,
-        rounded: Value,
-    ) -> Result<[Value; 4]> {
-        self.push_all(Adamw { rounded: true, ..rule }, &[param, grad, m, v, lr, step, grad_scale, rounded])
+    pub fn adamw_of(&mut self, rule: Adamw, state: AdamwState, grad: Value, scalars: [Value; 3]) -> Result<AdamwState> {
+        let AdamwState { param, m, v, rounded } = state;
+        let [lr, step, grad_scale] = scalars;
+        let mut operands = vec![param, grad, m, v, lr, step, grad_scale];
+        operands.extend(rounded);
+        let rule = Adamw { rounded: rounded.is_some(), ..rule };
+        let results = self.push(rule.into(), &operands, Site::caller())?;
+        Ok(AdamwState { param: results[0], m: results[1], v: results[2], rounded: rounded.map(|_| results[3]) })
     }
 }
 
@@ -143,7 +181,15 @@ impl Graph {
 mod tests {
     use super::*;
 
-    const RULE: Adamw = Adamw { beta1: 0.5, beta2: 0.75, eps: 0.0, weight_decay: 0.5, rounded: false };
+    const RULE: Adamw = Adamw {
+        beta1: 0.5,
+        beta2: 0.75,
+        eps: 0.0,
+        weight_decay: 0.5,
+        rounded: false,
+        moments: Moments::F32,
+        stream: 0,
+    };
 
     fn run(moments: [f64; 2], lr: f64, step: f64, grad_scale: f64) -> [f64; 3] {
         let one = |v: f64| Tensor::f32([1], vec![v]);

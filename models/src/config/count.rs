@@ -69,7 +69,7 @@ pub struct Bytes {
     pub weights: u64,
     /// The copy the matrix products read, when they are not in f32.
     pub compute_weights: u64,
-    /// Both moments of AdamW in f32.
+    /// Both moments of AdamW, as `train.moments` keeps them.
     pub optimizer: u64,
     /// Gradients in f32.
     pub gradients: u64,
@@ -171,7 +171,7 @@ impl Config {
             ComputeDtype::F32 => 0,
             ComputeDtype::Bf16 => 2 * n,
         };
-        Bytes { weights: 4 * n, compute_weights, optimizer: 8 * n, gradients: 4 * n }
+        Bytes { weights: 4 * n, compute_weights, optimizer: self.train.moments.bytes(n), gradients: 4 * n }
     }
 }
 

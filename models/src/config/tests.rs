@@ -140,6 +140,11 @@ fn operations_and_bytes() {
     let n = config.parameters().total;
     let bytes = config.training_bytes();
     assert_eq!((bytes.weights, bytes.compute_weights, bytes.optimizer, bytes.gradients), (4 * n, 2 * n, 8 * n, 4 * n));
+    let mut narrow = config.clone();
+    narrow.set("train.moments=bf16").unwrap();
+    assert_eq!(narrow.training_bytes().optimizer, 4 * n);
+    let refused = narrow.set("train.moments=f16").unwrap_err().to_string();
+    assert!(Moments::ALL.iter().all(|m| refused.contains(&format!("`{m}`"))), "{refused}");
     assert_eq!((config.tokens_per_step(), config.total_steps()), (6, 5));
     // Experts cost parameters, not operations, apart from the router.
     let mut more = config.clone();

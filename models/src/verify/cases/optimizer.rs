@@ -1,9 +1,10 @@
 //! The global norm and the optimizer step.
 
-use moebius_ir::ops::Adamw;
-use moebius_ir::{DType, Role, TensorType};
+use moebius_ir::ops::{Adamw, AdamwState};
+use moebius_ir::{DType, Moments, Result, Role, TensorType};
 
 use super::{Case, FLOATS, case};
+use crate::verify::sketch::Sketch;
 use crate::verify::tolerance::Class;
 
 pub(super) fn cases() -> Vec<Case> {
@@ -39,39 +40,51 @@ pub(super) fn cases() -> Vec<Case> {
         ("a learning rate that is not finite", f64::INFINITY, 3.0, 1.0, 0.1),
         ("step 0", 1e-2, 0.0, 1.0, 0.1),
     ] {
-        for (shape, copy) in
-            [(vec![37, 9], None), (vec![], None), (vec![37, 9], Some(DType::Bf16)), (vec![3], Some(DType::F16))]
-        {
-            let copied = copy.map_or(String::new(), |dtype| format!(", with a copy in {dtype}"));
-            cases.push(case("adamw", format!("{what}, {shape:?}{copied}"), Class::Sum, FLOATS, move |s| {
-                let ty = TensorType::f32(shape.clone());
-                let n = ty.elements();
-                let (p, m) = (s.normals(n), s.normals(n).into_iter().map(|x| 0.1 * x).collect());
-                let v = s.normals(n).into_iter().map(|x| 0.01 * x * x + 1e-4).collect();
-                let copy =
-                    copy.map(|dtype| s.input(Role::State, TensorType::new(dtype, shape.clone()), p.clone(), false));
-                let p = s.input(Role::Parameter, ty.clone(), p, false)?;
-                let m = s.input(Role::State, ty.clone(), m, false)?;
-                let v = s.input(Role::State, ty, v, false)?;
-                let grad = s.float(shape.clone(), |x| x)?;
-                s.wrt.clear();
-                let [lr, step, scale] = [lr, step, scale].map(|x| s.fixed(TensorType::f32([]), vec![x]));
-                let rule = Adamw { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: decay, rounded: false };
-                let (lr, step, scale) = (lr?, step?, scale?);
-                let [new_p, new_m, new_v] = match copy {
-                    None => s.graph.adamw(rule, p, grad, m, v, lr, step, scale)?,
-                    Some(copy) => {
-                        let copy = copy?;
-                        let [p, m, v, new] = s.graph.adamw_rounded(rule, p, grad, m, v, lr, step, scale, copy)?;
-                        s.graph.update(copy, new)?;
-                        [p, m, v]
-                    }
+        for moments in Moments::ALL {
+            for (shape, copy) in
+                [(vec![37, 9], None), (vec![], None), (vec![37, 9], Some(DType::Bf16)), (vec![3], Some(DType::F16))]
+            {
+                let copied = copy.map_or(String::new(), |dtype| format!(", with a copy in {dtype}"));
+                let kept = if moments == Moments::F32 { String::new() } else { format!(", moments in {moments}") };
+                let rule = Adamw {
+                    beta1: 0.9,
+                    beta2: 0.95,
+                    eps: 1e-8,
+                    weight_decay: decay,
+                    rounded: false,
+                    moments,
+                    stream: 9,
                 };
-                s.graph.update(p, new_p)?;
-                s.graph.update(m, new_m)?;
-                s.graph.update(v, new_v)
-            }));
+                let name = format!("{what}, {shape:?}{copied}{kept}");
+                cases.push(case("adamw", name, Class::Sum, FLOATS, move |s| {
+                    adamw(s, rule.clone(), &shape, copy, [lr, step, scale])
+                }));
+            }
         }
     }
     cases
+}
+
+/// A step on a tensor of this shape, with a copy of the parameter in `copy`.
+fn adamw(s: &mut Sketch, rule: Adamw, shape: &[usize], copy: Option<DType>, scalars: [f64; 3]) -> Result<()> {
+    let ty = TensorType::f32(shape);
+    let n = ty.elements();
+    let (p, m) = (s.normals(n), s.normals(n).into_iter().map(|x| 0.1 * x).collect());
+    let v = s.normals(n).into_iter().map(|x| 0.01 * x * x + 1e-4).collect();
+    let moment = rule.moments.ty(&ty.shape);
+    let rounded =
+        copy.map(|dtype| s.input(Role::State, TensorType::new(dtype, shape), p.clone(), false)).transpose()?;
+    let param = s.input(Role::Parameter, ty, p, false)?;
+    let m = s.input(Role::State, moment.clone(), m, false)?;
+    let v = s.input(Role::State, moment, v, false)?;
+    let grad = s.float(shape, |x| x)?;
+    s.wrt.clear();
+    let [lr, step, scale] = scalars.map(|x| s.fixed(TensorType::f32([]), vec![x]));
+    let old = AdamwState { param, m, v, rounded };
+    let new = s.graph.adamw_of(rule, old, grad, [lr?, step?, scale?])?;
+    let kept = old.rounded.zip(new.rounded);
+    [(param, new.param), (m, new.m), (v, new.v)]
+        .into_iter()
+        .chain(kept)
+        .try_for_each(|(old, new)| s.graph.update(old, new))
 }
