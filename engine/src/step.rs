@@ -1,7 +1,8 @@
 //! The graph of a training step: forward, backward, clipping and AdamW, with what is chosen beside them.
 
+use moebius_ir::moments::stream;
 use moebius_ir::ops::{Adamw, AdamwState, CompareFn};
-use moebius_ir::{DType, Graph, Moments, Role, TensorType, Value, gradients, moments, passes};
+use moebius_ir::{DType, Graph, Moments, Role, TensorType, Value, gradients, passes};
 
 use crate::copies;
 use crate::error::Result;
@@ -20,7 +21,7 @@ pub struct Optimizer {
     pub weight_decay: f32,
     /// Gradients are scaled down to this norm if theirs is larger; 0 means never.
     pub clip: f32,
-    /// How the moments are kept between steps.
+    /// How the moments are kept between steps; small tensors may keep them in f32 ([`Moments::of_tensor`]).
     pub moments: Moments,
 }
 
@@ -71,6 +72,11 @@ pub(crate) fn second_moment(parameter: &str) -> String {
     format!("adam.v/{parameter}")
 }
 
+/// Name of the scales of both moments of a parameter, where they have some.
+pub(crate) fn moment_scales(parameter: &str) -> String {
+    format!("adam.scales/{parameter}")
+}
+
 /// Name of the state that is true once a step was not finite: from then on nothing is updated.
 pub(crate) const HALTED: &str = "trainer.halted";
 /// Name of the output with the remembered values, f32 `[steps, 2 + outputs]`: loss, norm, outputs.
@@ -81,7 +87,7 @@ pub(crate) const HISTORY_ROW: &str = "history_row";
 /// Turns a graph with a scalar `loss` into a training step over all its parameters.
 ///
 /// Adds the feeds `learning_rate` and `step` (f32 scalars, steps from 1), states `adam.m/NAME` and `adam.v/NAME` for each
-/// parameter (of the types that [`Optimizer::moments`] has), and the outputs `loss` (unless there) and `grad_norm` (before clipping). If the loss or the gradient norm is
+/// parameter, in the types of its [`Moments`] (with `adam.scales/NAME` in 8 bits), and the outputs `loss` (unless there) and `grad_norm` (before clipping). If the loss or the gradient norm is
 /// not finite, no parameter and no moment changes, nor any state that the graph updates.
 ///
 /// A parameter that is read by one cast to a float of 16 bits alone gets a state `rounded/NAME` that holds it rounded, is read
@@ -170,9 +176,10 @@ fn add_step(
         let step = g.select(goes, step, zero)?;
         for (((name, value), grad), copy) in parameters.iter().zip(grads).zip(copies) {
             let ty = g.ty(*value).clone();
-            let moment = optimizer.moments.ty(&ty.shape);
-            let m = g.state(first_moment(name), moment.clone())?;
-            let v = g.state(second_moment(name), moment)?;
+            let moments = optimizer.moments.of_tensor(ty.elements() as u64);
+            let m = g.state(first_moment(name), moments.ty(&ty.shape))?;
+            let v = g.state(second_moment(name), moments.ty(&ty.shape))?;
+            let scales = moments.scales(&ty.shape).map(|ty| g.state(moment_scales(name), ty)).transpose()?;
             let decay = if Optimizer::decays(name, &ty) { optimizer.weight_decay } else { 0.0 };
             let rule = Adamw {
                 beta1: optimizer.beta1,
@@ -180,13 +187,14 @@ fn add_step(
                 eps: optimizer.eps,
                 weight_decay: decay,
                 rounded: copy.is_some(),
-                moments: optimizer.moments,
-                stream: if optimizer.moments == Moments::F32 { 0 } else { moments::stream(name) },
+                moments,
+                stream: if moments == Moments::F32 { 0 } else { stream(name) },
             };
-            let old = AdamwState { param: *value, m, v, rounded: copy };
+            let old = AdamwState { param: *value, m, v, scales, rounded: copy };
             let new = g.adamw_of(rule, old, grad, [learning_rate, step, scale])?;
-            let optional = old.rounded.zip(new.rounded);
-            for (old, new) in [(old.param, new.param), (m, new.m), (v, new.v)].into_iter().chain(optional) {
+            let (scales, copies) = (scales.zip(new.scales), copy.zip(new.rounded));
+            let all = [Some((*value, new.param)), Some((m, new.m)), Some((v, new.v)), scales, copies];
+            for (old, new) in all.into_iter().flatten() {
                 g.update(old, new)?;
             }
         }

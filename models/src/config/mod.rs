@@ -173,7 +173,7 @@ pub struct TrainConfig {
     /// Decoupled weight decay, of matrices only.
     #[serde(default = "default::weight_decay")]
     pub weight_decay: f64,
-    /// How AdamW's moments are kept between steps: `f32`, or rounded stochastically in `bf16`.
+    /// How AdamW's moments are kept between steps: `f32`, or rounded stochastically in `bf16` or `8bit`.
     #[serde(default)]
     pub moments: Moments,
     /// Largest norm of all gradients together; 0 for no clipping.

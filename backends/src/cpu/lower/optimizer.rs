@@ -1,5 +1,6 @@
 //! Launches of the optimizer's ops.
 
+use moebius_ir::moments::eight;
 use moebius_ir::ops::Adamw;
 use moebius_ir::{DType, Graph, Moments, Node};
 
@@ -7,13 +8,15 @@ use super::args::{Args, Launch};
 use super::{Lowered, by_float};
 use crate::cpu::element::Element;
 use crate::cpu::kernels::adamw::{AdamW, adamw};
-use crate::cpu::kernels::adamw_narrow::adamw_bf16;
+use crate::cpu::kernels::adamw_narrow::{adamw_8bit, adamw_bf16};
 use crate::cpu::kernels::global_norm::{global_norm_workspace, sum_of_squares};
 
 pub(super) fn lower_adamw(graph: &Graph, node: &Node, op: &Adamw) -> Lowered {
     let n = graph.ty(node.operands[0]).elements();
     let op = op.clone();
-    let rounded = node.operands.get(7).map(|&v| graph.ty(v).dtype);
+    // Results come in the order of the operands that they replace.
+    let copy = op.rounded_at() - 4;
+    let rounded = node.operands.get(op.rounded_at()).map(|&v| graph.ty(v).dtype);
     by_float!(graph.ty(node.operands[1]).dtype, G => Launch::new(0, move |a| {
         let step = AdamW {
             lr: a.operand(4, 1)[0],
@@ -25,8 +28,8 @@ pub(super) fn lower_adamw(graph: &Graph, node: &Node, op: &Adamw) -> Lowered {
             grad_scale: a.operand(6, 1)[0],
         };
         match rounded {
-            Some(DType::F16) => run::<G, half::f16>(a, &op, n, a.result(3, n), &step),
-            Some(_sixteen_bits) => run::<G, half::bf16>(a, &op, n, a.result(3, n), &step),
+            Some(DType::F16) => run::<G, half::f16>(a, &op, n, a.result(copy, n), &step),
+            Some(_sixteen_bits) => run::<G, half::bf16>(a, &op, n, a.result(copy, n), &step),
             None => run::<G, f32>(a, &op, n, &mut [], &step),
         }
     }))
@@ -36,6 +39,11 @@ fn run<G: Element, R: Element>(a: &Args<'_>, op: &Adamw, n: usize, rounded: &mut
     let (param, grad) = (a.result(0, n), a.operand::<G>(1, n));
     match op.moments {
         Moments::F32 => adamw::<f32, G, R>(param, grad, [a.result(1, n), a.result(2, n)], rounded, step),
+        Moments::Eight => {
+            let (words, blocks) = (n.div_ceil(4), n.div_ceil(eight::BLOCK));
+            let moments = ([a.result(1, words), a.result(2, words)], a.result(3, 2 * blocks));
+            adamw_8bit(param, grad, moments, rounded, step, op.stream);
+        }
         Moments::Bf16 => adamw_bf16(param, grad, [a.result(1, n), a.result(2, n)], rounded, step, op.stream),
     }
 }

@@ -61,17 +61,20 @@ pub(super) fn lower_global_norm(graph: &Graph, node: &Node) -> Lowered {
 
 pub(super) fn lower_adamw(graph: &Graph, node: &Node, op: &Adamw) -> Lowered {
     let n = graph.ty(node.operands[0]).elements();
-    let rounded = op.rounded.then(|| dtype(graph, node, 7));
+    let rounded = op.rounded.then(|| dtype(graph, node, op.rounded_at()));
     let gradient = dtype(graph, node, 1);
-    // Parameter, moments and the rounded copy are results in the storage of operands 0, 2, 3 and 7.
+    // Parameter, moments, their scales and the rounded copy are results in the storage of the operands that they replace.
     let tensors = [Arg::Result(0), Arg::Operand(1), Arg::Result(1), Arg::Result(2)];
     let scalars = [Arg::Operand(4), Arg::Operand(5), Arg::Operand(6)];
-    let copy = if op.rounded { Arg::Result(3) } else { Arg::Null };
+    let copy = if op.rounded { Arg::Result(op.rounded_at() - 4) } else { Arg::Null };
     let rule = [op.beta1, op.beta2, op.eps, op.weight_decay].map(Arg::F32);
     let args = |more: &[Arg]| [&tensors[..], &scalars, &rule, &[Arg::size(n)], more].concat();
     let (source, name, args) = match op.moments {
         Moments::F32 => (source(gradient, rounded)?, "adamw", args(&[copy])),
         Moments::Bf16 => (narrow(gradient, rounded)?, "adamw_bf16", args(&[Arg::U32(op.stream), copy])),
+        Moments::Eight => {
+            (narrow(gradient, rounded)?, "adamw_8bit", args(&[Arg::U32(op.stream), Arg::Result(3), copy]))
+        }
     };
     Ok(Launch::one(source, name, [n.div_ceil(STEP_ELEMENTS), 1, 1], THREADS as u32, args))
 }

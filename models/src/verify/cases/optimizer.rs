@@ -41,20 +41,19 @@ pub(super) fn cases() -> Vec<Case> {
         ("step 0", 1e-2, 0.0, 1.0, 0.1),
     ] {
         for moments in Moments::ALL {
-            for (shape, copy) in
-                [(vec![37, 9], None), (vec![], None), (vec![37, 9], Some(DType::Bf16)), (vec![3], Some(DType::F16))]
-            {
+            for (shape, copy) in [
+                (vec![37, 9], None),
+                (vec![], None),
+                (vec![37, 9], Some(DType::Bf16)),
+                (vec![3], Some(DType::F16)),
+                // More than one block of a GPU's threads.
+                (vec![4361], None),
+            ] {
                 let copied = copy.map_or(String::new(), |dtype| format!(", with a copy in {dtype}"));
                 let kept = if moments == Moments::F32 { String::new() } else { format!(", moments in {moments}") };
-                let rule = Adamw {
-                    beta1: 0.9,
-                    beta2: 0.95,
-                    eps: 1e-8,
-                    weight_decay: decay,
-                    rounded: false,
-                    moments,
-                    stream: 9,
-                };
+                // Which code a number becomes must not depend on how sums are rounded: with halves and short gradients they are not.
+                let [beta1, beta2] = if moments == Moments::Eight { [0.5; 2] } else { [0.9, 0.95] };
+                let rule = Adamw { beta1, beta2, eps: 1e-8, weight_decay: decay, rounded: false, moments, stream: 9 };
                 let name = format!("{what}, {shape:?}{copied}{kept}");
                 cases.push(case("adamw", name, Class::Sum, FLOATS, move |s| {
                     adamw(s, rule.clone(), &shape, copy, [lr, step, scale])
@@ -69,22 +68,31 @@ pub(super) fn cases() -> Vec<Case> {
 fn adamw(s: &mut Sketch, rule: Adamw, shape: &[usize], copy: Option<DType>, scalars: [f64; 3]) -> Result<()> {
     let ty = TensorType::f32(shape);
     let n = ty.elements();
-    let (p, m) = (s.normals(n), s.normals(n).into_iter().map(|x| 0.1 * x).collect());
-    let v = s.normals(n).into_iter().map(|x| 0.01 * x * x + 1e-4).collect();
+    let p = s.normals(n);
+    let is_coded = rule.moments == Moments::Eight;
+    // From the start, and from codes of all sizes.
+    let code = |x: f64| if scalars[1] == 1.0 { 0.0 } else { f64::from((x.abs() * 1e12) as u64 as u32) };
     let moment = rule.moments.ty(&ty.shape);
-    let rounded =
-        copy.map(|dtype| s.input(Role::State, TensorType::new(dtype, shape), p.clone(), false)).transpose()?;
+    let (m, v) = (s.normals(moment.elements()), s.normals(moment.elements()));
+    let m = m.into_iter().map(|x| if is_coded { code(x) } else { 0.1 * x }).collect();
+    let v = v.into_iter().map(|x| if is_coded { code(x) } else { 0.01 * x * x + 1e-4 }).collect();
+    let scales = rule.moments.scales(&ty.shape).map(|ty| {
+        let scale = |x: f64| if scalars[1] == 1.0 { 0.0 } else { x.abs() + 0.1 };
+        let data = s.normals(ty.elements()).into_iter().map(scale).enumerate();
+        let data = data.map(|(i, x)| if i % 2 == 0 { x / 16_129.0 } else { x }).collect();
+        s.input(Role::State, ty, data, false)
+    });
+    let rounded = copy.map(|dtype| s.input(Role::State, TensorType::new(dtype, shape), p.clone(), false));
+    let (scales, rounded) = (scales.transpose()?, rounded.transpose()?);
     let param = s.input(Role::Parameter, ty, p, false)?;
     let m = s.input(Role::State, moment.clone(), m, false)?;
     let v = s.input(Role::State, moment, v, false)?;
-    let grad = s.float(shape, |x| x)?;
+    let grad = s.float(shape, |x| if is_coded { (64.0 * x).round().clamp(-128.0, 128.0) / 64.0 } else { x })?;
     s.wrt.clear();
     let [lr, step, scale] = scalars.map(|x| s.fixed(TensorType::f32([]), vec![x]));
-    let old = AdamwState { param, m, v, rounded };
+    let old = AdamwState { param, m, v, scales, rounded };
     let new = s.graph.adamw_of(rule, old, grad, [lr?, step?, scale?])?;
-    let kept = old.rounded.zip(new.rounded);
-    [(param, new.param), (m, new.m), (v, new.v)]
-        .into_iter()
-        .chain(kept)
-        .try_for_each(|(old, new)| s.graph.update(old, new))
+    let (scales, copies) = (scales.zip(new.scales), rounded.zip(new.rounded));
+    let all = [Some((param, new.param)), Some((m, new.m)), Some((v, new.v)), scales, copies];
+    all.into_iter().flatten().try_for_each(|(old, new)| s.graph.update(old, new))
 }

@@ -6,11 +6,15 @@
 //! distance from the lower one in parts of theirs, and its expectation is the number itself (Gupta et al., arXiv 1502.02551,
 //! section 3). What is stored wanders around the moment instead of lagging behind it.
 //!
+//! 8 bits are codes of blocks of numbers with a scale for each block: see [`eight`].
+//!
 //! The random numbers are those of [`crate::philox`] with a key of their own: [`words`] are a pure function of the tensor's stream,
 //! the step and the element, so that every backend and every run has the same. A step computes with the moments before they are
 //! rounded.
 //!
 //! The functions are public for backends: elementary operations of f32 that round equally on every machine.
+
+pub mod eight;
 
 use std::fmt;
 use std::str::FromStr;
@@ -20,6 +24,9 @@ use serde::{Deserialize, Serialize};
 use crate::dtype::DType;
 use crate::philox;
 use crate::types::{Shape, TensorType};
+
+/// Tensors of fewer elements are not kept in 8 bits.
+pub const SMALL: u64 = 4096;
 
 /// How the moments of a parameter are kept between steps.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -31,25 +38,50 @@ pub enum Moments {
     /// In bf16, rounded stochastically: 4 bytes for each parameter.
     #[serde(rename = "bf16")]
     Bf16,
+    /// In codes of 8 bits with two scales for 256 parameters, rounded stochastically ([`eight`]): 2 bytes for each parameter, and 8
+    /// for each block.
+    #[serde(rename = "8bit")]
+    Eight,
 }
 
 impl Moments {
     /// Every way.
-    pub const ALL: [Moments; 2] = [Moments::F32, Moments::Bf16];
+    pub const ALL: [Moments; 3] = [Moments::F32, Moments::Bf16, Moments::Eight];
 
     /// The name in configurations and graphs.
     pub const fn name(self) -> &'static str {
         match self {
             Moments::F32 => "f32",
             Moments::Bf16 => "bf16",
+            Moments::Eight => "8bit",
         }
     }
 
-    /// What a moment of a parameter of this shape is kept in.
+    /// What a moment of a parameter of this shape is kept in. In 8 bits: u32 `[elements / 4]`, rounded up, of which a word holds the
+    /// codes of four neighbours in row-major order, the first in its lowest byte; bytes beyond the last element are 0.
     pub fn ty(self, shape: &Shape) -> TensorType {
         match self {
             Moments::F32 => TensorType::f32(shape.clone()),
             Moments::Bf16 => TensorType::new(DType::Bf16, shape.clone()),
+            Moments::Eight => TensorType::new(DType::U32, [shape.elements().div_ceil(4)]),
+        }
+    }
+
+    /// What the scales of both moments are kept in, where there are any: f32 `[blocks, 2]`, of each block of [`eight::BLOCK`]
+    /// elements in row-major order that of the first moment and that of the second.
+    pub fn scales(self, shape: &Shape) -> Option<TensorType> {
+        match self {
+            Moments::F32 | Moments::Bf16 => None,
+            Moments::Eight => Some(TensorType::f32([shape.elements().div_ceil(eight::BLOCK), 2])),
+        }
+    }
+
+    /// How the moments of a parameter of so many elements are kept where this is what is asked for: small tensors (biases, norms,
+    /// some routers) stay in f32 instead of 8 bits, as in the paper of [`eight`]. They take no memory worth saving.
+    pub const fn of_tensor(self, elements: u64) -> Moments {
+        match self {
+            Moments::Eight if elements < SMALL => Moments::F32,
+            Moments::F32 | Moments::Bf16 | Moments::Eight => self,
         }
     }
 
@@ -58,6 +90,8 @@ impl Moments {
         match self {
             Moments::F32 => elements.saturating_mul(8),
             Moments::Bf16 => elements.saturating_mul(4),
+            Moments::Eight => (elements.div_ceil(4).saturating_mul(8))
+                .saturating_add(elements.div_ceil(eight::BLOCK as u64).saturating_mul(8)),
         }
     }
 
@@ -133,7 +167,21 @@ mod tests {
             assert_eq!(serde_json::from_str::<Moments>(&json).unwrap(), moments);
         }
         let refused = "f16".parse::<Moments>().unwrap_err();
-        assert!(refused.contains("f32, bf16") && refused.contains("`f16`"), "{refused}");
+        assert!(refused.contains("f32, bf16, 8bit") && refused.contains("`f16`"), "{refused}");
+    }
+
+    #[test]
+    fn bytes_are_those_of_the_types() {
+        for moments in Moments::ALL {
+            for n in [0, 1, 4, 5, 255, 256, 257, 5000] {
+                let shape = Shape::from([n]);
+                let bytes = |ty: TensorType| (ty.elements() * ty.dtype.bytes()) as u64;
+                let all = 2 * bytes(moments.ty(&shape)) + moments.scales(&shape).map_or(0, bytes);
+                assert_eq!(moments.bytes(n as u64), all, "{n} in {moments}");
+            }
+        }
+        assert_eq!([SMALL - 1, SMALL].map(|n| Moments::Eight.of_tensor(n)), [Moments::F32, Moments::Eight]);
+        assert_eq!(Moments::Bf16.of_tensor(1), Moments::Bf16);
     }
 
     #[test]
