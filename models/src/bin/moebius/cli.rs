@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, Parser, Subcommand};
+use moebius_models::config::Moments;
 
 /// Train, evaluate and sample sparse-expert language models (PR-MoE) on any machine.
 #[derive(Parser)]
@@ -92,6 +93,10 @@ pub(crate) struct TrainArgs {
     /// Compute the inside of each block again in the backward pass instead of keeping it: less memory, more time
     #[arg(long)]
     pub(crate) recompute: bool,
+    /// How the optimizer keeps its moments: f32, or rounded stochastically in bf16 (half the memory) or 8bit (a quarter) [default: the
+    /// preset's]
+    #[arg(long, value_name = "KIND")]
+    pub(crate) moments: Option<Moments>,
     /// Warn once when a router leaves its limits, as in `dead-experts=100,drop=0.3`; keys: dead-experts (steps without a
     /// token), drop (at most, fraction of choices), entropy (at least, nats per token), coefficient (LOW..HIGH),
     /// logit-scale (at most)

@@ -116,7 +116,7 @@ impl Failure {
         match self {
             Failure::Config(_) | Failure::Usage(_) | Failure::Alarm(_) => true,
             Failure::Training(e) => match e {
-                TrainingError::Config(_) => true,
+                TrainingError::Config(_) | TrainingError::OtherMoments { .. } => true,
                 TrainingError::Distill(e) => is_wrong_lesson(e),
                 TrainingError::Engine(_)
                 | TrainingError::Graph(_)
