@@ -17,6 +17,7 @@ mod lists;
 mod machine;
 mod moe;
 mod rank;
+mod rounding;
 mod rules;
 mod set;
 mod torch;
