@@ -3,14 +3,15 @@
 use std::collections::HashMap;
 
 use moebius_ir::{DType, Tensor, TensorType, gradients};
-use moebius_models::config::{ComputeDtype, ModelConfig, Order};
+use moebius_models::config::{ComputeDtype, ModelConfig};
 use moebius_models::gpt::Pass;
-use moebius_models::gpt::router::{self, Source};
+use moebius_models::gpt::router;
 
 use super::compare::{Case, Roundings};
 use super::machine::{Machine, Sheet, output};
 use super::moe::{Names, Part, inner_width, layer};
 use super::rounding;
+use super::routes::Routes;
 use super::rules::{Capacity, Function, Given, model};
 use super::set::{Fields, Problem, Set};
 use crate::families::oracle;
@@ -47,33 +48,6 @@ impl Run {
                 Err(Problem::Field { field: "dtype".into(), wanted: "f32 or bf16", found: other.into() })
             }
         }
-    }
-}
-
-/// Where the choices of a rank's tokens went.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct Routes {
-    /// The expert of every choice, `[N,k]`.
-    pub(super) expert: Vec<f64>,
-    /// Whether it found a slot, `[N,k]`.
-    pub(super) kept: Vec<bool>,
-}
-
-impl Routes {
-    /// Choices that went to another expert, or found a slot in one of the two only.
-    fn differing(&self, other: &Routes) -> usize {
-        let pairs = self.expert.iter().zip(&other.expert).zip(self.kept.iter().zip(&other.kept));
-        pairs.filter(|((a, b), (c, d))| a != b || c != d).count()
-    }
-
-    /// f32 `[N,E]`: 1 for the expert of a choice that was kept, else 0.
-    fn priority(&self, tokens: usize, experts: usize) -> Tensor {
-        let mut data = vec![0.0; tokens * experts];
-        let k = self.expert.len() / tokens.max(1);
-        for (c, (expert, _)) in self.expert.iter().zip(&self.kept).enumerate().filter(|(_, (_, kept))| **kept) {
-            data[c / k * experts + *expert as usize] = 1.0;
-        }
-        Tensor::f32([tokens, experts], data)
     }
 }
 
@@ -210,11 +184,8 @@ fn build(
     let capacity = router::capacity(&config, training, tokens, experts);
     let mut pass = Pass { training, noise: given.noise(), ..Pass::default() };
     if let Some(routes) = forced {
-        let choices: Vec<i32> = routes.expert.iter().map(|&e| e as i32).collect();
-        pass.choices = Some(sheet.input("choices", Tensor::i32([tokens, function.k()], &choices))?);
-        // Whoever was kept comes first, whatever decided that.
-        pass.noise.priority = Source::Given(sheet.input("kept", routes.priority(tokens, experts))?);
-        config.router.get_or_insert_default().order = Some(Order::Random);
+        let (choices, kept) = routes.forced(&mut sheet, &mut config, tokens, experts)?;
+        (pass.choices, pass.noise.priority) = (Some(choices), kept);
     }
     let rounded = |name: &str| {
         let mut tensor = weight(set, name)?;
@@ -279,10 +250,7 @@ fn compute(
     let built = build(case, prefix, fields, experts, (run, forced))?;
     let got = machine.run(&built.sheet)?;
     let values = built.named(&got)?;
-    let routes = Routes {
-        expert: output(&got, "expert_index")?.to_vec(),
-        kept: output(&got, "choice_slot")?.iter().map(|&slot| slot >= 0.0).collect(),
-    };
+    let routes = Routes::taken(&got)?;
     let fullest = values["exp_counts"].iter().fold(0.0f64, |most, &count| most.max(count)) as usize;
     let by_rules = by_rules(&built.sheet, &built.config, built.capacity, experts);
     let capacity = built.capacity.unwrap_or(fullest);
