@@ -5,7 +5,7 @@ use toml::{Table, Value};
 use super::{Config, ConfigError, UnknownKey};
 
 /// Every key, and whether it can be absent.
-pub(super) const KEYS: [(&str, bool); 70] = [
+pub(super) const KEYS: [(&str, bool); 72] = [
     ("model.name", false),
     ("model.vocab", false),
     ("model.layers", false),
@@ -76,6 +76,8 @@ pub(super) const KEYS: [(&str, bool); 70] = [
     ("train.checkpoint_every", false),
     ("train.keep_checkpoints", false),
     ("train.log_every", false),
+    ("train.alarm", true),
+    ("train.alarm_exit", true),
 ];
 
 /// Lengths that have two forms, of which one excludes the other.
