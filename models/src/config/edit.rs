@@ -5,7 +5,7 @@ use toml::{Table, Value};
 use super::{Config, ConfigError, UnknownKey};
 
 /// Every key, and whether it can be absent.
-pub(super) const KEYS: [(&str, bool); 71] = [
+pub(super) const KEYS: [(&str, bool); 73] = [
     ("model.name", false),
     ("model.vocab", false),
     ("model.layers", false),
@@ -77,6 +77,8 @@ pub(super) const KEYS: [(&str, bool); 71] = [
     ("train.checkpoint_every", false),
     ("train.keep_checkpoints", false),
     ("train.log_every", false),
+    ("train.alarm", true),
+    ("train.alarm_exit", true),
 ];
 
 /// Lengths that have two forms, of which one excludes the other.

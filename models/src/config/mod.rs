@@ -197,6 +197,12 @@ pub struct TrainConfig {
     /// Steps after which the host looks at what the device did, and at the health of the routers. Every step has its line of metrics.
     #[serde(default = "default::log_every")]
     pub log_every: u64,
+    /// Limits for the health of the routers, as [`crate::health::Alarms::parse`] reads them: `dead-experts=100,drop=0.3`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alarm: Option<String>,
+    /// Whether an alarm ends the run. Absent is no.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alarm_exit: Option<bool>,
 }
 
 /// The feed-forward part of an MoE layer.

@@ -20,7 +20,7 @@ Examples:
   moebius inspect --preset 350m-pr-moe-32-64        size, FLOPs and memory of a paper's model
 
 Exit codes: 0 done, 1 failed, 2 wrong use, 3 ended by an alarm (--alarm-exit) with a checkpoint, 130 stopped by
-Ctrl-C with a checkpoint."
+Ctrl-C: training after the step, with a checkpoint; `generate` after the token."
 )]
 pub(crate) struct Cli {
     #[command(subcommand)]
@@ -99,11 +99,11 @@ pub(crate) struct TrainArgs {
     pub(crate) moments: Option<Moments>,
     /// Warn once when a router leaves its limits, as in `dead-experts=100,drop=0.3`; keys: dead-experts (steps without a
     /// token), drop (at most, fraction of choices), entropy (at least, nats per token), coefficient (LOW..HIGH),
-    /// logit-scale (at most)
+    /// logit-scale (at most) [default: train.alarm]
     #[arg(long, value_name = "KEY=LIMIT,...")]
     pub(crate) alarm: Option<String>,
     /// End the run at an alarm, with a checkpoint and exit code 3
-    #[arg(long, requires = "alarm")]
+    #[arg(long)]
     pub(crate) alarm_exit: bool,
     /// Change one setting, as in `--set train.batch=8 --set model.experts=[4,8]`
     #[arg(long, value_name = "KEY=VALUE")]

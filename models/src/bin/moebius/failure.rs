@@ -71,7 +71,7 @@ pub(crate) enum Failure {
     #[error("ended by an alarm")]
     Alarmed,
     /// What `--alarm` asks for.
-    #[error(transparent)]
+    #[error("--alarm: {0}")]
     Alarm(#[from] AlarmError),
 }
 

@@ -15,6 +15,7 @@ mod inspect;
 mod model;
 mod progress;
 mod routes;
+mod stop;
 mod text;
 mod train;
 mod verify;
