@@ -90,6 +90,12 @@ inline unsigned __ballot_sync(unsigned, bool flag) {
 inline unsigned __float_as_uint(float x) { unsigned u; memcpy(&u, &x, 4); return u; }
 inline float __uint_as_float(unsigned u) { float x; memcpy(&x, &u, 4); return x; }
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned from) {
+    uint64_t both = (uint64_t)b << 32 | a;
+    unsigned to = 0;
+    for (int byte = 0; byte < 4; byte++) to |= (unsigned)(both >> 8 * (from >> 4 * byte & 7) & 0xff) << 8 * byte;
+    return to;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int atomicCAS(int* at, int old, int now) { int was = *at; if (was == old) *at = now; return was; }
 inline int atomicAdd(int* at, int n) { int was = *at; *at += n; return was; }
