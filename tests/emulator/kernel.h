@@ -101,6 +101,12 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __expf(float x) { return expf(x); }
 inline float __fdividef(float a, float b) { return a / b; }
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned from) {
+    uint64_t both = (uint64_t)b << 32 | a;
+    unsigned to = 0;
+    for (int byte = 0; byte < 4; byte++) to |= (unsigned)(both >> 8 * (from >> 4 * byte & 7) & 0xff) << 8 * byte;
+    return to;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int atomicCAS(int* at, int old, int now) { int was = *at; if (was == old) *at = now; return was; }
 inline int atomicAdd(int* at, int n) { int was = *at; *at += n; return was; }

@@ -4,9 +4,9 @@
 //!
 //! With `M` the largest `|m|` of a block and `V` its largest `v`:
 //!
-//! - The first moment is a sign (the upper bit) and `j` in 0..=127, and means `± j² M / 127²`. Neighbours near `m` are about
+//! - The code of a first moment is `j` in -127..=127 (two's complement) and means `j |j| M / 127²`. Neighbours near `m` are about
 //!   `2 sqrt(|m| / M) / 127` of `M` apart: 1.6 % of the largest number at that, and 5 % of a number that is a tenth of it.
-//! - The second moment is `k` in 0..=255, and means `((k + 1) / 256)⁴ V`: 4 / (k + 1) of a number to the next one, which is 1.6 % at
+//! - The code of a second moment is `k` in 0..=255 and means `((k + 1) / 256)⁴ V`: 4 / (k + 1) of a number to the next one, which is 1.6 % at
 //!   the largest, 5 % at a hundredth of it and 16 % at a ten-thousandth, half of that for its root, by which a step is divided. No
 //!   number becomes 0, which a step would be divided by: what is less than `256⁻⁴ V` is kept as that, so that its steps are smaller.
 //!
@@ -22,8 +22,10 @@ pub const BLOCK: usize = 256;
 const MOST_M: f32 = 127.0 * 127.0;
 /// Adding and subtracting it rounds a small number to a whole one.
 const WHOLE: f32 = 8_388_608.0;
-/// Parts of the random numbers.
-const PARTS: f32 = 65_536.0;
+/// What the levels of the second moment are fourth powers of multiples of.
+const STEP: f32 = 1.0 / 256.0;
+/// Adding and subtracting it rounds a number of at most 1 to a multiple of [`STEP`].
+const STEPS: f32 = 32_768.0;
 
 /// What is stored for a block whose largest `|m|` has these bits: a 127²th of it. Numbers beyond the finite ones count as the
 /// largest of those.
@@ -52,50 +54,48 @@ pub fn inverse(scale: f32) -> f32 {
 /// The first moment of a code.
 #[inline(always)]
 pub fn m_of(code: u8, scale: f32) -> f32 {
-    let j = f32::from(code & 127);
-    f32::from_bits((j * j * scale).to_bits() | (u32::from(code) >> 7) << 31)
+    let j = f32::from(code as i8);
+    j * j.abs() * scale
 }
 
-/// The code of a first moment, rounded by the lower half of `random`.
+/// The code of a first moment; `random` rounds it by its bits 7 to 22.
 #[inline(always)]
 pub fn code_of_m(m: f32, inverse: f32, random: u32) -> u8 {
     let x = (m.abs() * inverse).min(MOST_M);
     // The highest j whose level is not above x: the nearest to the root, or the one below.
     let near = (x.sqrt() + WHOLE) - WHOLE;
-    let j = if near * near > x { near - 1.0 } else { near };
-    let up = (x - j * j) * PARTS > part(random & 0xffff) * (j + j + 1.0);
-    let code = if up { j + 1.0 } else { j };
-    byte(code) | ((m.to_bits() >> 31) << 7) as u8
+    let j = if x - near * near < 0.0 { near - 1.0 } else { near };
+    let up = x - j * j > part(random) * (j + j + 1.0);
+    let size = if up { j + 1.0 } else { j };
+    let signed = if m.to_bits() >> 31 == 1 { -size } else { size };
+    (signed + (WHOLE + 128.0)).to_bits() as u8 ^ 0x80
 }
 
 /// The second moment of a code.
 #[inline(always)]
 pub fn v_of(code: u8, scale: f32) -> f32 {
-    level((f32::from(code) + 1.0) / 256.0) * scale
+    level((f32::from(code) + 1.0) * STEP) * scale
 }
 
-/// The code of a second moment, rounded by the lower half of `random`.
+/// The code of a second moment; `random` rounds it by its bits 7 to 22.
 #[inline(always)]
 pub fn code_of_v(v: f32, inverse: f32, random: u32) -> u8 {
     let x = (v * inverse).min(1.0);
-    // As for the first moment, with k + 1 in the place of j, which begins at 1.
-    let near = ((256.0 * x.sqrt().sqrt() + WHOLE) - WHOLE).max(1.0);
-    let t = if level(near / 256.0) > x { (near - 1.0).max(1.0) } else { near };
-    let (below, above) = (level(t / 256.0), level((t + 1.0) / 256.0));
-    let up = (x - below) * PARTS > part(random & 0xffff) * (above - below);
-    byte(if up { t } else { t - 1.0 })
+    // The level nearest to the root, and its neighbour on the other side of x.
+    let near = (x.sqrt().sqrt() + STEPS) - STEPS;
+    let at = level(near);
+    let other = near + if at > x { -STEP } else { STEP };
+    let beside = level(other);
+    let (below, above) = (at.min(beside), at.max(beside));
+    let up = x - below > part(random) * (above - below);
+    let t = (near.min(other) + if up { STEP } else { 0.0 }).max(STEP);
+    (t + (STEPS - STEP)).to_bits() as u8
 }
 
-/// A whole number below 256, by its bits.
-#[inline(always)]
-fn byte(whole: f32) -> u8 {
-    (whole + WHOLE).to_bits() as u8
-}
-
-/// The middle of a part.
+/// The middle of a part of 0..1, by 16 random bits: 1 and 16 bits of a mantissa, less 1 and half of the last one.
 #[inline(always)]
 fn part(random: u32) -> f32 {
-    random as i32 as f32 + 0.5
+    f32::from_bits(0x3f80_0000 | random & 0x7f_ff80) - (1.0 - 1.0 / 131_072.0)
 }
 
 #[inline(always)]
@@ -121,7 +121,7 @@ mod tests {
         let wanted = ((x - below) / (above - below)).clamp(0.0, 1.0);
         let mut ups = 0;
         for random in 0..1 << 16 {
-            let got = code(random);
+            let got = code(random << 7);
             assert!(got == low || got == high || wanted < 1e-3 || wanted > 0.999, "{x}: {got} for {low} or {high}");
             ups += u32::from(got == high);
         }
@@ -140,9 +140,9 @@ mod tests {
                 let x = part * largest;
                 check(x, &of_m, |random| code_of_m(x, inverse(m_scale), random));
                 check(x, &of_v, |random| code_of_v(x, inverse(v_scale), random));
-                // The other sign is the same with the upper bit.
-                let both = |random: u32| [x, -x].map(|m| code_of_m(m, inverse(m_scale), random));
-                assert!((0..100).all(|i| both(i * 655)[0] | 128 == both(i * 655)[1]));
+                // The other sign has the negative code.
+                let both = |random: u32| [x, -x].map(|m| code_of_m(m, inverse(m_scale), random << 7) as i8);
+                assert!((0..100).all(|i| both(i * 655)[0] == -both(i * 655)[1]));
             }
         }
     }
@@ -152,9 +152,10 @@ mod tests {
         for largest in [1.0f32, 0.3, 1.7e-9] {
             let (m_scale, v_scale) = (scale_of_m(largest.to_bits()), scale_of_v(largest.to_bits()));
             // Rounding of the scale may put a level a hair below itself, which some 100 of 65536 random numbers tell.
-            for random in [200, 0x8000, 0xff00] {
+            for random in [200 << 7, 0x8000 << 7, 0xff00 << 7] {
                 for code in 0..=255u8 {
-                    let m = m_of(code, m_scale);
+                    // -128 is no code.
+                    let m = if code == 128 { 0.0 } else { m_of(code, m_scale) };
                     assert_eq!(m_of(code_of_m(m, inverse(m_scale), random), m_scale), m, "{code}");
                     let v = v_of(code, v_scale);
                     assert_eq!(code_of_v(v, inverse(v_scale), random), code);
@@ -175,7 +176,7 @@ mod tests {
         for bad in [f32::INFINITY, f32::NAN] {
             let (m, v) = (scale_of_m(bad.to_bits()), scale_of_v(bad.to_bits()));
             assert!(m.is_finite() && v == f32::MAX);
-            assert_eq!((code_of_m(bad, inverse(m), 0) & 127, code_of_v(bad, inverse(v), 0)), (127, 255));
+            assert_eq!((code_of_m(bad, inverse(m), 0), code_of_v(bad, inverse(v), 0)), (127, 255));
         }
     }
 }

@@ -132,10 +132,16 @@ pub fn counter(stream: u32, step: u32, group: u64) -> [u32; 4] {
     [group as u32, (group >> 32) as u32, stream, step]
 }
 
-/// The random words of the elements `4 group..4 group + 4`: of the word of an element the lower half rounds its first moment,
-/// the upper half its second.
+/// The random words of the elements `4 group..4 group + 4`. In bf16 the lower half of an element's word rounds its first moment, the
+/// upper half its second; in 8 bits the middle half rounds the first, the outer quarters ([`for_second`]) the second.
 pub fn words(stream: u32, step: u32, group: u64) -> [u32; 4] {
     philox::philox4x32_10(KEY, counter(stream, step, group))
+}
+
+/// The word with its halves exchanged, so that its middle half is one that no first moment in 8 bits was rounded by.
+#[inline(always)]
+pub fn for_second(word: u32) -> u32 {
+    word.rotate_left(16)
 }
 
 /// The bits of `x` in bf16, rounded stochastically with 16 random bits: they are added to those that are cut off. Infinities

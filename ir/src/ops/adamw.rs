@@ -188,7 +188,7 @@ impl Adamw {
             for (i, [m, v]) in (eight::BLOCK * block..).zip(of_block) {
                 let codes = [
                     eight::code_of_m(*m as f32, inverse[0], random(i)),
-                    eight::code_of_v(*v as f32, inverse[1], random(i) >> 16),
+                    eight::code_of_v(*v as f32, inverse[1], moments::for_second(random(i))),
                 ];
                 for (tensor, code) in tensors.iter_mut().zip(codes) {
                     tensor.data[i / 4] += f64::from(u32::from(code) << (8 * (i % 4)));

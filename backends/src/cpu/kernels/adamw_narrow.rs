@@ -140,7 +140,7 @@ fn block_step<G: Element>(
     random::moment_words(stream, step, first, &mut words);
     for i in 0..BLOCK {
         bytes[0][i] = eight::code_of_m(ms[i], inverse[0], words[i]);
-        bytes[1][i] = eight::code_of_v(vs[i], inverse[1], words[i] >> 16);
+        bytes[1][i] = eight::code_of_v(vs[i], inverse[1], moments::for_second(words[i]));
     }
     for (bytes, codes) in bytes.iter().zip(codes) {
         for (bytes, word) in bytes.as_chunks::<4>().0.iter().zip(codes) {
@@ -240,9 +240,9 @@ mod tests {
         fn of(&self, i: usize) -> [f64; 2] {
             let code = |codes: &[u32]| f64::from(codes[i / 4] >> (8 * (i % 4)) & 255);
             let [m, v] = [code(&self.m), code(&self.v)];
-            let (sign, j) = if m < 128.0 { (1.0, m) } else { (-1.0, m - 128.0) };
+            let j = if m < 128.0 { m } else { m - 256.0 };
             let scale = |which: usize| f64::from(self.scales[2 * (i / BLOCK) + which]);
-            [sign * j * j * scale(0), ((v + 1.0) / 256.0).powi(4) * scale(1)]
+            [j * j.abs() * scale(0), ((v + 1.0) / 256.0).powi(4) * scale(1)]
         }
     }
 

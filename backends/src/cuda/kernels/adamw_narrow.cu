@@ -65,8 +65,12 @@ KERNEL adamw_bf16(float* param, const T* grad, bf16* m, bf16* v, const float* lr
 #define MOST_M 16129.0f
 /// Adding and subtracting it rounds a small number to a whole one.
 #define WHOLE 8388608.0f
+/// What the levels of the second moment are fourth powers of multiples of.
+#define STEP 0.00390625f
+/// Adding and subtracting it rounds a number of at most 1 to a multiple of STEP.
+#define STEPS 32768.0f
 
-/// A root that may be off by some of its spacings.
+// A root and an inverse that may be off by some of their spacings; numbers that are not normal count as 0.
 __device__ __forceinline__ float rough_root(float x) {
 #ifdef MOEBIUS_EMULATOR
     return sqrtf(x);
@@ -76,16 +80,34 @@ __device__ __forceinline__ float rough_root(float x) {
     return y;
 #endif
 }
-
-/// A float whose lowest byte is this one: 2^23 + byte over 2^23, or 2^15 + byte / 256 over 2^15.
-__device__ __forceinline__ float with_byte(u32 over, u32 word, int byte) {
-    return __uint_as_float(over | (word >> 8 * byte & 0xffu));
+__device__ __forceinline__ float rough_inverse(float x) {
+#ifdef MOEBIUS_EMULATOR
+    return 1.0f / x;
+#else
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
 }
 
+/// `step_of` with the same bits in the moments and a few spacings of freedom in what the parameter moves by: the instructions count here,
+/// as little memory is moved. A second moment below the normal numbers is taken as the least of those.
+__device__ __forceinline__ void quick_step_of(const Rule& r, float grad, float& param, float& m, float& v) {
+    float g = grad * r.scale;
+    m = r.beta1 * m + (1.0f - r.beta1) * g, v = r.beta2 * v + (1.0f - r.beta2) * (g * g);
+    float denominator = fmaf(rough_root(fmaxf(v, 1.175494351e-38f)), r.root, r.eps);
+    param = fmaf(r.keep, param, -(r.rate * (m * rough_inverse(denominator))));
+}
+
+/// A float with this byte of a word as its lowest.
+__device__ __forceinline__ float with_byte(float over, u32 word, int byte) {
+    return __uint_as_float(__byte_perm(word, __float_as_uint(over), 0x7650 + byte));
+}
+
+/// `word` has the codes with the upper bit of each turned over: j + 128.
 __device__ __forceinline__ float m_of(u32 word, int byte, float scale) {
-    u32 code = word >> 8 * byte;
-    float j = __uint_as_float(0x4b000000u | (code & 0x7fu)) - WHOLE;
-    return __uint_as_float(__float_as_uint(j * j * scale) | (code & 0x80u) << 24);
+    float j = with_byte(WHOLE, word, byte) - (WHOLE + 128.0f);
+    return j * fabsf(j) * scale;
 }
 
 __device__ __forceinline__ float level(float t) {
@@ -93,31 +115,40 @@ __device__ __forceinline__ float level(float t) {
     return square * square;
 }
 
-/// The constant is 2^15 - 1/256.
 __device__ __forceinline__ float v_of(u32 word, int byte, float scale) {
-    return level(with_byte(0x47000000u, word, byte) - 32767.99609375f) * scale;
+    return level(with_byte(STEPS, word, byte) - (STEPS - STEP)) * scale;
 }
 
-/// The middle of a part: the lower half of `random`, and a half.
+/// The middle of a part of 0..1, by bits 7 to 22.
 __device__ __forceinline__ float part(u32 random) {
-    return __uint_as_float(0x4b000000u | (random & 0xffffu)) - 8388607.5f;
+    return __uint_as_float(0x3f800000u | (random & 0x7fff80u)) - (1.0f - 1.0f / 131072.0f);
 }
 
+/// The lowest byte of the result is the code with its upper bit turned over.
 __device__ __forceinline__ u32 code_of_m(float m, float inverse, u32 random) {
     float x = fminf(fabsf(m) * inverse, MOST_M);
     float j = (rough_root(x) + WHOLE) - WHOLE;
-    if (j * j > x) j -= 1.0f;
-    bool up = (x - j * j) * 65536.0f > part(random) * (j + j + 1.0f);
-    return (__float_as_uint(j + (up ? WHOLE + 1.0f : WHOLE)) & 0x7fu) | (__float_as_uint(m) >> 31 << 7);
+    // The squares are exact, so that joining products and sums changes nothing.
+    float over = fmaf(-j, j, x);
+    if (over < 0.0f) j -= 1.0f, over = fmaf(-j, j, x);
+    if (over > part(random) * fmaf(2.0f, j, 1.0f)) j += 1.0f;
+    return __float_as_uint(copysignf(j, m) + (WHOLE + 128.0f));
 }
 
+/// The lowest byte of the result is the code.
 __device__ __forceinline__ u32 code_of_v(float v, float inverse, u32 random) {
     float x = fminf(v * inverse, 1.0f);
-    float t = fmaxf((256.0f * rough_root(rough_root(x)) + WHOLE) - WHOLE, 1.0f);
-    if (level(t * 0.00390625f) > x) t = fmaxf(t - 1.0f, 1.0f);
-    float below = level(t * 0.00390625f), above = level((t + 1.0f) * 0.00390625f);
-    bool up = (x - below) * 65536.0f > part(random) * (above - below);
-    return __float_as_uint(t + (up ? WHOLE : WHOLE - 1.0f)) & 0xffu;
+    float near = (rough_root(rough_root(x)) + STEPS) - STEPS;
+    float at = level(near), other = near + (at > x ? -STEP : STEP), beside = level(other);
+    float below = fminf(at, beside), above = fmaxf(at, beside);
+    float t = fminf(near, other);
+    if (x - below > part(random) * (above - below)) t += STEP;
+    return __float_as_uint(fmaxf(t, STEP) + (STEPS - STEP));
+}
+
+/// The lowest bytes of four words as one word.
+__device__ __forceinline__ u32 lowest_bytes(u32 a, u32 b, u32 c, u32 d) {
+    return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
 }
 
 /// The scale of a block whose largest number, over `parts`, has these bits.
@@ -149,12 +180,14 @@ KERNEL adamw_8bit(float* param, const T* grad, u32* m, u32* v, const float* lr, 
             u32 m_codes = 0, v_codes = 0;
             if (i < n) m_codes = m[i / 4], v_codes = v[i / 4];
 #pragma unroll
-            for (int j = 0; j < 4; j++) new_m[j] = m_of(m_codes, j, m_scale), new_v[j] = v_of(v_codes, j, v_scale);
+            for (int j = 0; j < 4; j++) {
+                new_m[j] = m_of(m_codes ^ 0x80808080u, j, m_scale), new_v[j] = v_of(v_codes, j, v_scale);
+            }
             if (i + 4 <= n) {
                 auto g = load_vector<4>(grad + i);
                 auto ps = load_vector<4>(param + i);
 #pragma unroll
-                for (int j = 0; j < 4; j++) step_of(rule, to_float(g.at[j]), ps.at[j], new_m[j], new_v[j]);
+                for (int j = 0; j < 4; j++) quick_step_of(rule, to_float(g.at[j]), ps.at[j], new_m[j], new_v[j]);
                 store_vector<4>(param + i, ps);
                 if (rounded) {
                     Vector<ROUNDED, 4> rs;
@@ -166,7 +199,7 @@ KERNEL adamw_8bit(float* param, const T* grad, u32* m, u32* v, const float* lr, 
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
                     if (i + j < n) {
-                        step_of(rule, to_float(grad[i + j]), param[i + j], new_m[j], new_v[j]);
+                        quick_step_of(rule, to_float(grad[i + j]), param[i + j], new_m[j], new_v[j]);
                         if (rounded) rounded[i + j] = from_float<ROUNDED>(param[i + j]);
                     } else {
                         new_m[j] = 0.0f, new_v[j] = 0.0f;
@@ -176,7 +209,7 @@ KERNEL adamw_8bit(float* param, const T* grad, u32* m, u32* v, const float* lr, 
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 m_most = max(m_most, __float_as_uint(new_m[j]) & 0x7fffffffu);
-                v_most = max(v_most, __float_as_uint(new_v[j]) & 0x7fffffffu);
+                v_most = max(v_most, __float_as_uint(new_v[j]));
             }
         }
         // The bits of numbers that are not negative rise with them.
@@ -189,13 +222,15 @@ KERNEL adamw_8bit(float* param, const T* grad, u32* m, u32* v, const float* lr, 
             i64 i = first + half * (CODED / 2) + 4 * lane;
             if (i >= n) continue;
             Words words = philox(KEY0, KEY1, (u64)i / 4, stream, number);
-            u32 m_codes = 0, v_codes = 0;
+            u32 m_codes[4], v_codes[4];
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                m_codes |= code_of_m(ms[4 * half + j], m_inverse, words.w[j]) << 8 * j;
-                v_codes |= code_of_v(vs[4 * half + j], v_inverse, words.w[j] >> 16) << 8 * j;
+                u32 word = words.w[j];
+                m_codes[j] = code_of_m(ms[4 * half + j], m_inverse, word);
+                v_codes[j] = code_of_v(vs[4 * half + j], v_inverse, word << 16 | word >> 16);
             }
-            m[i / 4] = m_codes, v[i / 4] = v_codes;
+            m[i / 4] = lowest_bytes(m_codes[0], m_codes[1], m_codes[2], m_codes[3]) ^ 0x80808080u;
+            v[i / 4] = lowest_bytes(v_codes[0], v_codes[1], v_codes[2], v_codes[3]);
         }
     }
 }
