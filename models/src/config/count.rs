@@ -167,6 +167,16 @@ impl Config {
         Flops { matmul, attention, total: matmul.saturating_add(attention), recomputed }
     }
 
+    /// Bytes of the rows that dispatch moves for one token in one forward pass: the token's row in the dtype of the products, once
+    /// for each of its choices, in every MoE layer. As many come back, and as many move again each way in the backward pass; with
+    /// a capacity that drops, fewer. The configuration must be valid.
+    pub fn dispatch_bytes_per_token(&self) -> u64 {
+        let m = &self.model;
+        let row = (m.width * m.dtype.bytes()) as u64;
+        let experts = m.experts_per_layer();
+        experts.into_iter().filter(|&e| e > 0).map(|e| m.experts_per_token(e) as u64 * row).sum()
+    }
+
     /// Bytes of training state. The configuration must be valid.
     pub fn training_bytes(&self) -> Bytes {
         let n = self.parameters().total;
