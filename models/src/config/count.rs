@@ -2,7 +2,10 @@
 
 use serde::Serialize;
 
-use super::{ComputeDtype, Config, Norm, Side};
+use moebius_ir::Shape;
+
+use super::{ComputeDtype, Config, Moments, Norm, Side};
+use crate::gpt::Parameter;
 
 /// Parameters of one layer. H width, K width of all key heads, F inner width, E experts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -69,7 +72,7 @@ pub struct Bytes {
     pub weights: u64,
     /// The copy the matrix products read, when they are not in f32.
     pub compute_weights: u64,
-    /// Both moments of AdamW in f32.
+    /// Both moments of AdamW, as `train.moments` keeps them.
     pub optimizer: u64,
     /// Gradients in f32.
     pub gradients: u64,
@@ -181,7 +184,16 @@ impl Config {
             ComputeDtype::F32 => 0,
             ComputeDtype::Bf16 => 2 * n,
         };
-        Bytes { weights: 4 * n, compute_weights, optimizer: 8 * n, gradients: 4 * n }
+        let moments = self.train.moments;
+        let of_tensor = |shape: Shape| {
+            let elements = shape.elements() as u64;
+            moments.of_tensor(elements).bytes(elements)
+        };
+        let optimizer = match moments {
+            Moments::F32 | Moments::Bf16 => moments.bytes(n),
+            Moments::Eight => Parameter::list(&self.model).into_iter().map(|p| of_tensor(p.shape)).sum(),
+        };
+        Bytes { weights: 4 * n, compute_weights, optimizer, gradients: 4 * n }
     }
 }
 

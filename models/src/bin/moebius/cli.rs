@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, Parser, Subcommand};
+use moebius_models::config::Moments;
 
 /// Train, evaluate and sample sparse-expert language models (PR-MoE) on any machine.
 #[derive(Parser)]
@@ -20,7 +21,7 @@ Examples:
   moebius inspect --preset 350m-pr-moe-32-64        size, FLOPs and memory of a paper's model
 
 Exit codes: 0 done, 1 failed, 2 wrong use, 3 ended by an alarm (--alarm-exit) with a checkpoint, 130 stopped by
-Ctrl-C with a checkpoint."
+Ctrl-C: training after the step, with a checkpoint; `generate` after the token."
 )]
 pub(crate) struct Cli {
     #[command(subcommand)]
@@ -95,13 +96,17 @@ pub(crate) struct TrainArgs {
     /// Compute the inside of each block again in the backward pass instead of keeping it: less memory, more time
     #[arg(long)]
     pub(crate) recompute: bool,
+    /// How the optimizer keeps its moments: f32, or rounded stochastically in bf16 (half the memory) or 8bit (a quarter) [default: the
+    /// preset's]
+    #[arg(long, value_name = "KIND")]
+    pub(crate) moments: Option<Moments>,
     /// Warn once when a router leaves its limits, as in `dead-experts=100,drop=0.3`; keys: dead-experts (steps without a
     /// token), drop (at most, fraction of choices), entropy (at least, nats per token), coefficient (LOW..HIGH),
-    /// logit-scale (at most)
+    /// logit-scale (at most) [default: train.alarm]
     #[arg(long, value_name = "KEY=LIMIT,...")]
     pub(crate) alarm: Option<String>,
     /// End the run at an alarm, with a checkpoint and exit code 3
-    #[arg(long, requires = "alarm")]
+    #[arg(long)]
     pub(crate) alarm_exit: bool,
     /// Change one setting, as in `--set train.batch=8 --set model.experts=[4,8]`
     #[arg(long, value_name = "KEY=VALUE")]

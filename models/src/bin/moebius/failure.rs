@@ -74,7 +74,7 @@ pub(crate) enum Failure {
     #[error(transparent)]
     Study(#[from] StudyError),
     /// What `--alarm` asks for.
-    #[error(transparent)]
+    #[error("--alarm: {0}")]
     Alarm(#[from] AlarmError),
 }
 
@@ -120,7 +120,7 @@ impl Failure {
         match self {
             Failure::Config(_) | Failure::Usage(_) | Failure::Alarm(_) => true,
             Failure::Training(e) => match e {
-                TrainingError::Config(_) => true,
+                TrainingError::Config(_) | TrainingError::OtherMoments { .. } => true,
                 TrainingError::Distill(e) => is_wrong_lesson(e),
                 TrainingError::Engine(_)
                 | TrainingError::Graph(_)

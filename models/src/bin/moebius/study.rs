@@ -10,8 +10,8 @@ use moebius_models::training::Event;
 
 use crate::cli::{ScaleName, StudyArgs};
 use crate::failure::Failure;
-use crate::interrupt;
 use crate::progress::Progress;
+use crate::stop;
 use crate::text::{self, note};
 use crate::train::shown;
 
@@ -26,7 +26,7 @@ pub(crate) fn run(args: &StudyArgs) -> Result<(), Failure> {
     let study = study::study(&args.name, scale)?;
     let engine = Engine::open(&args.device)?;
     let text = Text::open(args.data.as_deref())?;
-    let stop = interrupt::stop_flag("after this step");
+    let stop = stop::asked("stopping after this step");
     if let Some(limit) = limit {
         stop_at(&stop, limit);
     }
