@@ -122,7 +122,7 @@ mod tests {
         let mut ups = 0;
         for random in 0..1 << 16 {
             let got = code(random << 7);
-            assert!(got == low || got == high || wanted < 1e-3 || wanted > 0.999, "{x}: {got} for {low} or {high}");
+            assert!(got == low || got == high || !(1e-3..=0.999).contains(&wanted), "{x}: {got} for {low} or {high}");
             ups += u32::from(got == high);
         }
         // f32 tells x from a level to a few of its spacings.

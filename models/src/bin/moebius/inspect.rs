@@ -145,7 +145,9 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
     }
     match config.train.moments {
         Moments::F32 => println!("  optimizer    {:>10}", text::bytes(bytes.optimizer as f64)),
-        other => println!("  optimizer    {:>10}  (moments in {other})", text::bytes(bytes.optimizer as f64)),
+        other @ (Moments::Bf16 | Moments::Eight) => {
+            println!("  optimizer    {:>10}  (moments in {other})", text::bytes(bytes.optimizer as f64))
+        }
     }
     if accumulators > 0 {
         println!("  activations  {:>10}  (the device's arena)", text::bytes(activations as f64));
