@@ -66,7 +66,6 @@ mod tests {
         let (graph, loss, options) = crate::training::parts(&config).unwrap();
         let step = training_step_with(graph, loss, options).unwrap();
         let (alone, all) = (engine.memory(&step).unwrap(), memory(&engine, &config).unwrap());
-        eprintln!("{alone:?} {all:?}");
         assert_eq!(alone.state, all.state);
         assert!(all.arena >= alone.arena);
     }
