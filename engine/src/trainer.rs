@@ -8,7 +8,8 @@ use crate::micro::MICRO_BATCH;
 use crate::program::Program;
 use crate::session::Session;
 use crate::step::{
-    HALTED, HISTORY, HISTORY_ROW, Optimizer, StepOptions, first_moment, second_moment, training_step_with,
+    HALTED, HISTORY, HISTORY_ROW, Optimizer, StepOptions, first_moment, moment_scales, second_moment,
+    training_step_with,
 };
 
 /// What one training step did.
@@ -169,7 +170,9 @@ impl Trainer {
 
     /// Names of the optimizer's tensors.
     pub fn moments(&self) -> Vec<String> {
-        self.parameters.iter().flat_map(|p| [first_moment(p), second_moment(p)]).collect()
+        let graph = self.program.plan().graph();
+        let names = self.parameters.iter().flat_map(|p| [first_moment(p), second_moment(p), moment_scales(p)]);
+        names.filter(|name| graph.input_named(name).is_some()).collect()
     }
 
     /// Gives the program everything it wants for one micro-batch.

@@ -14,6 +14,7 @@ use std::sync::OnceLock;
 use place::{Place, SMALL, checkpoint, json, kill_until_it_ends_with, metrics, stderr, stdout, succeeds};
 
 /// The folder of the emulated driver and compiler, built once; kernels compiled for it are kept beside them.
+#[expect(clippy::print_stderr, reason = "a test that did nothing should say so")]
 fn emulator() -> Option<&'static Path> {
     static BUILT: OnceLock<Option<PathBuf>> = OnceLock::new();
     let build = || {

@@ -137,6 +137,8 @@ fn bad_input_gets_one_clear_error() {
     let set = |setting: &'static str| train(&["--data", "text.txt", "--set", setting]);
     let table: Vec<(i32, Vec<&str>, Vec<&str>)> = vec![
         (1, train(&["--data", "missing.txt"]), vec!["missing.txt"]),
+        (2, train(&["--moments", "f16"]), vec!["f32, bf16, 8bit", "`f16`"]),
+        (2, set("train.moments=4bit"), vec!["train.moments", "`f32`", "`bf16`", "`8bit`"]),
         (1, train(&["--data", "empty.txt"]), vec!["empty.txt", "empty"]),
         (1, train(&["--data", "short.txt"]), vec!["33", "found"]),
         (1, train(&["--data", "."]), vec!["a folder"]),

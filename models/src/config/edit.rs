@@ -5,7 +5,7 @@ use toml::{Table, Value};
 use super::{Config, ConfigError, UnknownKey};
 
 /// Every key, and whether it can be absent.
-pub(super) const KEYS: [(&str, bool); 72] = [
+pub(super) const KEYS: [(&str, bool); 73] = [
     ("model.name", false),
     ("model.vocab", false),
     ("model.layers", false),
@@ -69,6 +69,7 @@ pub(super) const KEYS: [(&str, bool); 72] = [
     ("train.betas", false),
     ("train.eps", false),
     ("train.weight_decay", false),
+    ("train.moments", false),
     ("train.clip", false),
     ("train.seed", false),
     ("train.eval_every", false),

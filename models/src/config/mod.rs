@@ -16,6 +16,7 @@ mod validate;
 
 use std::{fs, path::Path};
 
+pub use moebius_ir::Moments;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::edit::nearest;
@@ -172,6 +173,9 @@ pub struct TrainConfig {
     /// Decoupled weight decay, of matrices only.
     #[serde(default = "default::weight_decay")]
     pub weight_decay: f64,
+    /// How AdamW's moments are kept between steps: `f32`, or rounded stochastically in `bf16` or `8bit`.
+    #[serde(default)]
+    pub moments: Moments,
     /// Largest norm of all gradients together; 0 for no clipping.
     #[serde(default = "default::clip")]
     pub clip: f64,

@@ -6,20 +6,38 @@
 #define THREADS 512
 #define MOST_EXPERTS 1024
 
-/// How many of the flags of lower threads are set, and (in `all`) how many of all.
-__device__ __forceinline__ int rank_of(bool flag, int* counts, int& all) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    u32 votes = __ballot_sync(WHOLE_WARP, flag);
-    if (lane == 0) counts[warp] = __popc(votes);
+/// Choices that a thread takes at a time.
+#define EACH 8
+
+/// The sum of what lower threads have, and (in `all`) of what all have.
+__device__ __forceinline__ int before(int own, int* counts, int& all) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, up_to = own;
+    for (int d = 1; d < 32; d *= 2) {
+        int left = __shfl_up_sync(WHOLE_WARP, up_to, d);
+        if (lane >= d) up_to += left;
+    }
+    if (lane == 31) counts[warp] = up_to;
     __syncthreads();
-    int before = __popc(votes & ((1u << lane) - 1u));
+    int sum = up_to - own;
     all = 0;
     for (int w = 0; w < THREADS / 32; w++) {
-        if (w < warp) before += counts[w];
+        if (w < warp) sum += counts[w];
         all += counts[w];
     }
     __syncthreads();
-    return before;
+    return sum;
+}
+
+/// The experts of EACH choices from `first` on; -1 behind the last.
+__device__ __forceinline__ void read(const int* index, int first, int choices, int (&e)[EACH]) {
+    if (first + EACH <= choices) {
+        auto v = load_vector<EACH>(index + first);
+#pragma unroll
+        for (int j = 0; j < EACH; j++) e[j] = v.at[j];
+    } else {
+#pragma unroll
+        for (int j = 0; j < EACH; j++) e[j] = first + j < choices ? index[first + j] : -1;
+    }
 }
 
 /// Choice c comes before choice d where their priorities are equal. Choice-major: all first choices before all second ones.
@@ -42,19 +60,32 @@ KERNEL assign(const int* index, const float* priority, int n, int k, int experts
     __shared__ int counts[THREADS / 32];
     __shared__ int begin, total, lost;
     int me = blockIdx.x, choices = n * k;
-    for (int e = threadIdx.x; e < experts; e += THREADS) load[e] = 0;
-    __syncthreads();
-    for (int c = threadIdx.x; c < choices; c += THREADS) {
-        int e = index[c];
-        if (e >= 0 && e < experts) atomicAdd(&load[e], 1);
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        begin = total = lost = 0;
-        for (int e = 0; e < experts; e++) {
-            int keep = capacity >= 0 && load[e] > capacity ? capacity : load[e];
-            if (e < me) begin += keep;
-            total += keep, lost += load[e] - keep;
+    if (capacity < 0) {
+        // Only how many go to the experts before, and to any.
+        int lower = 0, valid = 0;
+        for (int from = threadIdx.x * EACH; from < choices; from += THREADS * EACH) {
+            int e[EACH];
+            read(index, from, choices, e);
+#pragma unroll
+            for (int j = 0; j < EACH; j++) valid += e[j] >= 0 && e[j] < experts, lower += e[j] >= 0 && e[j] < me;
+        }
+        lower = block_sum<THREADS>(lower, counts), valid = block_sum<THREADS>(valid, counts);
+        if (threadIdx.x == 0) begin = lower, total = valid, lost = 0;
+    } else {
+        for (int e = threadIdx.x; e < experts; e += THREADS) load[e] = 0;
+        __syncthreads();
+        for (int c = threadIdx.x; c < choices; c += THREADS) {
+            int e = index[c];
+            if (e >= 0 && e < experts) atomicAdd(&load[e], 1);
+        }
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            begin = total = lost = 0;
+            for (int e = 0; e < experts; e++) {
+                int keep = min(load[e], capacity);
+                if (e < me) begin += keep;
+                total += keep, lost += load[e] - keep;
+            }
         }
     }
     __syncthreads();
@@ -80,7 +111,7 @@ KERNEL assign(const int* index, const float* priority, int n, int k, int experts
             // The choice that is `at`-th in the order.
             int c = choice_major ? at % n * k + at / n : at;
             bool mine = at < choices && index[c] == me;
-            int rank = done + rank_of(mine, counts, all);
+            int rank = done + before(mine, counts, all);
             if (mine) kept[c] = rank < capacity;
             done += all;
         }
@@ -88,16 +119,22 @@ KERNEL assign(const int* index, const float* priority, int n, int k, int experts
     __syncthreads();
 
     int done = begin;
-    for (int from = 0; from < choices; from += THREADS) {
-        int c = from + threadIdx.x, all;
-        bool mine = c < choices && index[c] == me;
-        bool stays = mine && (!full || kept[c]);
-        int slot = done + rank_of(stays, counts, all);
-        if (stays) slot_choice[slot] = c;
-        if (mine) choice_slot[c] = stays ? slot : -1;
+    for (int from = 0; from < choices; from += THREADS * EACH) {
+        int first = from + threadIdx.x * EACH, e[EACH], own = 0, all;
+        read(index, first, choices, e);
+        bool stays[EACH];
+#pragma unroll
+        for (int j = 0; j < EACH; j++) own += stays[j] = e[j] == me && (!full || kept[first + j]);
+        int slot = done + before(own, counts, all);
+#pragma unroll
+        for (int j = 0; j < EACH; j++) {
+            int c = first + j;
+            if (stays[j]) slot_choice[slot] = c;
+            if (e[j] == me) choice_slot[c] = stays[j] ? slot++ : -1;
+            // What goes nowhere is nobody's; the first block takes it.
+            else if (me == 0 && c < choices && (e[j] < 0 || e[j] >= experts)) choice_slot[c] = -1;
+        }
         done += all;
-        // What goes nowhere is nobody's; the first block takes it.
-        if (me == 0 && c < choices && (index[c] < 0 || index[c] >= experts)) choice_slot[c] = -1;
     }
     if (threadIdx.x == 0) {
         offsets[me] = begin;

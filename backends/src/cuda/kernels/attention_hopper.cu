@@ -20,33 +20,18 @@ struct Room {
 
 static_assert(sizeof(Room) + 1024 <= SHARED, "the memory that is asked for");
 
-/// Where a pipeline is: a stage, and the parity of its round.
-struct Turn {
-    int stage = 0;
-    u32 parity = 0;
-    __device__ __forceinline__ void next() {
-        if (++stage == STAGES) stage = 0, parity ^= 1;
-    }
-};
-
-/// Describes rows of 128 bytes, swizzled, to wgmma.
-__device__ __forceinline__ u64 described(const void* at) {
-    return (u64)((shared_address(at) & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
-}
-/// From 16 elements of k to the next, as descriptions count: of rows that lie along k, and of others.
-#define ALONG 2
-#define ACROSS 128
+typedef Round<STAGES> Turn;
 
 /// sum = own rows times other rows, both along the head.
 __device__ __forceinline__ void rows_by_rows(float (&sum)[32], u64 own, u64 other) {
 #pragma unroll
-    for (int i = 0; i < HEAD / 16; i++) wgmma(sum, own + i * ALONG, other + i * ALONG, i > 0);
+    for (int i = 0; i < HEAD / 16; i++) wgmma(sum, own + i * ALONG_K, other + i * ALONG_K, i > 0);
 }
 /// sum += weights, [64 own rows, OTHERS], times other rows.
 __device__ __forceinline__ void weights_by_rows(float (&sum)[32], const u32 (&weights)[16], u64 other, int add) {
 #pragma unroll
     for (int i = 0; i < OTHERS / 16; i++)
-        wgmma_held(sum, weights[4 * i], weights[4 * i + 1], weights[4 * i + 2], weights[4 * i + 3], other + i * ACROSS,
+        wgmma_held(sum, weights[4 * i], weights[4 * i + 1], weights[4 * i + 2], weights[4 * i + 3], other + i * ACROSS_K,
                    add || i > 0);
 }
 /// Sums as the left side of a product, rounded.
@@ -55,13 +40,14 @@ __device__ __forceinline__ void held(u32 (&to)[16], const float (&sum)[32]) {
     for (int i = 0; i < 16; i++) to[i] = pack(sum[2 * i], sum[2 * i + 1], T());
 }
 
-__device__ __forceinline__ void begin(Room& room) {
+/// Makes the barriers; `arrivals` give a stage back.
+__device__ __forceinline__ void begin(Room& room, int arrivals) {
     if (threadIdx.x == 0) {
         barrier_init(&room.own, 1);
         for (int i = 0; i < STAGES; i++) {
-            // Every lane that loads; every warp that computes.
+            // Every lane that loads.
             barrier_init(&room.full[i], 32);
-            barrier_init(&room.empty[i], COMPUTING / 32);
+            barrier_init(&room.empty[i], arrivals);
         }
         barriers_ready();
     }
@@ -126,18 +112,6 @@ __device__ __forceinline__ void store(T* to, i64 pitch, int first, int rows, con
     }
 }
 
-__device__ __forceinline__ float quad_largest(float x) {
-    x = fmaxf(x, __shfl_xor_sync(WHOLE_WARP, x, 1));
-    return fmaxf(x, __shfl_xor_sync(WHOLE_WARP, x, 2));
-}
-__device__ __forceinline__ float quad_total(float x) {
-    x += __shfl_xor_sync(WHOLE_WARP, x, 1);
-    return x + __shfl_xor_sync(WHOLE_WARP, x, 2);
-}
-
-#define LOG2_E 1.4426950408889634f
-#define LN_2 0.6931471805599453f
-
 /// Grid: blocks of queries, heads, batch.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 attention_hopper(const __grid_constant__ TensorMap qkv_map, T* out, float* lse, Heads s) {
@@ -146,7 +120,7 @@ attention_hopper(const __grid_constant__ TensorMap qkv_map, T* out, float* lse, 
     // The last queries have the most keys to see: they start first.
     int from = (int)(s.causal ? gridDim.x - 1 - blockIdx.x : blockIdx.x) * OWN;
     int end = s.causal ? min(from + OWN, s.tokens) : s.tokens;
-    begin(room);
+    begin(room, COMPUTING / 32);
     if (threadIdx.x >= COMPUTING) {
         if (threadIdx.x == COMPUTING) load_own(room, qkv_map, nullptr, h * HEAD, 0, from, b);
         load_others(room, qkv_map, qkv_map, {0, end, 0, 0}, b,
@@ -184,7 +158,7 @@ attention_hopper(const __grid_constant__ TensorMap qkv_map, T* out, float* lse, 
             float shrink[2];
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                most[half] = quad_largest(most[half]);
+                most[half] = quad_max(most[half]);
                 // Where nothing is visible yet all weights are 0, not those of a difference of infinities.
                 float base = most[half] == -INF_F ? 0.0f : most[half], total = 0.0f;
                 shrink[half] = exp2_fast(greatest[half] - base);
@@ -211,7 +185,7 @@ attention_hopper(const __grid_constant__ TensorMap qkv_map, T* out, float* lse, 
             if (lane == 0) arrive(&room.empty[turn.stage]);
         turn.next();
     }
-    float low = quad_total(sum[0]), high = quad_total(sum[1]);
+    float low = quad_sum(sum[0]), high = quad_sum(sum[1]);
     store(out + s.result(b, h), s.result_pitch(), first, s.tokens, acc, 1.0f / low, 1.0f / high);
     if (lane % 4 == 0) {
         if (row < s.tokens) lse[s.row(b, h) + row] = LN_2 * greatest[0] + logf(low);
@@ -230,7 +204,8 @@ __device__ __forceinline__ void grads(const TensorMap& qkv_map, const TensorMap&
     // Queries before a block see none of its keys, nor do those of a block see keys behind it.
     Walk walk = {OF_KEYS && s.causal ? from : 0, !OF_KEYS && s.causal ? min(from + OWN, s.tokens) : s.tokens,
                  OF_KEYS ? head * sharing : head, OF_KEYS ? head * sharing + sharing - 1 : head};
-    begin(room);
+    // A lane that read of a stage by itself gives it back by itself; what only products read, a warp does.
+    begin(room, OF_KEYS ? COMPUTING : COMPUTING / 32);
     if (threadIdx.x >= COMPUTING) {
         if (threadIdx.x == COMPUTING)
             load_own(room, qkv_map, OF_KEYS ? &qkv_map : &dout_map, OF_KEYS ? key : head * HEAD,
@@ -295,9 +270,7 @@ __device__ __forceinline__ void grads(const TensorMap& qkv_map, const TensorMap&
                 products_end();
                 products_wait<0>();
             }
-            // What every lane read of the stage comes before the arrival of one.
-            __syncwarp();
-            if (lane == 0) arrive(&room.empty[turn.stage]);
+            if (OF_KEYS || lane == 0) arrive(&room.empty[turn.stage]);
             turn.next();
         }
     }

@@ -38,11 +38,19 @@ __device__ __forceinline__ u16 half_bits(float x) {
 #endif
 
 /// Rounded to nearest even.
+#ifdef MOEBIUS_EMULATOR
 __device__ __forceinline__ u16 bf16_bits(float x) {
     u32 bits = __float_as_uint(x);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return (u16)((bits >> 16) | 0x40u);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
     return (u16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
+#else
+__device__ __forceinline__ u16 bf16_bits(float x) {
+    u16 bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+}
+#endif
 
 template <typename Float> __device__ __forceinline__ Float from_float(float x);
 template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
@@ -69,6 +77,10 @@ __device__ __forceinline__ float warp_sum(float x) {
     return x;
 }
 __device__ __forceinline__ double warp_sum(double x) {
+    for (int step = 16; step > 0; step >>= 1) x += __shfl_xor_sync(WHOLE_WARP, x, step);
+    return x;
+}
+__device__ __forceinline__ int warp_sum(int x) {
     for (int step = 16; step > 0; step >>= 1) x += __shfl_xor_sync(WHOLE_WARP, x, step);
     return x;
 }

@@ -8,11 +8,17 @@ __device__ __forceinline__ float at_least(float x, float least) { return x < lea
 __device__ __forceinline__ float at_most(float x, float most) { return x > most ? most : x; }
 __device__ __forceinline__ float within(float x, float bound) { return at_most(at_least(x, -bound), bound); }
 
-/// 1 / (1 + e^-x), with full relative precision on the negative side too.
-__device__ __forceinline__ float fn_sigmoid(float x) {
-    float e = expf(-fabsf(x)), large = 1.0f / (1.0f + e);
-    return x < 0.0f ? e * large : large;
-}
+/// 1 / (1 + e^-x) and 1 / (1 + e^x), with full relative precision on both sides. QUICK: by the chip's own functions, to 17 bits,
+/// which is enough for a result of 16 bits.
+template <int QUICK> struct Sigmoids {
+    float of, other;
+    __device__ __forceinline__ Sigmoids(float x) {
+        float e = QUICK ? __expf(-fabsf(x)) : expf(-fabsf(x));
+        float large = QUICK ? __fdividef(1.0f, 1.0f + e) : 1.0f / (1.0f + e), small = e * large;
+        of = x < 0.0f ? small : large, other = x < 0.0f ? large : small;
+    }
+};
+template <int QUICK> __device__ __forceinline__ float fn_sigmoid(float x) { return Sigmoids<QUICK>(x).of; }
 __device__ __forceinline__ float gelu_inner(float x) { return 2.0f * GELU_C * (x + GELU_A * x * x * x); }
 __device__ __forceinline__ float normal_distribution(float x) { return 0.5f * erfcf(-x * 0.70710678118654752f); }
 
@@ -24,9 +30,11 @@ __device__ __forceinline__ float fn_rsqrt(float x) { return 1.0f / sqrtf(x); }
 __device__ __forceinline__ float fn_reciprocal(float x) { return 1.0f / x; }
 __device__ __forceinline__ float fn_tanh(float x) { return tanhf(x); }
 // In the gated functions -inf would meet a gate of 0; a large negative number gives the limit.
-__device__ __forceinline__ float fn_gelu_tanh(float x) { return at_least(x, -1e30f) * fn_sigmoid(gelu_inner(x)); }
+template <int QUICK> __device__ __forceinline__ float fn_gelu_tanh(float x) {
+    return at_least(x, -1e30f) * fn_sigmoid<QUICK>(gelu_inner(x));
+}
 __device__ __forceinline__ float fn_gelu_erf(float x) { return at_least(x, -1e30f) * normal_distribution(x); }
-__device__ __forceinline__ float fn_silu(float x) { return at_least(x, -1e30f) * fn_sigmoid(x); }
+template <int QUICK> __device__ __forceinline__ float fn_silu(float x) { return at_least(x, -1e30f) * fn_sigmoid<QUICK>(x); }
 __device__ __forceinline__ float fn_relu(float x) { return x < 0.0f ? 0.0f : x; }
 __device__ __forceinline__ float fn_abs(float x) { return fabsf(x); }
 __device__ __forceinline__ float fn_sign(float x) { return x != x ? x : (float)(x > 0.0f) - (float)(x < 0.0f); }
@@ -57,19 +65,19 @@ __device__ __forceinline__ u32 fn_min(u32 a, u32 b) { return a < b ? a : b; }
 __device__ __forceinline__ float fn_pow(float a, float b) { return powf(a, b); }
 
 // Of x and the cotangent: the derivative times it. Beyond the bounds the derivatives are 0 or 1, and infinities would meet zeros.
-__device__ __forceinline__ float fn_gelu_tanh_grad(float x, float dy) {
+template <int QUICK> __device__ __forceinline__ float fn_gelu_tanh_grad(float x, float dy) {
     x = within(x, 30.0f);
-    float u = gelu_inner(x), s = fn_sigmoid(u), c = fn_sigmoid(-u);
-    return dy * (s + x * s * c * (2.0f * GELU_C) * (1.0f + 3.0f * GELU_A * x * x));
+    Sigmoids<QUICK> s(gelu_inner(x));
+    return dy * (s.of + x * s.of * s.other * (2.0f * GELU_C) * (1.0f + 3.0f * GELU_A * x * x));
 }
 __device__ __forceinline__ float fn_gelu_erf_grad(float x, float dy) {
     x = within(x, 20.0f);
     return dy * (normal_distribution(x) + x * (0.39894228040143268f * expf(-0.5f * x * x)));
 }
-__device__ __forceinline__ float fn_silu_grad(float x, float dy) {
+template <int QUICK> __device__ __forceinline__ float fn_silu_grad(float x, float dy) {
     x = within(x, 110.0f);
-    float s = fn_sigmoid(x), c = fn_sigmoid(-x);
-    return dy * (s + x * s * c);
+    Sigmoids<QUICK> s(x);
+    return dy * (s.of + x * s.of * s.other);
 }
 __device__ __forceinline__ float fn_relu_grad(float x, float dy) { return x > 0.0f ? dy : 0.0f; }
 

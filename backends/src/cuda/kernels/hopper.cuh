@@ -4,8 +4,6 @@
 /// A tensor in global memory and the box that is copied of it, as the driver encodes it.
 struct __align__(64) TensorMap { u64 words[16]; };
 
-__device__ __forceinline__ u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
-
 /// Makes a barrier of so many arrivals.
 __device__ __forceinline__ void barrier_init(u64* barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
@@ -85,19 +83,21 @@ __device__ __forceinline__ void stmatrix_transposed(void* row, u32 a, u32 b, u32
                  "r"(b), "r"(c), "r"(d)
                  : "memory");
 }
-/// 2^x by the chip's own function: within 2 units in the last place, 0 below the normal numbers.
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
+
+/// Where a pipeline of STAGES stages is: a stage, and the parity of its round.
+template <int STAGES> struct Round {
+    int stage = 0;
+    u32 parity = 0;
+    __device__ __forceinline__ void next() {
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+};
+
+/// Describes a tile in shared memory to wgmma: rows of 128 bytes, swizzled; `apart` bytes between blocks of 64 of several that do
+/// not lie along k.
+__device__ __forceinline__ u64 described(const void* at, u32 apart = 16) {
+    return (u64)((shared_address(at) & 0x3ffff) >> 4) | (u64)(apart >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
 }
-__device__ __forceinline__ u32 pack(float low, float high, bf16) {
-    u32 both;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-}
-__device__ __forceinline__ u32 pack(float low, float high, f16) {
-    u32 both;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-}
+/// From 16 elements of k to the next, as descriptions count: of rows that lie along k, and of others.
+#define ALONG_K 2
+#define ACROSS_K 128

@@ -26,11 +26,6 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
 __device__ __forceinline__ void copies_end() { emulated_copies_end(); }
 /// Waits until all of this thread's groups are there; the others' are after a barrier.
 __device__ __forceinline__ void copies_wait() { emulated_copies_wait(); }
-/// Two numbers rounded to nearest even, `low` in the lower half.
-__device__ __forceinline__ u32 pack(float low, float high, bf16) { return bf16_bits(low) | (u32)bf16_bits(high) << 16; }
-__device__ __forceinline__ u32 pack(float low, float high, f16) { return half_bits(low) | (u32)half_bits(high) << 16; }
-/// 2^x by the chip's own function: within 2 units in the last place, 0 below the normal numbers.
-__device__ __forceinline__ float exp2_fast(float x) { return exp2f(x); }
 #else
 __device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2], bf16) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -42,7 +37,6 @@ __device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], const u32 
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-__device__ __forceinline__ u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
 __device__ __forceinline__ void ldmatrix(u32& a, u32& b, u32& c, u32& d, const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "r"(shared_address(row)));
@@ -56,19 +50,4 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
 }
 __device__ __forceinline__ void copies_end() { asm volatile("cp.async.commit_group;"); }
 __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-__device__ __forceinline__ u32 pack(float low, float high, bf16) {
-    u32 both;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-}
-__device__ __forceinline__ u32 pack(float low, float high, f16) {
-    u32 both;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-}
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 #endif

@@ -6,7 +6,7 @@
 
 #define THREADS (32 * WARPS)
 /// Tokens of one block.
-#define TOKENS 64
+#define TOKENS (4 * WARPS)
 
 /// Shared memory of a warp.
 struct Desk {
@@ -172,30 +172,44 @@ KERNEL route(const float* all_logits, const float* bias, const float* all_noise,
     }
 }
 
-#define FINISH_THREADS 256
+#define FINISH_THREADS 1024
+/// Threads that share the blocks of one expert.
+#define SHARES (EXPERTS >= FINISH_THREADS / 2 ? 1 : FINISH_THREADS / EXPERTS)
 
-/// One block joins what the blocks of `route` found.
+/// One block joins what the blocks of `route` found: each share of them in order, then the shares in order.
 KERNEL route_finish(const float* partial_p, const int* partial_counts, const float* partial_sums, int blocks, int n,
                     float* balance, float* z, int* counts, float* entropy) {
     __shared__ float room[FINISH_THREADS / 32];
-    float loss = 0.0f;
-    for (int e = threadIdx.x; e < EXPERTS; e += FINISH_THREADS) {
+    __shared__ float p_of[SHARES][EXPERTS];
+    __shared__ int counts_of[SHARES][2][EXPERTS];
+    int share = ceil_div(blocks, SHARES);
+    for (int i = threadIdx.x; i < SHARES * EXPERTS; i += FINISH_THREADS) {
+        int e = i % EXPERTS, from = i / EXPERTS * share, to = min(from + share, blocks), all = 0, counted = 0;
         float p = 0.0f;
-        int all = 0, counted = 0;
-        for (int b = 0; b < blocks; b++) {
+#pragma unroll 4
+        for (int b = from; b < to; b++) {
             p += partial_p[(i64)b * EXPERTS + e];
             all += partial_counts[((i64)b * 2) * EXPERTS + e];
             counted += partial_counts[((i64)b * 2 + 1) * EXPERTS + e];
         }
+        p_of[i / EXPERTS][e] = p, counts_of[i / EXPERTS][0][e] = all, counts_of[i / EXPERTS][1][e] = counted;
+    }
+    float z_sum = 0.0f, entropy_sum = 0.0f;
+    for (int b = threadIdx.x; b < blocks; b += FINISH_THREADS) z_sum += partial_sums[b * 2], entropy_sum += partial_sums[b * 2 + 1];
+    z_sum = block_sum<FINISH_THREADS>(z_sum, room);
+    entropy_sum = block_sum<FINISH_THREADS>(entropy_sum, room);
+    float loss = 0.0f;
+    for (int e = threadIdx.x; e < EXPERTS; e += FINISH_THREADS) {
+        float p = 0.0f;
+        int all = 0, counted = 0;
+        for (int i = 0; i < SHARES; i++) p += p_of[i][e], all += counts_of[i][0][e], counted += counts_of[i][1][e];
         counts[e] = all;
         loss += (p / (float)n) * ((float)counted / ((float)n * COUNTED));
     }
     loss = block_sum<FINISH_THREADS>(loss, room);
     if (threadIdx.x > 0) return;
-    float sums[2] = {0.0f, 0.0f};
-    for (int b = 0; b < blocks; b++) sums[0] += partial_sums[b * 2], sums[1] += partial_sums[b * 2 + 1];
     // Without tokens all of them are 0.
     *balance = n > 0 ? (float)EXPERTS * loss : 0.0f;
-    *z = n > 0 ? sums[0] / (float)n : 0.0f;
-    *entropy = n > 0 ? sums[1] / (float)n : 0.0f;
+    *z = n > 0 ? z_sum / (float)n : 0.0f;
+    *entropy = n > 0 ? entropy_sum / (float)n : 0.0f;
 }

@@ -1,46 +1,74 @@
 // Rows between tokens and slots: dispatch, combine, the gradient of the gates, and sums over segments. No row is written
-// twice, and every sum has the order of its choices or slots.
+// twice, and every sum has the order of its choices or slots. PER_LANE: elements that a lane has at a time.
 
 #define THREADS 128
 
-/// rows[s] = gate x[token]; a block for each slot.
-KERNEL dispatch(const T* x, const int* slot_choice, const float* gate, int choices, int k, int d, T* rows) {
-    i64 s = blockIdx.x;
+#define ROWS (THREADS / 32)
+
+/// rows[s] = gate x[token]; a warp for each slot.
+KERNEL dispatch(const T* x, const int* slot_choice, const float* gate, int slots, int choices, int k, int d, T* rows) {
+    i64 s = (i64)blockIdx.x * ROWS + threadIdx.x / 32;
+    if (s >= slots) return;
     int c = slot_choice[s];
     bool used = c >= 0 && c < choices;
     float g = used && gate ? gate[c] : 1.0f;
-    const T* from = x + (i64)(c / k) * d;
-    for (int i = threadIdx.x; i < d; i += THREADS)
-        rows[s * d + i] = used ? (gate ? from_float<T>(g * to_float(from[i])) : from[i]) : from_float<T>(0.0f);
+    const T* from = x + (used ? (i64)(c / k) * d : 0);
+    T* to = rows + s * d;
+#pragma unroll 4
+    for (int i = threadIdx.x % 32 * PER_LANE; i < d; i += 32 * PER_LANE) {
+        auto v = load_vector<PER_LANE>(from + i);
+        if (!used || gate)
+#pragma unroll
+            for (int j = 0; j < PER_LANE; j++) v.at[j] = from_float<T>(used ? g * to_float(v.at[j]) : 0.0f);
+        store_vector<PER_LANE>(to + i, v);
+    }
 }
 
-/// y[t] = of_rows sum_j gate[t,j] rows[slot] + of_side side[t]; a block for each token.
+/// y[t] = of_rows sum_j gate[t,j] rows[slot] + of_side side[t]; a warp for each token.
 KERNEL combine(const T* rows, const int* choice_slot, const float* gate, const T* side, const float* coefficient, int slots,
-               int k, int d, T* y) {
-    i64 t = blockIdx.x;
+               int tokens, int k, int d, T* y) {
+    i64 t = (i64)blockIdx.x * ROWS + threadIdx.x / 32;
+    if (t >= tokens) return;
     float of_rows = coefficient ? coefficient[2 * t] : 1.0f, of_side = coefficient ? coefficient[2 * t + 1] : 1.0f;
-    for (int i = threadIdx.x; i < d; i += THREADS) {
-        float sum = 0.0f;
+    const int* places = choice_slot + t * k;
+#pragma unroll 2
+    for (int i = threadIdx.x % 32 * PER_LANE; i < d; i += 32 * PER_LANE) {
+        float sum[PER_LANE] = {};
+#pragma unroll 4
         for (int j = 0; j < k; j++) {
-            int s = choice_slot[t * k + j];
-            if (s < 0 || s >= slots) continue;
-            float v = to_float(rows[(i64)s * d + i]);
-            sum += gate ? gate[t * k + j] * v : v;
+            int s = places[j];
+            bool used = s >= 0 && s < slots;
+            float g = gate ? gate[t * k + j] : 1.0f;
+            auto v = load_vector<PER_LANE>(rows + (used ? (i64)s * d : 0) + i);
+#pragma unroll
+            for (int u = 0; u < PER_LANE; u++) sum[u] = used ? fmaf(g, to_float(v.at[u]), sum[u]) : sum[u];
         }
-        if (side) sum = of_rows * sum + of_side * to_float(side[t * d + i]);
-        y[t * d + i] = from_float<T>(sum);
+        Vector<T, PER_LANE> out;
+        if (side) {
+            auto v = load_vector<PER_LANE>(side + t * d + i);
+#pragma unroll
+            for (int u = 0; u < PER_LANE; u++) sum[u] = of_rows * sum[u] + of_side * to_float(v.at[u]);
+        }
+#pragma unroll
+        for (int u = 0; u < PER_LANE; u++) out.at[u] = from_float<T>(sum[u]);
+        store_vector<PER_LANE>(y + t * d + i, out);
     }
 }
 
 /// out[c] = rows[slot] . y[token]; a warp for each choice.
 KERNEL gate_grad(const T* rows, const T* y, const int* choice_slot, int slots, int choices, int k, int d, float* out) {
-    int c = blockIdx.x * (THREADS / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+    int c = blockIdx.x * ROWS + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (c >= choices) return;
     int s = choice_slot[c];
     bool used = s >= 0 && s < slots;
     float dot = 0.0f;
     if (used)
-        for (int i = lane; i < d; i += 32) dot += to_float(rows[(i64)s * d + i]) * to_float(y[(i64)(c / k) * d + i]);
+#pragma unroll 4
+        for (int i = lane * PER_LANE; i < d; i += 32 * PER_LANE) {
+            auto a = load_vector<PER_LANE>(rows + (i64)s * d + i), b = load_vector<PER_LANE>(y + (i64)(c / k) * d + i);
+#pragma unroll
+            for (int j = 0; j < PER_LANE; j++) dot = fmaf(to_float(a.at[j]), to_float(b.at[j]), dot);
+        }
     dot = warp_sum(dot);
     if (lane == 0) out[c] = dot;
 }

@@ -7,8 +7,6 @@
 #define SEGMENTS (HEAD / 8)
 /// Products of the tensor cores along a head.
 #define STEPS (HEAD / 16)
-#define LOG2_E 1.4426950408889634f
-#define LN_2 0.6931471805599453f
 
 /// Rows of a head, whose segments are shuffled within each row so that the same segment of 8 neighbouring rows lies in all banks.
 template <int ROWS> struct Tile {
@@ -52,14 +50,4 @@ template <int ROWS> __device__ __forceinline__ void along(u32 (&b)[2][2], Tile<R
 __device__ __forceinline__ void from_sums(u32 (&a)[4], const float (&left)[4], const float (&right)[4]) {
     a[0] = pack(left[0], left[1], T()), a[1] = pack(left[2], left[3], T());
     a[2] = pack(right[0], right[1], T()), a[3] = pack(right[2], right[3], T());
-}
-
-/// Sum, or maximum, over the four lanes that have the columns of a row.
-__device__ __forceinline__ float quad_sum(float x) {
-    x += __shfl_xor_sync(WHOLE_WARP, x, 1);
-    return x + __shfl_xor_sync(WHOLE_WARP, x, 2);
-}
-__device__ __forceinline__ float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(WHOLE_WARP, x, 1));
-    return fmaxf(x, __shfl_xor_sync(WHOLE_WARP, x, 2));
 }

@@ -6,14 +6,16 @@ template <typename Element, int COUNT> union Vector {
     uint4 fours[(COUNT * sizeof(Element) + 15) / 16];
     u64 two;
     u32 one;
+    u16 half;
 };
 
-/// Reads elements from an address at a multiple of their bytes, at most 16.
+/// Reads elements from an address at a multiple of their bytes together, at most 16.
 template <int COUNT, typename Element> __device__ __forceinline__ Vector<Element, COUNT> load_vector(const Element* from) {
     const int BYTES = COUNT * sizeof(Element);
-    static_assert(BYTES == 4 || BYTES == 8 || BYTES % 16 == 0, "whole words");
+    static_assert(BYTES == 2 || BYTES == 4 || BYTES == 8 || BYTES % 16 == 0, "whole words, or one element");
     Vector<Element, COUNT> v;
-    if (BYTES == 4) v.one = *(const u32*)from;
+    if (BYTES == 2) v.half = *(const u16*)from;
+    else if (BYTES == 4) v.one = *(const u32*)from;
     else if (BYTES == 8) v.two = *(const u64*)from;
     else
 #pragma unroll
@@ -25,7 +27,8 @@ template <int COUNT, typename Element> __device__ __forceinline__ Vector<Element
 template <int COUNT, typename Element>
 __device__ __forceinline__ void store_vector(Element* to, const Vector<Element, COUNT>& v) {
     const int BYTES = COUNT * sizeof(Element);
-    if (BYTES == 4) *(u32*)to = v.one;
+    if (BYTES == 2) *(u16*)to = v.half;
+    else if (BYTES == 4) *(u32*)to = v.one;
     else if (BYTES == 8) *(u64*)to = v.two;
     else
 #pragma unroll

@@ -4,10 +4,10 @@ use moebius_ir::ops::{Attention, AttentionCached, AttentionGrad};
 use moebius_ir::{DType, Graph, Node};
 
 use super::wgmma::{held_instruction, instructions};
-use super::{Lowered, dtype, float, int, shapes, typed};
+use super::{Lowered, dtype, float, int, per_lane, shapes, typed};
 use crate::cuda::chip::Chip;
 use crate::cuda::launch::{Action, Arg, Kernel, Launch, Scratch, TensorBox, kernel};
-use crate::cuda::source::{HEADS, HOPPER, MMA, Source, TILES};
+use crate::cuda::source::{HALVES, HEADS, HOPPER, MMA, Source, TILES, VECTORS};
 
 const TEXT: &str = include_str!("../kernels/attention.cu");
 const FAST: &str = include_str!("../kernels/attention_mma.cu");
@@ -20,6 +20,8 @@ const MOST_HEAD: usize = 256;
 
 /// Keys of a cache that a block takes, whatever the room: the order of the sums depends on the keys alone.
 const CHUNK: usize = 128;
+/// The most lanes that share a key of a cache.
+const MOST_GROUP: usize = 32;
 
 /// Queries and keys of a block, so that four blocks of rows and two of scores fit 48 KB of shared memory.
 fn block(head: usize) -> Result<usize, String> {
@@ -105,7 +107,7 @@ impl Packed {
 
     /// A file of the tensor cores' kernels.
     fn fast(&self, file: &'static str, text: &'static str) -> Result<Source, String> {
-        Ok(typed(file, &[MMA, HEADS, TILES], text, self.dtype)?.define("HEAD", self.head))
+        Ok(typed(file, &[HALVES, MMA, HEADS, TILES], text, self.dtype)?.define("HEAD", self.head))
     }
 
     /// Whether Hopper's own kernels take it: heads that are one line of shared memory.
@@ -128,7 +130,8 @@ impl Packed {
     fn hopper(&self, name: &'static str, heads: usize, args: Vec<Arg>) -> Result<Action, String> {
         let rows = instructions(self.dtype, &[64], true, true)? + &held_instruction(self.dtype, 64, false)?;
         let text = format!("{rows}\n#line 1 \"attention_hopper.cu\"\n{HOPPERS}");
-        let source = Source::generated("attention_hopper.cu", &[HOPPER, HEADS], text).define("T", float(self.dtype)?);
+        let source =
+            Source::generated("attention_hopper.cu", &[HALVES, HOPPER, HEADS], text).define("T", float(self.dtype)?);
         Ok(Action::Kernel(Kernel {
             source: source.define("HEAD", self.head).define("SHARED", HOPPER_SHARED),
             name,
@@ -214,8 +217,14 @@ pub(super) fn lower_attention_cached(graph: &Graph, node: &Node, op: &AttentionC
     }
     bytes.extend(op.scale.to_le_bytes());
     let extents = Arg::Bytes(bytes);
-    let source = typed("attention_cached.cu", &[], CACHED, dtype(graph, node, 0))?;
-    let source = source.define("HEAD", head).define("CHUNK", CHUNK);
+    let (dtype, each) = (dtype(graph, node, 0), per_lane(dtype(graph, node, 0), head));
+    // The lanes that have a head between them: a power of 2, so that a warp has whole groups.
+    let group = head.div_ceil(each).next_power_of_two().min(MOST_GROUP);
+    let source = typed("attention_cached.cu", &[VECTORS], CACHED, dtype)?
+        .define("HEAD", head)
+        .define("CHUNK", CHUNK)
+        .define("PER_LANE", each)
+        .define("GROUP", group);
     let (rows, chunks) = (batch * tokens, room.div_ceil(CHUNK));
     // The caches are results 1 and 2, in the storage of operands 1 and 2.
     let caches = [Arg::Result(1), Arg::Result(2)];

@@ -36,7 +36,9 @@ fn register(dtype: DType) -> &'static str {
     }
 }
 
-fn unary(function: UnaryFn) -> &'static str {
+/// A function's name; of those that have one, the quick form for a result of 16 bits.
+fn unary(function: UnaryFn, half: bool) -> &'static str {
+    let quick = |exact, quick| if half { quick } else { exact };
     match function {
         UnaryFn::Neg => "fn_neg",
         UnaryFn::Exp => "fn_exp",
@@ -45,10 +47,10 @@ fn unary(function: UnaryFn) -> &'static str {
         UnaryFn::Rsqrt => "fn_rsqrt",
         UnaryFn::Reciprocal => "fn_reciprocal",
         UnaryFn::Tanh => "fn_tanh",
-        UnaryFn::Sigmoid => "fn_sigmoid",
-        UnaryFn::GeluTanh => "fn_gelu_tanh",
+        UnaryFn::Sigmoid => quick("fn_sigmoid<0>", "fn_sigmoid<1>"),
+        UnaryFn::GeluTanh => quick("fn_gelu_tanh<0>", "fn_gelu_tanh<1>"),
         UnaryFn::GeluErf => "fn_gelu_erf",
-        UnaryFn::Silu => "fn_silu",
+        UnaryFn::Silu => quick("fn_silu<0>", "fn_silu<1>"),
         UnaryFn::Relu => "fn_relu",
         UnaryFn::Abs => "fn_abs",
         UnaryFn::Sign => "fn_sign",
@@ -61,7 +63,8 @@ fn unary(function: UnaryFn) -> &'static str {
     }
 }
 
-fn binary(function: BinaryFn) -> &'static str {
+fn binary(function: BinaryFn, half: bool) -> &'static str {
+    let quick = |exact, quick| if half { quick } else { exact };
     match function {
         BinaryFn::Add => "fn_add",
         BinaryFn::Sub => "fn_sub",
@@ -70,9 +73,9 @@ fn binary(function: BinaryFn) -> &'static str {
         BinaryFn::Max => "fn_max",
         BinaryFn::Min => "fn_min",
         BinaryFn::Pow => "fn_pow",
-        BinaryFn::GeluTanhGrad => "fn_gelu_tanh_grad",
+        BinaryFn::GeluTanhGrad => quick("fn_gelu_tanh_grad<0>", "fn_gelu_tanh_grad<1>"),
         BinaryFn::GeluErfGrad => "fn_gelu_erf_grad",
-        BinaryFn::SiluGrad => "fn_silu_grad",
+        BinaryFn::SiluGrad => quick("fn_silu_grad<0>", "fn_silu_grad<1>"),
         BinaryFn::ReluGrad => "fn_relu_grad",
     }
 }
@@ -253,9 +256,10 @@ pub(super) fn lower_elementwise(graph: &Graph, node: &Node, op: &Elementwise) ->
     for (at, instr) in op.instrs.iter().enumerate() {
         let target = operands + at;
         let a = |i: usize| format!("r{}", instr.args[i]);
+        let half = matches!(dtypes[target], DType::Bf16 | DType::F16);
         let value = match instr.function {
-            ElementFn::Unary(f) => format!("{}({})", unary(f), a(0)),
-            ElementFn::Binary(f) => format!("{}({}, {})", binary(f), a(0), a(1)),
+            ElementFn::Unary(f) => format!("{}({})", unary(f, half), a(0)),
+            ElementFn::Binary(f) => format!("{}({}, {})", binary(f, half), a(0), a(1)),
             ElementFn::Compare(f) => format!("{} {} {}", a(0), compare(f), a(1)),
             ElementFn::Select => format!("{} ? {} : {}", a(0), a(1), a(2)),
             ElementFn::Cast(to) => format!("{}({})", convert(to), a(0)),

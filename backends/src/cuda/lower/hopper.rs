@@ -10,7 +10,7 @@ use super::wgmma::instructions;
 use super::{float, int};
 use crate::cuda::chip::Chip;
 use crate::cuda::launch::{Action, Arg, Kernel, Launch, TensorBox};
-use crate::cuda::source::{HOPPER, Source};
+use crate::cuda::source::{HALVES, HOPPER, Source};
 
 const PRODUCTS: &str = include_str!("../kernels/gemm_hopper.cuh");
 const STORED: &str = include_str!("../kernels/gemm_hopper.cu");
@@ -27,9 +27,13 @@ const LEAST_COLUMNS: usize = 64;
 /// Row lengths are multiples of this: 16 bytes.
 const ALIGNED: usize = 8;
 const THREADS: u32 = 384;
-/// Bytes of shared memory: four stages, the pieces of the result, the barriers, the segments, and what aligns them.
-const SHARED: usize =
-    4 * (COLUMNS + 256) * DEPTH * 2 + 2 * 2 * 32 * 64 * 2 + 2 * 4 * 8 + 2 * (MOST_EXPERTS + 2) * 4 + 1024;
+/// Bytes of shared memory: four stages, the pieces of the result, the barriers, two tiles found ahead, the segments, and what aligns them.
+const SHARED: usize = 4 * (COLUMNS + 256) * DEPTH * 2
+    + 2 * 2 * 32 * 64 * 2
+    + 2 * 4 * 8
+    + 2 * (24 + 16)
+    + 2 * (MOST_EXPERTS + 2) * 4
+    + 1024;
 
 /// What cuts a product into segments.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -130,7 +134,8 @@ fn source(dtype: DType, x_along_k: bool, w_along_k: bool, k_grouped: bool, end: 
     let rows: Vec<usize> = (1..=HEIGHTS[0] / step).map(|i| i * step).collect();
     let wgmma = instructions(dtype, &rows, x_along_k, w_along_k)?;
     let text = format!("{wgmma}\n#line 1 \"gemm_hopper.cuh\"\n{PRODUCTS}\n#line 1 \"{}\"\n{}", end.file, end.text);
-    let source = Source::generated(end.file, &[HOPPER], text).define("T", float(dtype)?).define("SHARED", SHARED);
+    let source =
+        Source::generated(end.file, &[HALVES, HOPPER], text).define("T", float(dtype)?).define("SHARED", SHARED);
     let flag = |source: Source, name, on: bool| source.define(name, u8::from(on));
     Ok(flag(flag(flag(source, "X_ALONG_K", x_along_k), "W_ALONG_K", w_along_k), "K_GROUPED", k_grouped))
 }

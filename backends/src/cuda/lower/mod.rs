@@ -15,6 +15,7 @@ mod norm;
 mod optimizer;
 mod reduce;
 mod sparse;
+mod split;
 mod wgmma;
 
 use moebius_ir::{DType, Graph, Node, NodeId, Op};
@@ -50,6 +51,12 @@ fn int(n: usize, what: &str) -> Result<i32, String> {
 /// The dtype of an operand.
 fn dtype(graph: &Graph, node: &Node, i: usize) -> DType {
     graph.ty(node.operands[i]).dtype
+}
+
+/// Elements of a row that a lane has at a time: 16 bytes where rows of `d` begin at multiples of that, else one.
+fn per_lane(dtype: DType, d: usize) -> usize {
+    let whole = 16 / dtype.bytes();
+    if d.is_multiple_of(whole) { whole } else { 1 }
 }
 
 /// The launch of a node on such a GPU.

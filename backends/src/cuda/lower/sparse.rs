@@ -3,17 +3,18 @@
 use moebius_ir::ops::{Assign, Balance, Combine, GroupScore, NoiseUse, Order, Route, RouteGrad, Score};
 use moebius_ir::{Graph, Node};
 
-use super::{Lowered, dtype, int, shapes, typed};
+use super::{Lowered, dtype, int, per_lane, shapes, typed};
 use crate::cuda::launch::{Action, Arg, Launch, Scratch, kernel};
-use crate::cuda::source::{ROUTER, Source};
+use crate::cuda::source::{ROUTER, Source, VECTORS};
 
 const ROUTE: &str = include_str!("../kernels/route.cu");
 const ROUTE_GRAD: &str = include_str!("../kernels/route_grad.cu");
 const ASSIGN: &str = include_str!("../kernels/assign.cu");
 const ROWS: &str = include_str!("../kernels/rows.cu");
 
-/// Tokens of one block of the router, as in the kernel.
-const TOKENS: usize = 64;
+/// Tokens of a warp of the router, and threads that join its blocks' statistics, as in the kernel.
+const WARP_TOKENS: usize = 4;
+const FINISH_THREADS: u32 = 1024;
 /// The most experts: what shared memory holds of a token.
 const MOST_EXPERTS: usize = 1024;
 /// Threads of a block of the kernels on rows.
@@ -73,7 +74,7 @@ pub(super) fn lower_route(graph: &Graph, node: &Node, op: &Route) -> Lowered {
         .define("TOP2", u8::from(top2))
         .define("LATER", u8::from(op.noise == Some(NoiseUse::LaterChoices)))
         .define("WARPS", warps);
-    let blocks = n.div_ceil(TOKENS);
+    let blocks = n.div_ceil(WARP_TOKENS * warps as usize);
     let (tokens, blocks_arg) = (Arg::I32(int(n, "tokens")?), Arg::I32(int(blocks, "tokens")?));
     let mut scratch = Scratch::default();
     let p = scratch.take(4 * blocks * e);
@@ -86,7 +87,7 @@ pub(super) fn lower_route(graph: &Graph, node: &Node, op: &Route) -> Lowered {
     let of_blocks = [&partial[..], &[blocks_arg, tokens], &[2, 3, 4, 5].map(Arg::Result)].concat();
     let actions = vec![
         kernel(source.clone(), "route", [blocks, 1, 1], 32 * warps, of_tokens),
-        kernel(source, "route_finish", [1, 1, 1], 256, of_blocks),
+        kernel(source, "route_finish", [1, 1, 1], FINISH_THREADS, of_blocks),
     ];
     Ok(Launch::of(actions).with_scratch(scratch.bytes()))
 }
@@ -128,7 +129,7 @@ pub(super) fn lower_assign(graph: &Graph, node: &Node, op: &Assign) -> Lowered {
         [int(n, "tokens")?, int(k, "choices")?, op.experts as i32, capacity, choice_major, int(slots, "slots")?];
     let results = [0, 1, 2, 3].map(Arg::Result);
     let args = [&[Arg::Operand(0), priority][..], &sizes.map(Arg::I32), &results, &[kept]].concat();
-    let source = Source::new("assign.cu", &[], ASSIGN);
+    let source = Source::new("assign.cu", &[VECTORS], ASSIGN);
     Ok(Launch::one(source, "assign", [op.experts, 1, 1], 512, args).with_scratch(scratch.bytes()))
 }
 
@@ -137,50 +138,58 @@ fn extents(slots: usize, n: usize, k: usize, d: usize) -> Result<[i32; 4], Strin
     Ok([int(slots, "slots")?, int(n * k, "choices")?, int(k, "choices")?, int(d, "a width")?])
 }
 
+/// The kernels on rows of `d` elements.
+fn rows(graph: &Graph, node: &Node, d: usize) -> Result<Source, String> {
+    let dtype = dtype(graph, node, 0);
+    Ok(typed("rows.cu", &[VECTORS], ROWS, dtype)?.define("PER_LANE", per_lane(dtype, d)))
+}
+
+/// A warp for each of so many rows.
+fn by_warp(source: Source, name: &'static str, rows: usize, args: Vec<Arg>) -> Launch {
+    Launch::one(source, name, [rows.div_ceil(THREADS / 32), 1, 1], THREADS as u32, args)
+}
+
 pub(super) fn lower_dispatch(graph: &Graph, node: &Node) -> Lowered {
     let [x, slot_choice, choice_slot] = shapes(graph, node);
     let (d, s, k) = (x[1], slot_choice[0], choice_slot[1]);
-    let [_, choices, k, width] = extents(s, choice_slot[0], k, d)?;
+    let [slots, choices, k, width] = extents(s, choice_slot[0], k, d)?;
     let gate = if node.operands.len() > 3 { Arg::Operand(3) } else { Arg::Null };
-    let sizes = [choices, k, width].map(Arg::I32);
+    let sizes = [slots, choices, k, width].map(Arg::I32);
     let args = [&[Arg::Operand(0), Arg::Operand(1), gate][..], &sizes, &[Arg::Result(0)]].concat();
-    let source = typed("rows.cu", &[], ROWS, dtype(graph, node, 0))?;
-    Ok(Launch::one(source, "dispatch", [s, 1, 1], THREADS as u32, args))
+    Ok(by_warp(rows(graph, node, d)?, "dispatch", s, args))
 }
 
 pub(super) fn lower_combine(graph: &Graph, node: &Node, op: Combine) -> Lowered {
-    let [rows, slot_choice, choice_slot] = shapes(graph, node);
-    let (d, n) = (rows[1], choice_slot[0]);
+    let [x, slot_choice, choice_slot] = shapes(graph, node);
+    let (d, n) = (x[1], choice_slot[0]);
     let [slots, _, k, width] = extents(slot_choice[0], n, choice_slot[1], d)?;
     let optional = op.operands().map(|i| i.map_or(Arg::Null, Arg::Operand));
-    let sizes = [slots, k, width].map(Arg::I32);
+    let sizes = [slots, int(n, "tokens")?, k, width].map(Arg::I32);
     let args = [&[Arg::Operand(0), Arg::Operand(2)][..], &optional, &sizes, &[Arg::Result(0)]].concat();
-    let source = typed("rows.cu", &[], ROWS, dtype(graph, node, 0))?;
-    Ok(Launch::one(source, "combine", [n, 1, 1], THREADS as u32, args))
+    Ok(by_warp(rows(graph, node, d)?, "combine", n, args))
 }
 
 pub(super) fn lower_gate_grad(graph: &Graph, node: &Node) -> Lowered {
-    let [rows, y, slot_choice, choice_slot] = shapes(graph, node);
-    let sizes = extents(slot_choice[0], y[0], choice_slot[1], rows[1])?;
+    let [x, y, slot_choice, choice_slot] = shapes(graph, node);
+    let sizes = extents(slot_choice[0], y[0], choice_slot[1], x[1])?;
     let choices = choice_slot.elements();
     let operands = [Arg::Operand(0), Arg::Operand(1), Arg::Operand(3)];
     let args = [&operands[..], &sizes.map(Arg::I32), &[Arg::Result(0)]].concat();
-    let source = typed("rows.cu", &[], ROWS, dtype(graph, node, 0))?;
-    Ok(Launch::one(source, "gate_grad", [choices.div_ceil(THREADS / 32), 1, 1], THREADS as u32, args))
+    Ok(by_warp(rows(graph, node, x[1])?, "gate_grad", choices, args))
 }
 
 pub(super) fn lower_segment_sum(graph: &Graph, node: &Node) -> Lowered {
-    let [rows, offsets] = shapes(graph, node);
-    let (width, experts) = (rows[1], offsets[0] - 1);
+    let [x, offsets] = shapes(graph, node);
+    let (width, experts) = (x[1], offsets[0] - 1);
     let blocks = width.div_ceil(THREADS) * experts;
     // As if the rows were dealt out evenly; a segment may have all of them.
-    let parts = ENOUGH_BLOCKS.div_ceil(blocks.max(1)).min(rows[0].div_ceil(LEAST_ROWS)).max(1);
+    let parts = ENOUGH_BLOCKS.div_ceil(blocks.max(1)).min(x[0].div_ceil(LEAST_ROWS)).max(1);
     let results = experts * width;
     let mut scratch = Scratch::default();
     let partial = if parts > 1 { scratch.take(4 * parts * results) } else { Arg::Null };
     let sizes = Arg::I32(int(width, "a width")?);
     let args = vec![Arg::Operand(0), Arg::Operand(1), sizes, partial.clone(), Arg::Result(0)];
-    let source = typed("rows.cu", &[], ROWS, dtype(graph, node, 0))?;
+    let source = rows(graph, node, width)?;
     let grid = [width.div_ceil(THREADS), experts, parts];
     let mut actions = vec![kernel(source.clone(), "segment_sum", grid, THREADS as u32, args)];
     if parts > 1 {

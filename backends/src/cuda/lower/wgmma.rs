@@ -6,33 +6,34 @@ use super::float;
 
 /// `wgmma` for sums of `rows` rows: the operands in shared memory, either way round, as overloads by the number of sums.
 pub(super) fn instructions(dtype: DType, rows: &[usize], x_along_k: bool, w_along_k: bool) -> Result<String, String> {
-    let (kind, [x, w]) = (float(dtype)?, [!x_along_k, !w_along_k].map(u8::from));
-    let one = |&n: &usize| {
-        let sums = n / 2;
-        let list = |f: &dyn Fn(usize) -> String| (0..sums).map(f).collect::<Vec<_>>().join(", ");
-        let (registers, operands) = (list(&|i| format!("%{i}")), list(&|i| format!("\"+f\"(d[{i}])")));
-        format!(
-            "__device__ __forceinline__ void wgmma(float (&d)[{sums}], u64 w, u64 x, int add) {{\n    asm volatile(\"{{\\n .reg .pred \
-             add;\\n setp.ne.b32 add, %{flag}, 0;\\n wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} {{{registers}}}, \
-             %{sums}, %{second}, add, 1, 1, {w}, {x};\\n}}\" : {operands} : \"l\"(w), \"l\"(x), \"r\"(add));\n}}\n",
-            second = sums + 1,
-            flag = sums + 2,
-        )
-    };
-    Ok(rows.iter().map(one).collect())
+    let turned = format!(", {}, {}", u8::from(!w_along_k), u8::from(!x_along_k));
+    rows.iter().map(|&n| instruction("wgmma", dtype, n, &[("w", 'l')], &turned)).collect()
 }
 
 /// `wgmma_held` for sums of `n` rows: the left side in registers, the right one in shared memory, along k or across it.
 pub(super) fn held_instruction(dtype: DType, n: usize, along_k: bool) -> Result<String, String> {
-    let (kind, sums, across) = (float(dtype)?, n / 2, u8::from(!along_k));
-    let list = |f: &dyn Fn(usize) -> String| (0..sums).map(f).collect::<Vec<_>>().join(", ");
-    let (registers, operands) = (list(&|i| format!("%{i}")), list(&|i| format!("\"+f\"(d[{i}])")));
-    let [a, b, c, e, right, flag]: [usize; 6] = std::array::from_fn(|i| sums + i);
+    let turned = format!(", {}", u8::from(!along_k));
+    instruction("wgmma_held", dtype, n, &["a", "b", "c", "e"].map(|name| (name, 'r')), &turned)
+}
+
+/// One function around the instruction. `left` names the left side's operands and the letter of their kind of register (several are
+/// braced); `turned` ends the instruction with which sides lie across k.
+fn instruction(name: &str, dtype: DType, n: usize, left: &[(&str, char)], turned: &str) -> Result<String, String> {
+    let (kind, sums) = (float(dtype)?, n / 2);
+    let numbered =
+        |from: usize, count: usize| (from..from + count).map(|i| format!("%{i}")).collect::<Vec<_>>().join(", ");
+    let joined = |one: &dyn Fn(&(&str, char)) -> String| left.iter().map(one).collect::<String>();
+    let params = joined(&|&(name, letter)| format!("{} {name}, ", if letter == 'l' { "u64" } else { "u32" }));
+    let inputs = joined(&|&(name, letter)| format!("\"{letter}\"({name}), "));
+    let (results, held) = (numbered(0, sums), numbered(sums, left.len()));
+    let held = if left.len() > 1 { format!("{{{held}}}") } else { held };
+    let (right, flag) = (sums + left.len(), sums + left.len() + 1);
+    let outputs: Vec<_> = (0..sums).map(|i| format!("\"+f\"(d[{i}])")).collect();
     Ok(format!(
-        "__device__ __forceinline__ void wgmma_held(float (&d)[{sums}], u32 a, u32 b, u32 c, u32 e, u64 x, int add) {{\n    asm \
-         volatile(\"{{\\n .reg .pred add;\\n setp.ne.b32 add, %{flag}, 0;\\n wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} \
-         {{{registers}}}, {{%{a}, %{b}, %{c}, %{e}}}, %{right}, add, 1, 1, {across};\\n}}\" : {operands} : \"r\"(a), \"r\"(b), \"r\"(c), \
-         \"r\"(e), \"l\"(x), \"r\"(add));\n}}\n"
+        "__device__ __forceinline__ void {name}(float (&d)[{sums}], {params}u64 x, int add) {{\n    asm volatile(\"{{\\n .reg .pred \
+         add;\\n setp.ne.b32 add, %{flag}, 0;\\n wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} {{{results}}}, {held}, \
+         %{right}, add, 1, 1{turned};\\n}}\" : {outputs} : {inputs}\"l\"(x), \"r\"(add));\n}}\n",
+        outputs = outputs.join(", ")
     ))
 }
 

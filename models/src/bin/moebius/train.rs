@@ -239,6 +239,9 @@ pub(crate) fn configuration(args: &TrainArgs, out: &Path, other: Option<Config>)
         config.train.accumulate = count;
     }
     config.train.recompute |= args.recompute;
+    if let Some(moments) = args.moments {
+        config.train.moments = moments;
+    }
     for setting in &args.set {
         config.set(setting)?;
     }
