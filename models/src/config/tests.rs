@@ -348,6 +348,8 @@ fn the_list_of_keys_is_that_of_the_structs() {
         warmup_tokens: lengths,
         decay_steps: lengths,
         decay_tokens: lengths,
+        alarm: Some("drop=0.3".into()),
+        alarm_exit: Some(true),
         ..config.train
     };
     assert_eq!(given(&config), KEYS.iter().map(|(key, _)| key.to_string()).collect());

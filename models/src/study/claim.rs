@@ -5,7 +5,7 @@ use std::fmt;
 use super::measure::Unit;
 use super::sheet::{number, with_spread};
 use super::stats::{Sample, Test};
-use super::{Measure, Sheet};
+use super::{Measure, Sheet, Training};
 
 /// A probability below this counts as shown.
 const LEVEL: f64 = 0.05;
@@ -33,7 +33,8 @@ pub enum Condition {
         /// Nats per token; 0: it is lower.
         margin: f64,
     },
-    /// A measurement of `of` is at most `share` times that of `than`. For sizes, and for times that are measured once.
+    /// A measurement of `of` is at most `share` times that of `than`; of plain steps by turn, as the arms of a turn share what else
+    /// the machine does. For sizes and times.
     AtMost {
         /// The measurement.
         what: Measure,
@@ -161,10 +162,31 @@ impl Sheet<'_> {
         let (Some(own), Some(other)) = (value(of), value(than)) else {
             return (Verdict::Open, format!("{heading} of {of} and {than}: not measured yet"));
         };
-        let ratio = own / other;
-        let verdict = if ratio <= share { Verdict::Shown } else { Verdict::Contradicted };
-        let (own, other) = (number(own, what.unit()), number(other, what.unit()));
-        (verdict, format!("{heading}: {of} {own}, {than} {other}: {ratio:.3} of it, wanted at most {share}"))
+        let (once, own, other) = (own / other, number(own, what.unit()), number(other, what.unit()));
+        let numbers = format!("{heading}: {of} {own}, {than} {other}");
+        let turns = if what == Measure::StepMs { self.by_turn(of, than) } else { Vec::new() };
+        if turns.is_empty() {
+            let verdict = if once <= share { Verdict::Shown } else { Verdict::Contradicted };
+            return (verdict, format!("{numbers}: {once:.3} of it, wanted at most {share}"));
+        }
+        let room: Vec<f64> = turns.iter().map(|ratio| share - ratio).collect();
+        let (verdict, test) = judge(&room, 0.0, 0);
+        let p = test.map_or(f64::NAN, |test| test.p);
+        let ratio = with_spread(&Sample { values: turns, bounds: 0 }, Unit::Times);
+        let count = room.len();
+        (verdict, format!("{numbers}; {ratio} of it by turn, wanted at most {share}, {count} turns, p = {p:.3}"))
+    }
+
+    /// The time of a step of one arm by that of another, for each turn; nothing where a teacher takes part in one of them.
+    fn by_turn(&self, of: &str, than: &str) -> Vec<f64> {
+        let plain = |name: &str| {
+            let arm = self.study.arm(name).filter(|&arm| self.study.arms[arm].training == Training::Plain)?;
+            Some(&self.timings.get(arm)?.turns_ms)
+        };
+        match (plain(of), plain(than)) {
+            (Some(own), Some(other)) => own.iter().zip(other).map(|(own, other)| own / other).collect(),
+            (None | Some(_), _) => Vec::new(),
+        }
     }
 
     fn less_training(&self, of: &str, than: &str, times: f64) -> (Verdict, String) {
@@ -265,6 +287,24 @@ mod tests {
         assert_eq!(mixed.numbers.len(), 2);
         let untimed = Condition::AtMost { what: Measure::StepMs, of: "a", than: "b", share: 0.5 };
         assert_eq!(of(vec![lower, untimed]).verdict, Verdict::Open);
+    }
+
+    #[test]
+    fn step_times_are_compared_turn_by_turn() {
+        let study = study();
+        let mut sheet = sheet(&study, [&[1.0; 3], &[1.0; 3]]);
+        let timing = |turns: &[f64]| super::super::Timing {
+            plain_ms: turns[1],
+            turns_ms: turns.to_vec(),
+            ..super::super::Timing::default()
+        };
+        let step = |share| Condition::AtMost { what: Measure::StepMs, of: "a", than: "b", share };
+        // Turns differ by far more than the arms do.
+        sheet.timings = vec![timing(&[8.0, 40.0, 16.2]), timing(&[10.1, 50.0, 20.0])];
+        assert_eq!(verdict(&sheet, step(0.9)), Verdict::Shown);
+        assert_eq!(verdict(&sheet, step(0.7)), Verdict::Contradicted);
+        sheet.timings = vec![timing(&[8.0, 60.0, 16.0]), timing(&[10.0, 30.0, 20.0])];
+        assert_eq!(verdict(&sheet, step(0.9)), Verdict::NotShown);
     }
 
     #[test]

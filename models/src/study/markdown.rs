@@ -56,7 +56,7 @@ pub(super) const NOTES: [&str; 4] = [
      t-test over the seeds (by seed, as arms of a seed share batches) has p < 0.05; with few seeds that takes a difference well above its \
      spread, and many claims are tested at once.",
     "Validation loss is the mean over all of the validation text after the last step; the test text is looked at only then.",
-    "Step and decode times are medians, all arms in turns, after the training; training time is that of the steps themselves, \
+    "Step and decode times are medians, all arms in turns, after the training, and claims about steps are tested over the turns; training time is that of the steps themselves, \
      without evaluations, as it happened.",
     "FLOPs are the model's arithmetic (`moebius inspect`), a forward and a backward pass.",
 ];

@@ -30,6 +30,9 @@ const CACHE_TOP: usize = 32;
 pub struct Timing {
     /// Milliseconds of a plain training step: the median.
     pub plain_ms: f64,
+    /// Milliseconds of each of those steps. The arms' steps of one turn were taken one after the other.
+    #[serde(default)]
+    pub turns_ms: Vec<f64>,
     /// The same with the teacher in memory; of a student that has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub live_ms: Option<f64>,
@@ -60,7 +63,7 @@ impl Timings {
 /// A hash of what is timed, and on which device.
 pub(super) fn key(engine: &Engine, arms: &[(&Arm, Config)], counts: (usize, usize)) -> String {
     let arms: Vec<_> = arms.iter().map(|(arm, c)| (&c.model, c.train.batch, format!("{:?}", arm.training))).collect();
-    let json = serde_json::json!([engine.describe(), arms, counts]).to_string();
+    let json = serde_json::json!(["by turn", engine.describe(), arms, counts]).to_string();
     format!("{:032x}", xxhash_rust::xxh3::xxh3_128(json.as_bytes()))
 }
 
@@ -189,6 +192,7 @@ pub(super) fn measure(
     }
 
     let mut measured = Vec::new();
+    let turns: Vec<Vec<f64>> = ways.iter().map(|way| way.times.iter().map(|s| s * 1e3).collect()).collect();
     for way in &mut ways {
         let plan = way.trainer.program().plan();
         let bytes = (plan.state_bytes() + plan.arena_bytes()) as u64;
@@ -207,6 +211,7 @@ pub(super) fn measure(
         let bytes = own.iter().map(|&i| measured[i]).find(|way| way.0 == needed).map_or(0, |way| way.2);
         timings.push(Timing {
             plain_ms: ms(Kind::Plain).unwrap_or(f64::NAN),
+            turns_ms: own.first().map_or_else(Vec::new, |&i| turns[i].clone()),
             live_ms: ms(Kind::Live),
             cached_ms: ms(Kind::Cached),
             decode_ms: seconds * 1e3,
