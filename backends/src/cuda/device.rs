@@ -28,6 +28,8 @@ pub(crate) struct Device {
     pub(crate) total: u64,
     /// What the lowering asks of it.
     pub(crate) chip: Chip,
+    /// Whether a kernel is launched while the one before still runs.
+    pub(crate) launches_early: bool,
     /// Calls of the driver.
     pub(crate) counter: Counter,
     modules: Mutex<HashMap<u128, Arc<Module>>>,
@@ -89,6 +91,7 @@ impl Device {
         let total = device.total_memory().map_err(failed("cuDeviceTotalMem"))? as u64;
         let processors = attribute(DeviceAttribute::MultiprocessorCount)?.max(2) as usize;
         let chip = Chip { hopper: capability == (9, 0) && driver::has_tensor_boxes(), processors };
+        let launches_early = capability.0 >= 9 && driver::can_launch_early(driver);
         let context = Context::new(device).map_err(failed("cuDevicePrimaryCtxRetain"))?;
         let stream = Stream::new(StreamFlags::NON_BLOCKING, None).map_err(failed("cuStreamCreate"))?;
         Ok(Device {
@@ -97,6 +100,7 @@ impl Device {
             capability,
             total,
             chip,
+            launches_early,
             counter: Counter::default(),
             modules: Mutex::new(HashMap::new()),
             notes: Mutex::new(Vec::new()),

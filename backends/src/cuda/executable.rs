@@ -8,15 +8,17 @@ use cust::sys;
 use moebius_ir::{NodeId, Op, Plan, Step, Storage, Value};
 
 use super::device::Device;
-use super::driver::{Counter, check, describe, failed};
+use super::driver::{Counter, Shape, check, describe, failed, launch};
 use super::instance::CudaInstance;
 use super::launch::{Action, Arg, Launch, Rejects};
 use super::memory::Memory;
+use super::source::Source;
+use super::tasks::{Table, Touched};
 use crate::places::{Place, StepPlaces, of_step, place, states};
 use crate::{Executable, Instance, Result};
 
 /// A function of a loaded module.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 struct Function(sys::CUfunction);
 // SAFETY: a handle of the driver, which may be used from any thread; the module is kept beside it.
 unsafe impl Send for Function {}
@@ -26,12 +28,15 @@ unsafe impl Sync for Function {}
 /// An [`Action`] with its kernel loaded.
 enum Bound {
     Kernel { function: Function, grid: [u32; 3], threads: u32, shared: u32, args: Vec<Arg> },
+    Tasks { function: Function, threads: u32, table: Table, args: Vec<Arg> },
     Clear { at: Arg, bytes: usize },
 }
 
-/// A step that runs a node.
+/// A step that runs a node, or several that are joined.
 pub(super) struct Launched {
     pub(super) node: NodeId,
+    /// The nodes of other steps whose tasks this one does too.
+    pub(super) joined: Vec<NodeId>,
     /// Number of the step, from 1: what kernels note a rejection under.
     pub(super) number: i32,
     pub(super) places: StepPlaces,
@@ -53,6 +58,8 @@ pub(super) struct Program {
     /// The parameters and states, in the order of the table.
     pub(super) states: Vec<Value>,
     pub(super) checks: bool,
+    /// Bytes of the tables of tasks.
+    table_bytes: usize,
     /// Holds the code that the functions point to.
     _modules: Vec<Arc<Module>>,
 }
@@ -63,6 +70,8 @@ pub(super) struct Addresses<'a> {
     pub(super) arena: u64,
     pub(super) states: &'a [u64],
     pub(super) fault: u64,
+    /// Of the tables of tasks.
+    pub(super) tables: u64,
 }
 
 impl Addresses<'_> {
@@ -107,35 +116,87 @@ impl Program {
             match action {
                 Bound::Clear { at, bytes } => self.device.fill(addresses.address(step, at)?, 0, *bytes)?,
                 Bound::Kernel { function, grid, threads, shared, args } => {
-                    // Each argument in words of 16 bytes, the strictest alignment of a struct.
-                    let values: Vec<Vec<u128>> =
-                        args.iter().map(|arg| Ok(words(&addresses.value(step, arg)?))).collect::<Result<_>>()?;
-                    let mut pointers: Vec<*mut c_void> = values.iter().map(|v| v.as_ptr().cast_mut().cast()).collect();
-                    let [x, y, z] = *grid;
-                    // SAFETY: the lowering gives each kernel arguments of its parameters' types, whose addresses are planned
-                    // memory; the driver copies the values before it returns.
-                    let result = unsafe {
-                        sys::cuLaunchKernel(
-                            function.0,
-                            x,
-                            y,
-                            z,
-                            *threads,
-                            1,
-                            1,
-                            *shared,
-                            self.device.raw_stream(),
-                            pointers.as_mut_ptr(),
-                            std::ptr::null_mut(),
-                        )
-                    };
-                    check("cuLaunchKernel", result)?;
-                    Counter::count(&self.device.counter.launches);
+                    let shape = Shape { grid: *grid, threads: *threads, shared: *shared };
+                    let values: Result<Vec<_>> = args.iter().map(|arg| addresses.value(step, arg)).collect();
+                    self.launch(*function, shape, values?)?;
+                }
+                Bound::Tasks { function, threads, table, args } => {
+                    let shape = Shape { grid: [table.blocks() as u32, 1, 1], threads: *threads, shared: 0 };
+                    let at = (addresses.tables + table.at() as u64).to_le_bytes().to_vec();
+                    let mut values = vec![at, (table.len() as i32).to_le_bytes().to_vec()];
+                    for arg in args {
+                        values.push(addresses.value(step, arg)?);
+                    }
+                    self.launch(*function, shape, values)?;
                 }
             }
         }
         Ok(())
     }
+
+    /// Puts a kernel with the bytes of its arguments on the stream.
+    fn launch(&self, function: Function, shape: Shape, values: Vec<Vec<u8>>) -> Result<()> {
+        // Each argument in words of 16 bytes, the strictest alignment of a struct.
+        let values: Vec<Vec<u128>> = values.iter().map(|bytes| words(bytes)).collect();
+        let mut pointers: Vec<*mut c_void> = values.iter().map(|v| v.as_ptr().cast_mut().cast()).collect();
+        let (stream, early) = (self.device.raw_stream(), self.device.launches_early);
+        // SAFETY: the lowering gives each kernel arguments of its parameters' types, whose addresses are planned memory, and every
+        // kernel begins with the wait.
+        unsafe { launch(function.0, shape, stream, &mut pointers, early)? };
+        Counter::count(&self.device.counter.launches);
+        Ok(())
+    }
+
+    /// The bytes of all tables of tasks.
+    pub(super) fn tables(&self, addresses: Addresses<'_>) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(self.table_bytes);
+        for work in &self.work {
+            let Work::Launch(step) = work else { continue };
+            for action in &step.actions {
+                if let Bound::Tasks { table, .. } = action {
+                    bytes.extend(table.bytes(addresses));
+                }
+            }
+        }
+        bytes
+    }
+}
+
+impl Launched {
+    /// The table, if tasks are all that the step does.
+    fn tasks(&mut self) -> Option<(Function, &mut Table)> {
+        match self.actions.as_mut_slice() {
+            [Bound::Tasks { function, table, args, .. }] if args.is_empty() => Some((*function, table)),
+            _ => None,
+        }
+    }
+
+    /// Takes over the tasks of another step, if they are for the same kernel.
+    fn join(&mut self, other: &mut Launched) -> bool {
+        match (self.tasks(), other.tasks()) {
+            (Some((own, table)), Some((function, tasks))) if own == function => table.append(tasks),
+            _ => return false,
+        }
+        self.joined.push(other.node);
+        true
+    }
+}
+
+/// Joins neighbouring steps of the same kernel over many tensors, where they do not touch each other's.
+fn joined(work: Vec<Work>) -> Vec<Work> {
+    let mut joined: Vec<Work> = Vec::with_capacity(work.len());
+    let mut touched = None;
+    for mut next in work {
+        if let (Some(Work::Launch(last)), Work::Launch(step)) = (joined.last_mut(), &mut next)
+            && touched.as_mut().is_some_and(|t: &mut Touched| t.joins(&step.places))
+            && last.join(step)
+        {
+            continue;
+        }
+        touched = if let Work::Launch(step) = &next { Touched::by(&step.places) } else { None };
+        joined.push(next);
+    }
+    joined
 }
 
 /// Bytes in words, the last filled up with zeros.
@@ -153,56 +214,89 @@ pub(super) struct CudaExecutable(pub(super) Arc<Program>);
 impl CudaExecutable {
     /// Compiles and loads the kernels of every launch of `plan`, one launch for each node of the graph.
     pub(super) fn new(device: Arc<Device>, plan: Plan, launches: Vec<Launch>, checks: bool) -> Result<CudaExecutable> {
-        let kernels: Vec<_> = launches
+        let kernels: Vec<(&Source, &str, usize)> = launches
             .iter()
             .flat_map(|l| &l.actions)
-            .filter_map(|a| if let Action::Kernel(k) = a { Some(k) } else { None })
+            .filter_map(|action| match action {
+                Action::Kernel(k) => Some((&k.source, k.name, k.shared)),
+                Action::Tasks(t) => Some((&t.source, t.name, 0)),
+                Action::Clear { .. } => None,
+            })
             .collect();
-        let sources: Vec<_> = kernels.iter().map(|k| &k.source).collect();
+        let sources: Vec<_> = kernels.iter().map(|(source, ..)| *source).collect();
         let modules = device.modules(&sources)?;
-        let functions = kernels.iter().zip(&modules).map(|(k, module)| {
-            let function = module.get_function(k.name).map_err(failed("cuModuleGetFunction"))?.to_raw();
-            if k.shared > 0 {
+        let functions = kernels.iter().zip(&modules).map(|(&(_, name, shared), module)| {
+            let function = module.get_function(name).map_err(failed("cuModuleGetFunction"))?.to_raw();
+            if shared > 0 {
                 let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
                 // SAFETY: a function of a live module.
-                let result = unsafe { sys::cuFuncSetAttribute(function, attribute, k.shared as i32) };
+                let result = unsafe { sys::cuFuncSetAttribute(function, attribute, shared as i32) };
                 check("cuFuncSetAttribute", result)?;
             }
             Ok(Function(function))
         });
         let mut functions = functions.collect::<Result<Vec<_>>>()?.into_iter();
-        let mut bound: Vec<Option<(Vec<Bound>, Option<Rejects>)>> = Vec::with_capacity(launches.len());
-        for launch in launches {
-            let actions = launch.actions.into_iter().map(|action| match action {
-                Action::Clear { at, bytes } => Bound::Clear { at, bytes },
-                Action::Kernel(k) => Bound::Kernel {
-                    function: functions.next().unwrap_or_else(|| unreachable!("a function for each kernel")),
-                    grid: k.grid.map(|n| n as u32),
-                    threads: k.threads,
-                    shared: k.shared as u32,
-                    args: k.args,
-                },
-            });
-            bound.push(Some((actions.collect(), launch.rejects)));
-        }
-        let states = states(&plan);
-        let work = (plan.steps().iter().enumerate())
-            .map(|(at, step)| match *step {
-                Step::Run { node, scratch, scratch_bytes } => {
-                    let places = of_step(&plan, &states, at, node, (scratch, scratch_bytes));
-                    let taken = bound[node.index()].take();
-                    let (actions, rejects) = taken.unwrap_or_else(|| unreachable!("a node is run once"));
-                    Work::Launch(Launched { node, number: at as i32 + 1, places, rejects, actions })
-                }
-                Step::Copy { state, new } => Work::Copy {
-                    from: place(&plan, &states, new),
-                    to: place(&plan, &states, state),
-                    bytes: plan.graph().ty(state).bytes(),
-                },
-            })
+        let mut launches: Vec<Option<Launch>> = launches.into_iter().map(Some).collect();
+        // In the order of the launches, not of the steps.
+        let mut functions: Vec<Vec<Function>> = launches
+            .iter()
+            .flatten()
+            .map(|l| functions.by_ref().take(l.actions.iter().filter(|a| a.is_kernel()).count()).collect())
             .collect();
-        Ok(CudaExecutable(Arc::new(Program { device, plan, work, states, checks, _modules: modules })))
+        let states = states(&plan);
+        let steps = plan.steps().iter().enumerate().map(|(at, step)| match *step {
+            Step::Run { node, scratch, scratch_bytes } => {
+                let places = of_step(&plan, &states, at, node, (scratch, scratch_bytes));
+                let launch = launches[node.index()].take().unwrap_or_else(|| unreachable!("a node is run once"));
+                let functions = std::mem::take(&mut functions[node.index()]);
+                let actions = bound(launch.actions, functions, &places);
+                let number = at as i32 + 1;
+                Work::Launch(Launched { node, joined: vec![], number, places, rejects: launch.rejects, actions })
+            }
+            Step::Copy { state, new } => Work::Copy {
+                from: place(&plan, &states, new),
+                to: place(&plan, &states, state),
+                bytes: plan.graph().ty(state).bytes(),
+            },
+        });
+        let mut work: Vec<Work> = steps.collect();
+        if !checks {
+            // With checks each step is looked at by itself.
+            work = joined(work);
+        }
+        let mut table_bytes = 0;
+        for work in &mut work {
+            let Work::Launch(step) = work else { continue };
+            for action in &mut step.actions {
+                if let Bound::Tasks { table, .. } = action {
+                    table_bytes = table.place(table_bytes);
+                }
+            }
+        }
+        let program = Program { device, plan, work, states, checks, table_bytes, _modules: modules };
+        Ok(CudaExecutable(Arc::new(program)))
     }
+}
+
+/// The actions of a step with their loaded kernels, one for each action that has one.
+fn bound(actions: Vec<Action>, functions: Vec<Function>, places: &StepPlaces) -> Vec<Bound> {
+    let mut functions = functions.into_iter();
+    let mut next = || functions.next().unwrap_or_else(|| unreachable!("a function for each kernel"));
+    let bound = actions.into_iter().map(|action| match action {
+        Action::Clear { at, bytes } => Bound::Clear { at, bytes },
+        Action::Kernel(k) => Bound::Kernel {
+            function: next(),
+            grid: k.grid.map(|n| n as u32),
+            threads: k.threads,
+            shared: k.shared as u32,
+            args: k.args,
+        },
+        Action::Tasks(t) => {
+            let table = Table::new(&t.tasks, places);
+            Bound::Tasks { function: next(), threads: t.threads, table, args: t.args }
+        }
+    });
+    bound.collect()
 }
 
 impl Executable for CudaExecutable {
@@ -229,7 +323,8 @@ impl Executable for CudaExecutable {
             .map(|(name, v)| Ok((*v, Memory::zeroed(device, graph.ty(*v).bytes(), || format!("output {name:?}"))?)))
             .collect::<Result<_>>()?;
         let fault = Memory::zeroed(device, 8, || "the record of rejected values".into())?;
-        Ok(Box::new(CudaInstance::new(Arc::clone(&self.0), arena, kept, fault)?))
+        let tables = Memory::zeroed(device, self.0.table_bytes, || "the tables of tasks".into())?;
+        Ok(Box::new(CudaInstance::new(Arc::clone(&self.0), arena, kept, [fault, tables])?))
     }
 }
 

@@ -50,10 +50,12 @@ pub(super) struct CudaInstance {
     kept: Vec<(Value, Memory)>,
     /// What kernels reject: the step's number and the value.
     fault: Memory,
+    /// Tables of tasks, as of store version `located`.
+    tables: Memory,
     staging: BTreeMap<String, FeedStaging>,
     /// Where the stored tensors lie, as of store version `located`.
     states: Vec<u64>,
-    located: u64,
+    located: Option<u64>,
 }
 
 impl CudaInstance {
@@ -61,7 +63,7 @@ impl CudaInstance {
         program: Arc<Program>,
         arena: Memory,
         kept: Vec<(Value, Memory)>,
-        fault: Memory,
+        [fault, tables]: [Memory; 2],
     ) -> Result<CudaInstance> {
         let mut staging = BTreeMap::new();
         let graph = program.plan.graph();
@@ -73,11 +75,13 @@ impl CudaInstance {
             }
         }
         let states = vec![0; program.states.len()];
-        Ok(CudaInstance { program, recording: None, tried: false, arena, kept, fault, staging, states, located: 0 })
+        let (recording, tried, located) = (None, false, None);
+        Ok(CudaInstance { program, recording, tried, arena, kept, fault, tables, staging, states, located })
     }
 
     fn addresses(&self) -> Addresses<'_> {
-        Addresses { arena: self.arena.start(), states: &self.states, fault: self.fault.start() }
+        let [arena, fault, tables] = [&self.arena, &self.fault, &self.tables].map(Memory::start);
+        Addresses { arena, states: &self.states, fault, tables }
     }
 
     /// Looks up the stored tensors, if they may have moved.
@@ -88,14 +92,18 @@ impl CudaInstance {
             return Err(foreign());
         }
         let tensors = store.tensors();
-        if self.located == tensors.version() {
+        if self.located == Some(tensors.version()) {
             return Ok(());
         }
         let located = tensors.located(self.program.plan.graph(), &self.program.states);
         for (slot, memory) in self.states.iter_mut().zip(located) {
             *slot = memory?.start();
         }
-        self.located = tensors.version();
+        let tables = self.program.tables(self.addresses());
+        if !tables.is_empty() {
+            self.program.device.upload(self.tables.start(), &tables)?;
+        }
+        self.located = Some(tensors.version());
         // A recording holds addresses.
         (self.recording, self.tried) = (None, false);
         Ok(())
@@ -274,8 +282,8 @@ impl Instance for CudaInstance {
         let mut found = None;
         let graph = program.plan.graph();
         self.run_steps(|step| {
-            let node = graph.node(step.node);
-            for &value in &node.results {
+            let nodes = [step.node].into_iter().chain(step.joined.iter().copied()).map(|id| graph.node(id));
+            for (node, &value) in nodes.flat_map(|node| node.results.iter().map(move |value| (node, value))) {
                 if let Some((index, element)) = non_finite(graph.ty(value).dtype, &self.value_bytes(value)?) {
                     found = Some(NonFinite {
                         op: node.op.name(),
@@ -305,9 +313,9 @@ impl Instance for CudaInstance {
             Ok(event)
         };
         let mut events = vec![event()?];
-        let mut nodes = Vec::with_capacity(program.work.len());
+        let mut launched = Vec::with_capacity(program.work.len());
         self.run_steps(|step| {
-            nodes.push(step.node);
+            launched.push([&[step.node], &step.joined[..]].concat());
             events.push(event()?);
             Ok(true)
         })?;
@@ -316,7 +324,16 @@ impl Instance for CudaInstance {
             let milliseconds = pair[1].elapsed_time_f32(&pair[0]).map_err(failed("cuEventElapsedTime"))?;
             Ok(f64::from(milliseconds) / 1e3)
         };
-        nodes.into_iter().zip(events.windows(2)).map(|(node, pair)| Ok((node, seconds(pair)?))).collect()
+        // Nodes that are joined share the time as they share the bytes.
+        let graph = program.plan.graph();
+        let bytes = |node: NodeId| graph.node(node).results.iter().map(|&v| graph.ty(v).bytes() as f64).sum::<f64>();
+        let mut times = Vec::with_capacity(launched.len());
+        for (nodes, pair) in launched.into_iter().zip(events.windows(2)) {
+            let (seconds, all) = (seconds(pair)?, nodes.iter().map(|&n| bytes(n)).sum::<f64>().max(1.0));
+            let alone = nodes.len() == 1;
+            times.extend(nodes.into_iter().map(|n| (n, if alone { seconds } else { seconds * bytes(n) / all })));
+        }
+        Ok(times)
     }
 }
 

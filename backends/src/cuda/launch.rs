@@ -77,11 +77,38 @@ pub(crate) struct Kernel {
     pub(crate) args: Vec<Arg>,
 }
 
+/// A kernel's work on one of many tensors.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Task {
+    /// Blocks along x.
+    pub(crate) blocks: usize,
+    /// Addresses and numbers, in the order of the fields of the kernel's `Task` behind the first: addresses and 64-bit numbers come
+    /// before 32-bit numbers, so that nothing lies between them.
+    pub(crate) args: Vec<Arg>,
+}
+
+/// One kernel that works on many tensors. Its first parameters are the array of its tasks and how many there are.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Tasks {
+    /// Where its text is.
+    pub(crate) source: Source,
+    /// Its name there.
+    pub(crate) name: &'static str,
+    /// Threads of a block.
+    pub(crate) threads: u32,
+    /// In the order of the tensors; one without blocks is left out.
+    pub(crate) tasks: Vec<Task>,
+    /// The kernel's other parameters.
+    pub(crate) args: Vec<Arg>,
+}
+
 /// One thing to put on the stream.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Action {
     /// Launch a kernel; one without blocks is left out.
     Kernel(Kernel),
+    /// Launch a kernel over many tensors.
+    Tasks(Tasks),
     /// Set bytes to zero.
     Clear {
         /// The first one.
@@ -89,6 +116,16 @@ pub(crate) enum Action {
         /// How many.
         bytes: usize,
     },
+}
+
+impl Action {
+    /// Whether it launches a kernel.
+    pub(crate) fn is_kernel(&self) -> bool {
+        match self {
+            Action::Kernel(_) | Action::Tasks(_) => true,
+            Action::Clear { .. } => false,
+        }
+    }
 }
 
 /// How a node that may reject a value words that.
@@ -145,18 +182,24 @@ impl Launch {
     /// # Errors
     /// What is wanted instead.
     pub(crate) fn checked(mut self) -> Result<Launch, String> {
-        for action in &self.actions {
-            let Action::Kernel(k) = action else { continue };
-            let [x, y, z] = k.grid;
+        for action in &mut self.actions {
+            let (name, [x, y, z]) = match action {
+                Action::Kernel(k) => (k.name, k.grid),
+                Action::Tasks(t) => {
+                    t.tasks.retain(|task| task.blocks > 0);
+                    (t.name, [t.tasks.iter().map(|task| task.blocks).sum(), 1, 1])
+                }
+                Action::Clear { .. } => continue,
+            };
             if x > MOST_X || y > MOST_YZ || z > MOST_YZ {
                 return Err(format!(
-                    "sizes for which {} has at most {MOST_X} x {MOST_YZ} x {MOST_YZ} blocks, not {x} x {y} x {z}",
-                    k.name
+                    "sizes for which {name} has at most {MOST_X} x {MOST_YZ} x {MOST_YZ} blocks, not {x} x {y} x {z}"
                 ));
             }
         }
         self.actions.retain(|action| match action {
             Action::Kernel(k) => k.grid.iter().all(|&n| n > 0),
+            Action::Tasks(t) => !t.tasks.is_empty(),
             Action::Clear { bytes, .. } => *bytes > 0,
         });
         Ok(self)

@@ -20,6 +20,7 @@ mod lower;
 mod memory;
 mod recording;
 mod source;
+mod tasks;
 
 use std::sync::Arc;
 

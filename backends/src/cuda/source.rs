@@ -34,6 +34,7 @@ header!(HEADS, "heads.cuh");
 header!(TILES, "tiles.cuh");
 header!(VECTORS, "vectors.cuh");
 header!(PHILOX, "philox.cuh");
+header!(TASKS, "tasks.cuh");
 header!(ADAMW, "adamw.cuh");
 
 impl Source {
@@ -83,5 +84,33 @@ impl Source {
     /// The compiler's options.
     pub(crate) fn options(&self) -> &'static [&'static str] {
         if self.exact { &["--std=c++17", "--fmad=false"] } else { &["--std=c++17"] }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    /// Every file of `kernels/` with its text.
+    fn files() -> Vec<(String, String)> {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/src/cuda/kernels");
+        let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+        files.map(|path| (path.display().to_string(), std::fs::read_to_string(&path).unwrap())).collect()
+    }
+
+    #[test]
+    fn every_kernel_begins_with_the_wait_for_the_one_before() {
+        let mut count = 0;
+        for (file, text) in files() {
+            let lines: Vec<&str> = text.lines().filter(|line| !line.starts_with("#define")).collect();
+            for (i, line) in lines.iter().enumerate() {
+                let words = ["KERNEL ", "HOPPER_KERNEL ", "extern \"C\" __global__"];
+                if words.iter().any(|word| line.starts_with(word)) {
+                    let body = lines[i..].iter().position(|line| line.ends_with('{'));
+                    let first = body.and_then(|at| lines.get(i + at + 1));
+                    assert_eq!(first.map(|line| line.trim()), Some("begin();"), "{file}: {line}");
+                    count += 1;
+                }
+            }
+        }
+        assert!(count > 50, "only {count} kernels were found");
     }
 }

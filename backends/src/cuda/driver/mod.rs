@@ -5,6 +5,7 @@
 //! its needs and starts on any machine.
 
 mod calls;
+mod kernel;
 mod tensor_box;
 mod trampolines;
 
@@ -19,6 +20,7 @@ use super::error::{CudaError, Result};
 
 pub(crate) use calls::Counter;
 pub use calls::DriverCalls;
+pub(crate) use kernel::{Shape, can_launch_early, launch};
 pub(crate) use tensor_box::{describe, has_tensor_boxes};
 
 /// Where the driver is looked for: the loader's path, where every installation of it puts itself.

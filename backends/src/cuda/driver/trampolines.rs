@@ -97,11 +97,13 @@ trampolines! {
     cuStreamCreateWithPriority, cuStreamDestroy_v2, cuStreamEndCapture, cuStreamGetFlags, cuStreamGetPriority,
     cuStreamSynchronize, cuStreamWaitEvent, cuSurfObjectCreate, cuSurfObjectDestroy, cuSurfObjectGetResourceDesc,
     cuTexObjectCreate, cuTexObjectDestroy, cuTexObjectGetResourceDesc, cuTexObjectGetResourceViewDesc,
-    cuTensorMapEncodeTiled,
+    cuLaunchKernelEx, cuTensorMapEncodeTiled,
 }
 
 /// Place of the function that gives an error's name.
 pub(super) const GET_ERROR_NAME: usize = Entry::cuGetErrorName as usize;
+/// Place of the function that launches a kernel with attributes.
+pub(super) const LAUNCH_EX: usize = Entry::cuLaunchKernelEx as usize;
 /// Place of the function that describes a tensor to the tensor memory accelerator.
 pub(super) const ENCODE_TENSOR: usize = Entry::cuTensorMapEncodeTiled as usize;
 /// Place of the function that gives an error's text.

@@ -1,7 +1,27 @@
 // What the kernels of AdamW share: the scalars of a step, and the step of one element.
 
-/// Elements of one block of AdamW, and fours of neighbours of a thread.
-#define STEP_ELEMENTS 4096
+/// Elements of one block of AdamW.
+#define STEP_ELEMENTS 16384
+
+/// A parameter of n elements with its gradient, its moments of type Moment, and where its rounded copy is, or null. Every tensor
+/// begins at a multiple of 16 bytes.
+template <typename Moment> struct Step {
+    i64 first;
+    float* param;
+    const T* grad;
+    Moment* m;
+    Moment* v;
+    const float* lr;
+    const float* step;
+    const float* grad_scale;
+    ROUNDED* rounded;
+    /// Of moments in 8 bits, else null.
+    float* scales;
+    i64 n;
+    float beta1, beta2, eps, weight_decay;
+    /// Of the random numbers that moments are rounded with.
+    u32 stream;
+};
 
 /// What a step takes from its scalars.
 struct Rule { float scale, beta1, beta2, eps, keep, rate, root; };
@@ -11,11 +31,12 @@ struct Rates { float keep, rate, root; int skip; };
 
 /// Completes the rule; all threads of a block call it, `rates` is shared memory. False for a step that changes nothing: where lr or the
 /// scale is not finite or the step is below 1.
-__device__ __forceinline__ bool begin_step(Rule& rule, Rates& rates, const float* lr, const float* step, float weight_decay) {
+template <typename Moment> __device__ __forceinline__ bool begin_step(Rule& rule, Rates& rates, const Step<Moment>& s) {
+    rule = {*s.grad_scale, s.beta1, s.beta2, s.eps};
     if (threadIdx.x == 0) {
-        float l = *lr, t = *step;
+        float l = *s.lr, t = *s.step;
         rates.skip = !(fabsf(l) < INF_F) || !(fabsf(rule.scale) < INF_F) || !(t >= 1.0f);
-        rates.keep = (float)(1.0 - (double)l * (double)weight_decay);
+        rates.keep = (float)(1.0 - (double)l * (double)s.weight_decay);
         rates.rate = (float)((double)l / (1.0 - pow((double)rule.beta1, (double)t)));
         rates.root = (float)(1.0 / sqrt(1.0 - pow((double)rule.beta2, (double)t)));
     }

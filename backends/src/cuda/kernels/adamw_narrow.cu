@@ -15,14 +15,20 @@ __device__ __forceinline__ bf16 round_bf16(float x, u32 random) {
 }
 
 /// One step in place, as `adamw` of optimizer.cu; moments are bf16.
-KERNEL adamw_bf16(float* param, const T* grad, bf16* m, bf16* v, const float* lr, const float* step, const float* grad_scale,
-                  float beta1, float beta2, float eps, float weight_decay, i64 n, u32 stream, ROUNDED* rounded) {
+KERNEL adamw_bf16(const Step<bf16>* tasks, int count) {
+    begin();
     __shared__ Rates rates;
-    Rule rule = {*grad_scale, beta1, beta2, eps};
-    if (!begin_step(rule, rates, lr, step, weight_decay)) return;
-    u32 number = (u32)*step;
+    const Step<bf16>& task = task_of_block(tasks, count);
+    Rule rule;
+    if (!begin_step(rule, rates, task)) return;
+    float* param = task.param;
+    bf16 *m = task.m, *v = task.v;
+    const T* grad = task.grad;
+    ROUNDED* rounded = task.rounded;
+    i64 n = task.n, from = (blockIdx.x - task.first) * STEP_ELEMENTS;
+    u32 number = (u32)*task.step, stream = task.stream;
     for (int at = 4 * threadIdx.x; at < STEP_ELEMENTS; at += 4 * THREADS) {
-        i64 i = (i64)blockIdx.x * STEP_ELEMENTS + at;
+        i64 i = from + at;
         if (i >= n) return;
         Words words = philox(KEY0, KEY1, (u64)i / 4, stream, number);
         if (i + 4 <= n) {
@@ -152,14 +158,21 @@ __device__ __forceinline__ float scale_of(u32 largest, float parts) {
 }
 
 /// One step in place, as `adamw` of optimizer.cu; of the moments there are codes and scales.
-KERNEL adamw_8bit(float* param, const T* grad, u32* m, u32* v, const float* lr, const float* step, const float* grad_scale,
-                  float beta1, float beta2, float eps, float weight_decay, i64 n, u32 stream, float* scales, ROUNDED* rounded) {
+KERNEL adamw_8bit(const Step<u32>* tasks, int count) {
+    begin();
     __shared__ Rates rates;
-    Rule rule = {*grad_scale, beta1, beta2, eps};
-    if (!begin_step(rule, rates, lr, step, weight_decay)) return;
-    u32 number = (u32)*step, lane = threadIdx.x % 32;
+    const Step<u32>& task = task_of_block(tasks, count);
+    Rule rule;
+    if (!begin_step(rule, rates, task)) return;
+    float* param = task.param;
+    u32 *m = task.m, *v = task.v;
+    const T* grad = task.grad;
+    float* scales = task.scales;
+    ROUNDED* rounded = task.rounded;
+    i64 n = task.n, from = (blockIdx.x - task.first) * STEP_ELEMENTS;
+    u32 number = (u32)*task.step, stream = task.stream, lane = threadIdx.x % 32;
     for (int at = threadIdx.x / 32 * CODED; at < STEP_ELEMENTS; at += THREADS / 32 * CODED) {
-        i64 first = (i64)blockIdx.x * STEP_ELEMENTS + at;
+        i64 first = from + at;
         // For the whole warp.
         if (first >= n) return;
         float* own = scales + first / CODED * 2;

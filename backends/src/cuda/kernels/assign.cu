@@ -56,6 +56,7 @@ __device__ __forceinline__ float urgency(const float* priority, int c) {
 /// index [n, k]; capacity -1: dropless. `kept` is scratch of a byte for each choice.
 KERNEL assign(const int* index, const float* priority, int n, int k, int experts, int capacity, int choice_major, int slots,
               int* slot_choice, int* choice_slot, int* offsets, int* dropped, u8* kept) {
+    begin();
     __shared__ int load[MOST_EXPERTS];
     __shared__ int counts[THREADS / 32];
     __shared__ int begin, total, lost;

@@ -39,6 +39,7 @@ __device__ __forceinline__ float row_max(float x) {
 
 /// Grid: blocks of queries, heads, batch.
 KERNEL attention(const T* qkv, T* out, float* lse, Heads s) {
+    begin();
     __shared__ float q[BLOCK][PITCH], k[BLOCK][PITCH], v[BLOCK][PITCH], p[BLOCK][BLOCK + 1];
     int h = blockIdx.y, b = blockIdx.z, g = h / (s.heads / s.kv_heads), from = blockIdx.x * BLOCK;
     int r = threadIdx.x / LANES, part = threadIdx.x % LANES, query = from + r;
@@ -93,6 +94,7 @@ KERNEL attention(const T* qkv, T* out, float* lse, Heads s) {
 
 /// delta [batch, heads, tokens] = dout . out; a warp for each.
 KERNEL attention_delta(const T* out, const T* dout, float* delta, Heads s) {
+    begin();
     i64 i = (i64)blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
     int lane = threadIdx.x % 32;
     if (i >= (i64)s.batch * s.heads * s.tokens) return;
@@ -106,6 +108,7 @@ KERNEL attention_delta(const T* out, const T* dout, float* delta, Heads s) {
 
 /// The gradient of the queries. Grid: blocks of queries, heads, batch.
 KERNEL attention_grad_query(const T* qkv, const float* lse, const T* dout, const float* delta, T* dqkv, Heads s) {
+    begin();
     __shared__ float q[BLOCK][PITCH], d[BLOCK][PITCH], k[BLOCK][PITCH], v[BLOCK][PITCH], ds[BLOCK][BLOCK + 1];
     int h = blockIdx.y, b = blockIdx.z, g = h / (s.heads / s.kv_heads), from = blockIdx.x * BLOCK;
     int r = threadIdx.x / LANES, part = threadIdx.x % LANES, query = from + r;
@@ -149,6 +152,7 @@ KERNEL attention_grad_query(const T* qkv, const float* lse, const T* dout, const
 
 /// The gradients of keys and values, summed over the query heads that share them. Grid: blocks of keys, kv heads, batch.
 KERNEL attention_grad_key(const T* qkv, const float* lse, const T* dout, const float* delta, T* dqkv, Heads s) {
+    begin();
     __shared__ float q[BLOCK][PITCH], d[BLOCK][PITCH], k[BLOCK][PITCH], v[BLOCK][PITCH];
     __shared__ float p[BLOCK][BLOCK + 1], ds[BLOCK][BLOCK + 1];
     int g = blockIdx.y, b = blockIdx.z, from = blockIdx.x * BLOCK, shared = s.heads / s.kv_heads;

@@ -20,6 +20,7 @@ __device__ __forceinline__ int start_of(const int* start, const Cached& s) { ret
 
 /// The new keys and values to their rows of the caches: a block for each token of the batch.
 KERNEL cache_rows(const T* qkv, const int* start, T* k_cache, T* v_cache, Cached s, Fault* fault, int step) {
+    begin();
     int b = blockIdx.x / s.tokens, t = blockIdx.x % s.tokens, width = s.kv_heads * HEAD;
     int at = start_of(start, s);
     if (at != *start && blockIdx.x == 0 && threadIdx.x == 0) reject(fault, step, *start);
@@ -50,6 +51,7 @@ __device__ __forceinline__ float group_sum(float x) {
 /// Grid: heads, tokens of the batch, chunks of CHUNK keys. The keys of a chunk are dealt out to the groups of lanes, whose results
 /// are joined in order. A single chunk gives the result, else each gives its part; those behind the last visible key give none.
 KERNEL attend_cache(const T* qkv, const int* start, const T* k_cache, const T* v_cache, Part* parts, T* out, Cached s) {
+    begin();
     __shared__ float greatest_of[GROUPS], sum_of[GROUPS], acc_of[GROUPS][HEAD];
     int h = blockIdx.x, b = blockIdx.y / s.tokens, t = blockIdx.y % s.tokens, g = h / (s.heads / s.kv_heads);
     int group = threadIdx.x / GROUP, width = s.kv_heads * HEAD;
@@ -110,6 +112,7 @@ KERNEL attend_cache(const T* qkv, const int* start, const T* k_cache, const T* v
 
 /// Joins the parts of `chunks` chunks in order. Grid: heads, tokens of the batch.
 KERNEL join_cache(const Part* parts, const int* start, T* out, Cached s, int chunks) {
+    begin();
     int t = blockIdx.y % s.tokens, used = ceil_div(start_of(start, s) + t + 1, CHUNK);
     i64 place = (i64)blockIdx.y * s.heads + blockIdx.x;
     const Part* mine = parts + place * chunks;

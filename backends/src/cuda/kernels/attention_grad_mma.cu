@@ -9,6 +9,7 @@
 
 /// delta [batch, heads, tokens] = dout . out; SEGMENTS lanes for each.
 KERNEL attention_delta(const T* out, const T* dout, float* delta, Heads s) {
+    begin();
     i64 i = ((i64)blockIdx.x * THREADS + threadIdx.x) / SEGMENTS, rows = (i64)s.batch * s.tokens * s.heads;
     int segment = threadIdx.x % SEGMENTS;
     float sum = 0.0f;
@@ -156,6 +157,7 @@ __device__ __forceinline__ void grads(const T* qkv, const float* lse, const T* d
 
 /// The gradient of the queries. Grid: blocks of queries, heads, batch.
 KERNEL attention_grad_query(const T* qkv, const float* lse, const T* dout, const float* delta, T* dqkv, Heads s) {
+    begin();
     // The last queries have the most keys to see: they start first.
     int block = (int)(s.causal ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
     grads<false>(qkv, lse, dout, delta, dqkv, s, block * OWN, blockIdx.y, blockIdx.z);
@@ -163,5 +165,6 @@ KERNEL attention_grad_query(const T* qkv, const float* lse, const T* dout, const
 
 /// The gradients of keys and values, summed over the query heads that share them. Grid: blocks of keys, kv heads, batch.
 KERNEL attention_grad_key(const T* qkv, const float* lse, const T* dout, const float* delta, T* dqkv, Heads s) {
+    begin();
     grads<true>(qkv, lse, dout, delta, dqkv, s, (int)blockIdx.x * OWN, blockIdx.y, blockIdx.z);
 }

@@ -115,6 +115,7 @@ __device__ __forceinline__ void store(T* to, i64 pitch, int first, int rows, con
 /// Grid: blocks of queries, heads, batch.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 attention_hopper(const __grid_constant__ TensorMap qkv_map, T* out, float* lse, Heads s) {
+    begin();
     Room& room = room_of_block();
     int h = blockIdx.y, b = blockIdx.z, g = h / (s.heads / s.kv_heads);
     // The last queries have the most keys to see: they start first.
@@ -282,6 +283,7 @@ __device__ __forceinline__ void grads(const TensorMap& qkv_map, const TensorMap&
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 attention_grad_query_hopper(const __grid_constant__ TensorMap qkv_map, const __grid_constant__ TensorMap dout_map,
                             const float* lse, const float* delta, T* dqkv, Heads s) {
+    begin();
     // The last queries have the most keys to see: they start first.
     int block = (int)(s.causal ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
     grads<false>(qkv_map, dout_map, lse, delta, dqkv, s, block * OWN, blockIdx.y, blockIdx.z);
@@ -291,5 +293,6 @@ attention_grad_query_hopper(const __grid_constant__ TensorMap qkv_map, const __g
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 attention_grad_key_hopper(const __grid_constant__ TensorMap qkv_map, const __grid_constant__ TensorMap dout_map,
                           const float* lse, const float* delta, T* dqkv, Heads s) {
+    begin();
     grads<true>(qkv_map, dout_map, lse, delta, dqkv, s, (int)blockIdx.x * OWN, blockIdx.y, blockIdx.z);
 }

@@ -7,6 +7,7 @@
 
 /// Grid: blocks of queries, heads, batch.
 KERNEL attention_mma(const T* qkv, T* out, float* lse, Heads s) {
+    begin();
     __shared__ Tile<QUERIES> q_tile;
     __shared__ Tile<KEYS> k_tile[2], v_tile[2];
     int h = blockIdx.y, b = blockIdx.z, g = h / (s.heads / s.kv_heads);

@@ -11,6 +11,15 @@ typedef long long i64;
 
 #define KERNEL extern "C" __global__ void
 
+/// The first statement of every kernel. From Hopper on a kernel is launched while the one before it on the stream still runs
+/// (driver/kernel.rs): only here does it wait for what that one writes, and lets the next one be launched.
+__device__ __forceinline__ void begin() {
+#if !defined(MOEBIUS_EMULATOR) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 /// The upper half of a binary32.
 struct bf16 { u16 bits; };
 /// IEEE binary16.

@@ -7,6 +7,7 @@ struct Classes { int n, d, classes, tiles; };
 /// largest and sum [n, tiles] of the rows of each tile, and the logit of each target.
 KERNEL cross_entropy_tiles(const T* x, const T* w, const int* targets, float* largest, float* sum, float* of_target,
                            Classes s) {
+    begin();
     __shared__ GemmRoom room;
     __shared__ float logits[TILE][TILE + 1];
     int row0 = blockIdx.y * TILE, class0 = blockIdx.x * TILE;
@@ -35,6 +36,7 @@ KERNEL cross_entropy_tiles(const T* x, const T* w, const int* targets, float* la
 /// The tiles of a row together: a warp for each row.
 KERNEL cross_entropy_rows(const float* largest, const float* sum, const float* of_target, const int* targets, float* loss,
                           float* lse, Classes s, Fault* fault, int step) {
+    begin();
     int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (row >= s.n) return;
     float greatest = -INF_F, total = 0.0f;
@@ -61,6 +63,7 @@ KERNEL cross_entropy_rows(const float* largest, const float* sum, const float* o
 /// c [n, width] = dloss (softmax - [class = target]) for the `width` classes from class0 on.
 KERNEL cross_entropy_grad(const T* x, const T* w, const int* targets, const float* lse, const float* dloss, T* c, int class0,
                           int width, Classes s, Fault* fault, int step) {
+    begin();
     __shared__ GemmRoom room;
     Matrix left = {x, s.d, 1}, right = {w + (i64)class0 * s.d, 1, s.d};
     gemm_tile(room, left, right, s.n, width, s.d, blockIdx.y * TILE, blockIdx.x * TILE, [&](int row, int column, float v) {

@@ -52,6 +52,7 @@ struct Tiles {
 };
 
 HOPPER_KERNEL cross_entropy_tiles_hopper(PRODUCT, const int* targets, float* largest, float* sum, float* of_target, int tiles) {
+    begin();
     products(x_map, w_map, offsets, s, Tiles{targets, largest, sum, of_target, tiles});
 }
 
@@ -89,5 +90,6 @@ struct Gradient {
 
 HOPPER_KERNEL cross_entropy_grad_hopper(PRODUCT, const int* targets, const float* lse, const float* dloss, T* c, int class0,
                                         int classes, Fault* fault, int step) {
+    begin();
     products(x_map, w_map, offsets, s, Gradient{targets, lse, dloss, c, class0, classes, fault, step});
 }

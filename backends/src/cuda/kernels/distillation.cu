@@ -42,6 +42,7 @@ __device__ __forceinline__ float row_loss(int target, const Classes& s, float ls
 /// this order in `sums`; then the teacher's sum of exp(teacher - largest) (teacher - student). And the logit of each target.
 KERNEL distillation_tiles(const T* x, const T* w, const int* targets, const T* teacher_x, const T* teacher_w, float* sums,
                           float* of_target, Classes s, int width, float colder) {
+    begin();
     __shared__ GemmRoom room;
     __shared__ float student[TILE][TILE + 1];
     __shared__ float teacher[TILE][TILE + 1];
@@ -88,6 +89,7 @@ KERNEL distillation_tiles(const T* x, const T* w, const int* targets, const T* t
 /// The tiles of a row together: a warp for each row.
 KERNEL distillation_rows(const float* sums, const float* of_target, const int* targets, float* loss, float* kd, float* lse,
                          float* soft_lse, float* teacher_lse, Classes s, float temperature, Fault* fault, int step) {
+    begin();
     int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (row >= s.n) return;
     i64 all = (i64)s.n * s.tiles;
@@ -117,6 +119,7 @@ KERNEL distillation_grad(const T* x, const T* w, const int* targets, const T* te
                          const float* soft_lse, const float* teacher_lse, const float* dloss, const float* dkd, T* c,
                          int class0, int width, Classes s, int teacher_width, float temperature, float colder, Fault* fault,
                          int step) {
+    begin();
     __shared__ GemmRoom room;
     __shared__ float p[TILE][TILE + 1];
     int row0 = blockIdx.y * TILE, column0 = blockIdx.x * TILE;
@@ -150,6 +153,7 @@ KERNEL distillation_grad(const T* x, const T* w, const int* targets, const T* te
 /// the logits of the kept tokens at T, and of each target.
 KERNEL kept_tiles(const T* x, const T* w, const int* targets, const int* ids, float* sums, float* logits_kept,
                   float* of_target, Classes s, int kept, float colder, Fault* fault, int step) {
+    begin();
     __shared__ GemmRoom room;
     __shared__ float logits[TILE][TILE + 1];
     int row0 = blockIdx.y * TILE, class0 = blockIdx.x * TILE;
@@ -201,6 +205,7 @@ __device__ __forceinline__ float divergence(float log_p, float log_q) {
 KERNEL kept_rows(const float* sums, const float* logits_kept, const float* of_target, const int* targets, const float* log_p,
                  const float* log_tail, float* loss, float* kd, float* lse, float* soft_lse, float* tail_lse, Classes s, int kept,
                  float temperature, Fault* fault, int step) {
+    begin();
     int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (row >= s.n) return;
     i64 all = (i64)s.n * s.tiles;
@@ -239,6 +244,7 @@ KERNEL kept_rows(const float* sums, const float* logits_kept, const float* of_ta
 KERNEL kept_grad(const T* x, const T* w, const int* targets, const int* ids, const float* log_p, const float* log_tail,
                  const float* lse, const float* soft_lse, const float* tail_lse, const float* dloss, const float* dkd, T* c,
                  int class0, int width, Classes s, int kept, float temperature, float colder, Fault* fault, int step) {
+    begin();
     __shared__ GemmRoom room;
     __shared__ float logits[TILE][TILE + 1];
     __shared__ u8 is_kept[TILE][TILE];

@@ -4,6 +4,7 @@
 
 /// A block for each id. An id without a row is rejected and gives NaN.
 KERNEL embedding(const T* table, const int* ids, int rows, int d, T* out, Fault* fault, int step) {
+    begin();
     i64 i = blockIdx.x;
     int id = ids[i];
     bool known = id >= 0 && id < rows;
@@ -15,6 +16,7 @@ KERNEL embedding(const T* table, const int* ids, int rows, int d, T* out, Fault*
 /// A block for each row of the table and THREADS times VECTOR columns of it: it goes through all ids, lists those that are its own
 /// in order, and adds up their rows of dy. So no two blocks write one element, and the order of each sum is that of the ids.
 KERNEL embedding_grad(const int* ids, const T* dy, int n, int rows, int d, T* out, Fault* fault, int step) {
+    begin();
     __shared__ int mine[THREADS];
     __shared__ int counts[THREADS / 32];
     int row = blockIdx.x, column = (blockIdx.y * THREADS + threadIdx.x) * VECTOR;

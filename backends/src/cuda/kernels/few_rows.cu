@@ -162,6 +162,7 @@ __device__ __forceinline__ void few(float* room, const TA* a, const T* b, const 
 /// Blocks along z: for each product of a batch, groups of MOST rows; with `offsets` one for each slot, of which only those at
 /// the start of MOST rows of an expert have work, and those of unused slots, which become 0.
 KERNEL few_rows(const TA* a, const T* b, const int* offsets, const void* bias, float* partial, TC* c, Few p) {
+    begin();
     __shared__ float room[ROOM];
     __shared__ int of_slot;
     i64 batch;
@@ -211,6 +212,7 @@ KERNEL few_rows(const TA* a, const T* b, const int* offsets, const void* bias, f
 
 /// The results of the chunks together.
 KERNEL few_rows_finish(const float* partial, i64 total, int chunks, TC* c) {
+    begin();
     i64 at = (i64)blockIdx.x * THREADS + threadIdx.x;
     if (at < total) c[at] = from_float<TC>(sum_of_chunks(partial, total, chunks, at));
 }

@@ -13,6 +13,7 @@ struct Product {
 /// c = a b + bias + add, for blockIdx.z of a batch. With `sum` the f32 result goes there and c is left alone; `add` is f32 of
 /// the same shape, and may be `sum`.
 KERNEL gemm(const T* a, const T* b, const void* bias, const float* add, float* sum, T* c, Product p) {
+    begin();
     __shared__ GemmRoom room;
     i64 batch = blockIdx.z;
     Matrix left = {a + batch * p.a_batch, p.a_row, p.a_column}, right = {b + batch * p.b_batch, p.b_row, p.b_column};
@@ -33,6 +34,7 @@ KERNEL gemm(const T* a, const T* b, const void* bias, const float* add, float* s
 /// are cut into tiles one by one, so that no tile crosses the border of a segment. Behind the last expert the unused slots
 /// form a segment of their own, which becomes 0.
 KERNEL gemm_m_grouped(const T* rows, const T* w, const int* offsets, const void* bias, T* out, int experts, Product p) {
+    begin();
     __shared__ GemmRoom room;
     __shared__ int tiles[MOST_EXPERTS + 1];
     __shared__ int my_expert, my_tile;
@@ -70,6 +72,7 @@ KERNEL gemm_m_grouped(const T* rows, const T* w, const int* offsets, const void*
 
 /// out[e] = a^T b over the segment of expert e = blockIdx.z; 0 where that is empty.
 KERNEL gemm_k_grouped(const T* a, const T* b, const int* offsets, T* out, Product p) {
+    begin();
     __shared__ GemmRoom room;
     i64 e = blockIdx.z;
     int from = offsets[e], to = offsets[e + 1];

@@ -27,6 +27,7 @@ struct Stored {
 };
 
 HOPPER_KERNEL gemm_hopper(PRODUCT, const void* bias, int wide_bias, T* out) {
+    begin();
     products(x_map, w_map, offsets, s, Stored{bias, wide_bias, out});
 }
 
@@ -52,5 +53,6 @@ struct Added {
 };
 
 HOPPER_KERNEL gemm_added_hopper(PRODUCT, const float* add, float* sum, T* out) {
+    begin();
     products(x_map, w_map, offsets, s, Added{add, sum, out});
 }

@@ -23,6 +23,7 @@ template <typename Index> __device__ void move_element(const U* from, U* to, con
 }
 
 KERNEL move_views(const U* from, U* to, Views v) {
+    begin();
     i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= v.elements) return;
     // Division of 32-bit numbers is many times faster.

@@ -18,6 +18,7 @@ struct Part {
 };
 
 KERNEL layer_norm(const T* x, const float* gamma, const float* beta, int d, float eps, T* y, float* mean, float* rstd) {
+    begin();
     __shared__ float room[THREADS / 32];
     i64 row = (i64)blockIdx.x * d;
     Part own(x + row, d);
@@ -38,6 +39,7 @@ KERNEL layer_norm(const T* x, const float* gamma, const float* beta, int d, floa
 }
 
 KERNEL rms_norm(const T* x, const float* gamma, int d, float eps, T* y, float* rstd) {
+    begin();
     __shared__ float room[THREADS / 32];
     i64 row = (i64)blockIdx.x * d;
     Part own(x + row, d);
@@ -56,6 +58,7 @@ KERNEL rms_norm(const T* x, const float* gamma, int d, float eps, T* y, float* r
 /// goes through the rows of its chunk; a thread has the same columns of each.
 KERNEL norm_grad(const T* x, const float* gamma, const float* mean, const float* rstd, const T* dy, int rows, int d, int chunk,
                  T* dx, float* partial_gamma, float* partial_beta) {
+    begin();
     // Two rows' sums take turns, so that one barrier for each row is enough.
     __shared__ float2 room[2][THREADS / 32];
     int from = blockIdx.x * chunk, to = min(from + chunk, rows);
@@ -99,6 +102,7 @@ KERNEL norm_grad(const T* x, const float* gamma, const float* mean, const float*
 
 /// The chunks together: a warp for each 32nd, in order, then the warps. A block for 32 columns.
 KERNEL norm_weights(const float* partial_gamma, const float* partial_beta, int chunks, int d, float* dgamma, float* dbeta) {
+    begin();
     const int WARPS = FINISH_THREADS / 32;
     __shared__ float gammas[WARPS][32], betas[WARPS][32];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = blockIdx.x * 32 + lane;

@@ -44,6 +44,7 @@ __device__ float gumbel(u32 word) {
 
 /// One thread makes one block of four numbers.
 KERNEL random_numbers(const u32* key, u32 stream, i64 elements, U* out) {
+    begin();
     u64 block = (u64)blockIdx.x * blockDim.x + threadIdx.x;
     if ((i64)(block * 4) >= elements) return;
     Words words = philox(key[0], key[1], block, stream, 0);

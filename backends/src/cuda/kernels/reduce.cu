@@ -13,6 +13,7 @@ __device__ __forceinline__ float end(float x, i64 n) { return FUNCTION == 1 ? x 
 
 /// inner = 1: a block for each row and chunk.
 KERNEL reduce_rows(const T* x, i64 outer, i64 n, i64 chunk, float* partial, T* y) {
+    begin();
     __shared__ float room[THREADS / 32];
     i64 row = blockIdx.x, from = (i64)blockIdx.y * chunk, to = from + chunk < n ? from + chunk : n;
     float acc = start();
@@ -25,6 +26,7 @@ KERNEL reduce_rows(const T* x, i64 outer, i64 n, i64 chunk, float* partial, T* y
 
 /// A thread for each result and chunk; neighbouring threads read neighbouring elements.
 KERNEL reduce_columns(const T* x, i64 outer, i64 n, i64 inner, i64 chunk, float* partial, T* y) {
+    begin();
     i64 at = (i64)blockIdx.x * THREADS + threadIdx.x;
     if (at >= outer * inner) return;
     i64 from = (i64)blockIdx.y * chunk, to = from + chunk < n ? from + chunk : n;
@@ -46,6 +48,7 @@ KERNEL reduce_columns(const T* x, i64 outer, i64 n, i64 inner, i64 chunk, float*
 /// The same for columns by the VECTOR, where there are a multiple of it: a lane has VECTOR neighbouring columns and a warp every
 /// eighth row of the chunk.
 KERNEL reduce_vectors(const T* x, i64 outer, i64 n, i64 inner, i64 chunk, float* partial, T* y) {
+    begin();
     const int WARPS = THREADS / 32;
     __shared__ float parts[WARPS][32 * VECTOR + 1];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -77,6 +80,7 @@ KERNEL reduce_vectors(const T* x, i64 outer, i64 n, i64 inner, i64 chunk, float*
 
 /// The results of the chunks together.
 KERNEL reduce_finish(const float* partial, i64 results, int chunks, i64 n, T* y) {
+    begin();
     i64 at = (i64)blockIdx.x * THREADS + threadIdx.x;
     if (at >= results) return;
     float acc = start();

@@ -77,6 +77,7 @@ __device__ __forceinline__ void close_groups(Desk& desk) {
 /// choices, counted ones), partial_sums [blocks, 2] (lse squared, entropy).
 KERNEL route(const float* all_logits, const float* bias, const float* all_noise, const u8* used, const int* given, int n,
              float* gate, int* index, float* partial_p, int* partial_counts, float* partial_sums) {
+    begin();
     __shared__ Desk desks[WARPS];
     __shared__ int counts[2][EXPERTS];
     __shared__ float sums[WARPS][2];
@@ -179,6 +180,7 @@ KERNEL route(const float* all_logits, const float* bias, const float* all_noise,
 /// One block joins what the blocks of `route` found: each share of them in order, then the shares in order.
 KERNEL route_finish(const float* partial_p, const int* partial_counts, const float* partial_sums, int blocks, int n,
                     float* balance, float* z, int* counts, float* entropy) {
+    begin();
     __shared__ float room[FINISH_THREADS / 32];
     __shared__ float p_of[SHARES][EXPERTS];
     __shared__ int counts_of[SHARES][2][EXPERTS];

@@ -5,6 +5,7 @@
 
 /// counts[e] += choices of e among the first COUNTED of each token. Whole numbers: any order gives the same.
 KERNEL count_choices(const int* index, int n, int* counts) {
+    begin();
     i64 i = (i64)blockIdx.x * THREADS + threadIdx.x;
     if (i >= (i64)n * COUNTED) return;
     int x = index[i / COUNTED * K + i % COUNTED];
@@ -13,6 +14,7 @@ KERNEL count_choices(const int* index, int n, int* counts) {
 
 KERNEL route_grad(const float* all_logits, const int* index, const float* d_gate, const float* d_balance, const float* d_z,
                   const int* counts, int n, float* all_d) {
+    begin();
     int warp = threadIdx.x / 32, t = blockIdx.x * WARPS + warp;
     if (t >= n) return;
     const float* logits = all_logits + (i64)t * EXPERTS;

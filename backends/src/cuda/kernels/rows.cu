@@ -7,6 +7,7 @@
 
 /// rows[s] = gate x[token]; a warp for each slot.
 KERNEL dispatch(const T* x, const int* slot_choice, const float* gate, int slots, int choices, int k, int d, T* rows) {
+    begin();
     i64 s = (i64)blockIdx.x * ROWS + threadIdx.x / 32;
     if (s >= slots) return;
     int c = slot_choice[s];
@@ -27,6 +28,7 @@ KERNEL dispatch(const T* x, const int* slot_choice, const float* gate, int slots
 /// y[t] = of_rows sum_j gate[t,j] rows[slot] + of_side side[t]; a warp for each token.
 KERNEL combine(const T* rows, const int* choice_slot, const float* gate, const T* side, const float* coefficient, int slots,
                int tokens, int k, int d, T* y) {
+    begin();
     i64 t = (i64)blockIdx.x * ROWS + threadIdx.x / 32;
     if (t >= tokens) return;
     float of_rows = coefficient ? coefficient[2 * t] : 1.0f, of_side = coefficient ? coefficient[2 * t + 1] : 1.0f;
@@ -57,6 +59,7 @@ KERNEL combine(const T* rows, const int* choice_slot, const float* gate, const T
 
 /// out[c] = rows[slot] . y[token]; a warp for each choice.
 KERNEL gate_grad(const T* rows, const T* y, const int* choice_slot, int slots, int choices, int k, int d, float* out) {
+    begin();
     int c = blockIdx.x * ROWS + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (c >= choices) return;
     int s = choice_slot[c];
@@ -76,6 +79,7 @@ KERNEL gate_grad(const T* rows, const T* y, const int* choice_slot, int slots, i
 /// out[e] = sum of the rows of its segment; a thread for each column, a block along y for each expert. With blocks along z each
 /// takes one of as many equal parts of the segment, whose f32 sums are `partial`.
 KERNEL segment_sum(const T* rows, const int* offsets, int width, float* partial, T* out) {
+    begin();
     int column = blockIdx.x * THREADS + threadIdx.x;
     i64 e = blockIdx.y;
     if (column >= width) return;
@@ -98,6 +102,7 @@ KERNEL segment_sum(const T* rows, const int* offsets, int width, float* partial,
 
 /// The sums of the parts of the segments together, in order.
 KERNEL segment_sum_finish(const float* partial, i64 results, int parts, T* out) {
+    begin();
     i64 at = (i64)blockIdx.x * THREADS + threadIdx.x;
     if (at >= results) return;
     float sum = 0.0f;

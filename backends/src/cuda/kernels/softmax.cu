@@ -3,6 +3,7 @@
 #define THREADS 128
 
 KERNEL softmax(const T* x, int d, T* y) {
+    begin();
     __shared__ float room[THREADS / 32];
     x += (i64)blockIdx.x * d, y += (i64)blockIdx.x * d;
     float greatest = -INF_F, sum = 0.0f;
@@ -15,6 +16,7 @@ KERNEL softmax(const T* x, int d, T* y) {
 }
 
 KERNEL softmax_grad(const T* y, const T* dy, int d, T* dx) {
+    begin();
     __shared__ float room[THREADS / 32];
     i64 row = (i64)blockIdx.x * d;
     float dot = 0.0f;

@@ -98,6 +98,7 @@ struct Room {
 
 /// c = a b + bias. Grid: tiles of rows, tiles of columns, chunks of k of each product of the batch.
 KERNEL split(const TA* a, const TB* b, const float* bias, float* partial, float* c, Sizes s) {
+    begin();
     __shared__ Room room;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, pair = lane % 4;
     int m0 = blockIdx.x * TILE, n0 = blockIdx.y * TILE, batch = blockIdx.z % s.batch, chunk = blockIdx.z / s.batch;
@@ -202,6 +203,7 @@ KERNEL split(const TA* a, const TB* b, const float* bias, float* partial, float*
 
 /// The sums of the chunks together, in order.
 KERNEL split_finish(const float* partial, i64 total, int chunks, float* c) {
+    begin();
     i64 at = (i64)blockIdx.x * THREADS + threadIdx.x;
     if (at < total) c[at] = sum_of_chunks(partial, total, chunks, at);
 }

@@ -215,7 +215,7 @@ pub(super) fn lower_elementwise(graph: &Graph, node: &Node, op: &Elementwise) ->
     let sizes: &[usize] = if halves { &[8, 4] } else { &[4] };
     let many = sizes.iter().copied().find(|&n| elements >= MANY && axes.together(n));
     let own = many.unwrap_or(1);
-    let mut body = format!("KERNEL elementwise({}) {{\n", parameters.join(", "));
+    let mut body = format!("KERNEL elementwise({}) {{\n    begin();\n", parameters.join(", "));
     let _ = writeln!(body, "    i64 i = ((i64)blockIdx.x * {THREADS} + threadIdx.x) * {own};\n    if (i >= n) return;");
     if !(0..loaded.len()).all(|l| axes.is_flat(l) || axes.strides[l].iter().all(|s| *s == 0)) {
         // Division of 32-bit numbers is many times faster.

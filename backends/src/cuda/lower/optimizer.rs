@@ -1,30 +1,32 @@
 //! Launches of the optimizer's ops.
 
+use std::collections::BTreeMap;
+
 use moebius_ir::ops::Adamw;
 use moebius_ir::{DType, Graph, Moments, Node};
 
 use super::{Lowered, dtype, float, typed};
-use crate::cuda::launch::{Arg, Launch, Scratch, kernel};
-use crate::cuda::source::{ADAMW, PHILOX, Source, VECTORS};
+use crate::cuda::launch::{Action, Arg, Launch, Scratch, Task, Tasks, kernel};
+use crate::cuda::source::{ADAMW, PHILOX, Source, TASKS, VECTORS};
 
 const TEXT: &str = include_str!("../kernels/optimizer.cu");
 const NARROW: &str = include_str!("../kernels/adamw_narrow.cu");
 const THREADS: usize = 256;
 /// Elements of one block of the norm, as in the kernel.
-const BLOCK_ELEMENTS: usize = 8192;
+const BLOCK_ELEMENTS: usize = 32_768;
 /// Sums of blocks that a block of the second stage adds up, as in the kernel.
 const BLOCK_PARTS: usize = 2048;
 /// Elements of one block of AdamW, as in the kernels.
-const STEP_ELEMENTS: usize = 4096;
+const STEP_ELEMENTS: usize = 16_384;
 
 /// The kernels for gradients of a float type and rounded parameters of another.
 fn source(gradient: DType, rounded: Option<DType>) -> Result<Source, String> {
-    with_rounded(typed("optimizer.cu", &[VECTORS, ADAMW], TEXT, gradient)?, rounded)
+    with_rounded(typed("optimizer.cu", &[VECTORS, TASKS, ADAMW], TEXT, gradient)?, rounded)
 }
 
 /// The kernels for moments in fewer bits.
 fn narrow(gradient: DType, rounded: Option<DType>) -> Result<Source, String> {
-    let source = typed("adamw_narrow.cu", &[VECTORS, ADAMW, PHILOX], NARROW, gradient)?;
+    let source = typed("adamw_narrow.cu", &[VECTORS, TASKS, ADAMW, PHILOX], NARROW, gradient)?;
     with_rounded(source.exact(), rounded)
 }
 
@@ -37,13 +39,24 @@ pub(super) fn lower_global_norm(graph: &Graph, node: &Node) -> Lowered {
     let parts: usize = blocks.iter().sum();
     let mut scratch = Scratch::default();
     let all = scratch.take(8 * parts);
+    // One launch for all gradients of a type.
+    let mut by_type: BTreeMap<DType, Vec<Task>> = BTreeMap::new();
     let mut at = 0;
-    let mut actions = Vec::with_capacity(blocks.len() + 1);
     for (i, &blocks) in blocks.iter().enumerate() {
-        let source = source(dtype(graph, node, i), None)?;
-        let args = vec![Arg::Operand(i), Arg::size(graph.ty(node.operands[i]).elements()), Arg::Scratch(8 * at)];
-        actions.push(kernel(source, "sum_of_squares", [blocks, 1, 1], THREADS as u32, args));
+        let args = vec![Arg::Operand(i), Arg::Scratch(8 * at), Arg::size(graph.ty(node.operands[i]).elements())];
+        by_type.entry(dtype(graph, node, i)).or_default().push(Task { blocks, args });
         at += blocks;
+    }
+    let mut actions = Vec::with_capacity(4);
+    for (dtype, tasks) in by_type {
+        let source = source(dtype, None)?;
+        actions.push(Action::Tasks(Tasks {
+            source,
+            name: "sum_of_squares",
+            threads: THREADS as u32,
+            tasks,
+            args: vec![],
+        }));
     }
     let source = source(dtype(graph, node, 0), None)?;
     let (mut last, mut left) = (all, parts);
@@ -68,13 +81,13 @@ pub(super) fn lower_adamw(graph: &Graph, node: &Node, op: &Adamw) -> Lowered {
     let scalars = [Arg::Operand(4), Arg::Operand(5), Arg::Operand(6)];
     let copy = if op.rounded { Arg::Result(op.rounded_at() - 4) } else { Arg::Null };
     let rule = [op.beta1, op.beta2, op.eps, op.weight_decay].map(Arg::F32);
-    let args = |more: &[Arg]| [&tensors[..], &scalars, &rule, &[Arg::size(n)], more].concat();
-    let (source, name, args) = match op.moments {
-        Moments::F32 => (source(gradient, rounded)?, "adamw", args(&[copy])),
-        Moments::Bf16 => (narrow(gradient, rounded)?, "adamw_bf16", args(&[Arg::U32(op.stream), copy])),
-        Moments::Eight => {
-            (narrow(gradient, rounded)?, "adamw_8bit", args(&[Arg::U32(op.stream), Arg::Result(3), copy]))
-        }
+    let (source, name, scales) = match op.moments {
+        Moments::F32 => (source(gradient, rounded)?, "adamw", Arg::Null),
+        Moments::Bf16 => (narrow(gradient, rounded)?, "adamw_bf16", Arg::Null),
+        Moments::Eight => (narrow(gradient, rounded)?, "adamw_8bit", Arg::Result(3)),
     };
-    Ok(Launch::one(source, name, [n.div_ceil(STEP_ELEMENTS), 1, 1], THREADS as u32, args))
+    // The fields of the kernels' `Step`.
+    let args = [&tensors[..], &scalars, &[copy, scales, Arg::size(n)], &rule, &[Arg::U32(op.stream)]].concat();
+    let tasks = vec![Task { blocks: n.div_ceil(STEP_ELEMENTS), args }];
+    Ok(Launch::of(vec![Action::Tasks(Tasks { source, name, threads: THREADS as u32, tasks, args: vec![] })]))
 }
