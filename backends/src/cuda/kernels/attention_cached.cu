@@ -1,5 +1,7 @@
-// Attention of new tokens over a cache of keys and values: the new rows are written first, then a block attends for each
-// query and chunk of CHUNK keys. HEAD is the width of a head; a lane has PER_LANE elements of it at a time, GROUP lanes have all.
+// Attention of new tokens over a cache of keys and values: a block attends for each query and chunk of CHUNK keys, taking the new
+// tokens' from where they come from, while some of them write those to the caches. HEAD is the width of a head; a lane has PER_LANE
+// elements of it at a time, GROUP lanes have all. With more chunks than one the blocks of a query are a cluster of CLUSTER, of
+// which the first joins what they found, or, where CLUSTER is 1, join_cache does.
 
 #define THREADS 128
 /// Groups of lanes, which have a key each, and a block's keys that are read at the same time.
@@ -8,6 +10,11 @@
 #define PIECES ((HEAD + GROUP * PER_LANE - 1) / (GROUP * PER_LANE))
 /// Keys that a group reads before it uses the first.
 #define AHEAD (PIECES > 1 ? 2 : 4)
+#if CLUSTER > 1
+#define CACHE_KERNEL extern "C" __global__ void __cluster_dims__(1, 1, CLUSTER)
+#else
+#define CACHE_KERNEL KERNEL
+#endif
 
 /// Extents: qkv [batch, tokens, (heads + 2 kv_heads) HEAD], caches [batch, room, kv_heads HEAD].
 struct Cached {
@@ -17,20 +24,6 @@ struct Cached {
 
 /// The row of the cache that the first new token goes to; one outside is rejected, and the nearest taken.
 __device__ __forceinline__ int start_of(const int* start, const Cached& s) { return max(0, min(*start, s.room - s.tokens)); }
-
-/// The new keys and values to their rows of the caches: a block for each token of the batch.
-KERNEL cache_rows(const T* qkv, const int* start, T* k_cache, T* v_cache, Cached s, Fault* fault, int step) {
-    begin();
-    int b = blockIdx.x / s.tokens, t = blockIdx.x % s.tokens, width = s.kv_heads * HEAD;
-    int at = start_of(start, s);
-    if (at != *start && blockIdx.x == 0 && threadIdx.x == 0) reject(fault, step, *start);
-    const T* from = qkv + ((i64)blockIdx.x * (s.heads + 2 * s.kv_heads) + s.heads) * HEAD;
-    i64 to = ((i64)b * s.room + at + t) * width;
-    for (int i = threadIdx.x * PER_LANE; i < width; i += THREADS * PER_LANE) {
-        store_vector<PER_LANE>(k_cache + to + i, load_vector<PER_LANE>(from + i));
-        store_vector<PER_LANE>(v_cache + to + i, load_vector<PER_LANE>(from + width + i));
-    }
-}
 
 /// What the keys of one chunk give a query: the greatest score, and relative to it the sum of weights and of weighted values.
 struct Part {
@@ -50,15 +43,30 @@ __device__ __forceinline__ float group_sum(float x) {
 
 /// Grid: heads, tokens of the batch, chunks of CHUNK keys. The keys of a chunk are dealt out to the groups of lanes, whose results
 /// are joined in order. A single chunk gives the result, else each gives its part; those behind the last visible key give none.
-KERNEL attend_cache(const T* qkv, const int* start, const T* k_cache, const T* v_cache, Part* parts, T* out, Cached s) {
+CACHE_KERNEL attend_cache(const T* qkv, const int* start, T* k_cache, T* v_cache, Part* parts, T* out, Cached s, Fault* fault, int step) {
     begin();
     __shared__ float greatest_of[GROUPS], sum_of[GROUPS], acc_of[GROUPS][HEAD];
+#if CLUSTER > 1
+    __shared__ Part found;
+#endif
     int h = blockIdx.x, b = blockIdx.y / s.tokens, t = blockIdx.y % s.tokens, g = h / (s.heads / s.kv_heads);
-    int group = threadIdx.x / GROUP, width = s.kv_heads * HEAD;
-    int visible = start_of(start, s) + t + 1, first = (int)blockIdx.z * CHUNK, end = min(visible, first + CHUNK);
-    if (first >= visible) return;
-    const T* from = qkv + ((i64)blockIdx.y * (s.heads + 2 * s.kv_heads) + h) * HEAD;
+    int group = threadIdx.x / GROUP, width = s.kv_heads * HEAD, pitch = s.heads * HEAD + 2 * width, before = start_of(start, s);
+    int visible = before + t + 1, first = (int)blockIdx.z * CHUNK, end = min(visible, first + CHUNK);
+    if (before != *start && h == 0 && blockIdx.y == 0 && blockIdx.z == 0 && threadIdx.x == 0) reject(fault, step, *start);
+    if (CLUSTER == 1 && first >= visible) return;
+    const T* from = qkv + (i64)blockIdx.y * pitch + h * HEAD;
+    // Where this head's keys lie in the cache, and those of the new tokens as if they did not begin behind the `before` old ones.
     i64 caches = (i64)b * s.room * width + (i64)g * HEAD;
+    const T* fresh = qkv + ((i64)b * s.tokens - before) * pitch + (s.heads + g) * HEAD;
+    auto key = [&](int row) { return row < before ? k_cache + caches + (i64)row * width : fresh + (i64)row * pitch; };
+    auto value = [&](int row) { return row < before ? v_cache + caches + (i64)row * width : fresh + (i64)row * pitch + width; };
+    // This token's own row, by the first of the heads that share it.
+    int own = visible - 1;
+    if (h == g * (s.heads / s.kv_heads) && first <= own && own < first + CHUNK)
+        for (int at = threadIdx.x * PER_LANE; at < HEAD; at += THREADS * PER_LANE) {
+            store_vector<PER_LANE>(k_cache + caches + (i64)own * width + at, load_vector<PER_LANE>(key(own) + at));
+            store_vector<PER_LANE>(v_cache + caches + (i64)own * width + at, load_vector<PER_LANE>(value(own) + at));
+        }
     float query[PIECES][PER_LANE] = {}, acc[PIECES][PER_LANE] = {}, greatest = -INF_F, sum = 0.0f;
     EACH_PIECE(i, at) {
         auto v = load_vector<PER_LANE>(from + at);
@@ -72,8 +80,8 @@ KERNEL attend_cache(const T* qkv, const int* start, const T* k_cache, const T* v
         for (int u = 0; u < AHEAD; u++) {
             int row = row0 + u * GROUPS + group;
             if (row < end) EACH_PIECE(i, at) {
-                keys[u][i] = load_vector<PER_LANE>(k_cache + caches + (i64)row * width + at);
-                values[u][i] = load_vector<PER_LANE>(v_cache + caches + (i64)row * width + at);
+                keys[u][i] = load_vector<PER_LANE>(key(row) + at);
+                values[u][i] = load_vector<PER_LANE>(value(row) + at);
             }
         }
 #pragma unroll
@@ -100,7 +108,11 @@ KERNEL attend_cache(const T* qkv, const int* start, const T* k_cache, const T* v
     auto share = [&](int w) { return sum_of[w] == 0.0f ? 0.0f : expf(greatest_of[w] - most); };
     for (int w = 0; w < GROUPS; w++) total += share(w) * sum_of[w];
     i64 place = (i64)blockIdx.y * s.heads + h;
+#if CLUSTER > 1
+    Part* part = &found;
+#else
     Part* part = gridDim.z > 1 ? parts + place * gridDim.z + blockIdx.z : 0;
+#endif
     if (part && threadIdx.x == 0) part->greatest = most, part->sum = total;
     for (int c = threadIdx.x; c < HEAD; c += THREADS) {
         float mixed = 0.0f;
@@ -108,6 +120,31 @@ KERNEL attend_cache(const T* qkv, const int* start, const T* k_cache, const T* v
         if (part) part->mixed[c] = mixed;
         else out[place * HEAD + c] = from_float<T>(mixed / total);
     }
+#if CLUSTER > 1
+    cluster_sync();
+    if (blockIdx.z == 0) {
+        // As join_cache; parts behind the last visible key weigh nothing.
+        float weight[CLUSTER], joined = 0.0f;
+        most = -INF_F;
+#pragma unroll
+        for (int i = 0; i < CLUSTER; i++) weight[i] = number_of(&found.greatest, i);
+#pragma unroll
+        for (int i = 0; i < CLUSTER; i++) most = max_nan(most, weight[i]);
+#pragma unroll
+        for (int i = 0; i < CLUSTER; i++) {
+            weight[i] = i * CHUNK < visible ? expf(weight[i] - most) : 0.0f;
+            joined += weight[i] * number_of(&found.sum, i);
+        }
+        for (int c = threadIdx.x; c < HEAD; c += THREADS) {
+            float mixed = 0.0f;
+#pragma unroll
+            for (int i = 0; i < CLUSTER; i++) mixed += weight[i] * number_of(&found.mixed[c], i);
+            out[place * HEAD + c] = from_float<T>(mixed / joined);
+        }
+    }
+    // No block ends while the first may still read its memory.
+    cluster_sync();
+#endif
 }
 
 /// Joins the parts of `chunks` chunks in order. Grid: heads, tokens of the batch.

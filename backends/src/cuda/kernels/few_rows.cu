@@ -1,9 +1,10 @@
 // Products c = a b + bias of few rows, where reading b is the work: dense and batched, or M-grouped by `offsets`. Every element
 // of b is read once for each MOST rows, 16 bytes at a time where ALIGNED; plain f32 arithmetic.
 //
-// T is b's type, TA that of a and TC that of c. b is stored [k, n], or [n, k] if TRANSPOSED. MOST is 1, 2, 4 or 8. k is cut into chunks, one for each block along y: with
-// more than one their f32 results are `partial`, and few_rows_finish adds them up in order. The order of a sum depends on k, the
-// chunk and the layout alone, neither on the row's place nor on the number of rows.
+// T is b's type, TA that of a and TC that of c. b is stored [k, n], or [n, k] if TRANSPOSED. MOST is 1, 2, 4 or 8. k is cut into
+// chunks, one for each block along y. With more than one their f32 results are added up in order: the blocks are a cluster of
+// CLUSTER, of which the first adds up, or, where CLUSTER is 1, they are `partial`, and few_rows_finish adds them up. The order of a
+// sum depends on k, the chunk and the layout alone, neither on the row's place nor on the number of rows.
 
 #define THREADS 256
 #define WARPS (THREADS / 32)
@@ -11,6 +12,11 @@
 #define VECTOR (16 / (int)sizeof(T))
 /// Loads of a thread on their way at a time: fewer where the sums of many rows take the registers.
 #define AHEAD (MOST > 4 ? 2 : 4)
+#if CLUSTER > 1
+#define FEW_KERNEL extern "C" __global__ void __cluster_dims__(1, CLUSTER, 1)
+#else
+#define FEW_KERNEL KERNEL
+#endif
 
 #if TRANSPOSED
 /// Columns of a warp: where there are more rows, elements of a are used twice.
@@ -62,6 +68,24 @@ __device__ __forceinline__ Vector load(const T* from, int count) {
     for (int i = 0; i < VECTOR; i++) v.at[i] = i < count ? to_float(from[i]) : 0.0f;
 #endif
     return v;
+}
+
+/// Has the cache of the GPU fetch this block's part of a dense b, which the kernel before seldom writes; harmless if it does.
+__device__ __forceinline__ void prefetch(const int* offsets, const T* b, const Few& p) {
+#if CLUSTER > 1 && ALIGNED
+    if (offsets) return;
+    // Lines of 128 bytes.
+    const int line = 128 / (int)sizeof(T);
+    i64 batch = blockIdx.z / ceil_div(p.m, MOST);
+    int k0 = blockIdx.y * p.chunk, k1 = min(k0 + p.chunk, p.k), n0 = blockIdx.x * COLUMNS;
+    b += batch * p.b_batch;
+#if TRANSPOSED
+    int lines = ceil_div(k1 - k0, line), of = min(COLUMNS, p.n - n0);
+    for (int i = threadIdx.x; i < lines * of; i += THREADS) prefetch_line(b + (n0 + i / lines) * p.b_line + k0 + i % lines * line);
+#else
+    for (int k = k0 + threadIdx.x; k < k1; k += THREADS) prefetch_line(b + k * p.b_line + n0);
+#endif
+#endif
 }
 
 /// Gives `end(row, column, sum)` the products of rows 0..rows of a, at most ROWS, and the columns of the block over k0..k1.
@@ -161,10 +185,14 @@ __device__ __forceinline__ void few(float* room, const TA* a, const T* b, const 
 
 /// Blocks along z: for each product of a batch, groups of MOST rows; with `offsets` one for each slot, of which only those at
 /// the start of MOST rows of an expert have work, and those of unused slots, which become 0.
-KERNEL few_rows(const TA* a, const T* b, const int* offsets, const void* bias, float* partial, TC* c, Few p) {
+FEW_KERNEL few_rows(const TA* a, const T* b, const int* offsets, const void* bias, float* partial, TC* c, Few p) {
+    prefetch(offsets, b, p);
     begin();
     __shared__ float room[ROOM];
     __shared__ int of_slot;
+#if CLUSTER > 1
+    __shared__ float sums[MOST * COLUMNS];
+#endif
     i64 batch;
     int row0, rows;
     if (offsets) {
@@ -182,7 +210,7 @@ KERNEL few_rows(const TA* a, const T* b, const int* offsets, const void* bias, f
         batch = blockIdx.z / groups, row0 = blockIdx.z % groups * MOST, rows = min(MOST, p.m - row0);
     }
     int k0 = blockIdx.y * p.chunk, k1 = min(k0 + p.chunk, p.k);
-    auto end = [&](int row, int column, float v) {
+    auto store = [&](int row, int column, float v) {
         i64 at = batch * p.c_batch + (row0 + row) * p.c_row + column * p.c_column;
         if (bias && batch >= 0 && blockIdx.y == 0) {
             i64 i = batch * p.bias_batch + (row0 + row) * p.bias_row + column * p.bias_column;
@@ -191,10 +219,15 @@ KERNEL few_rows(const TA* a, const T* b, const int* offsets, const void* bias, f
         if (partial) partial[blockIdx.y * p.total + at] = v;
         else c[at] = from_float<TC>(v);
     };
+#if CLUSTER > 1
+    auto end = [&](int row, int column, float v) { sums[row * COLUMNS + column - blockIdx.x * COLUMNS] = v; };
+#else
+    auto& end = store;
+#endif
     if (batch < 0) {
         // c_batch is 0 where there are offsets.
         int column = blockIdx.x * COLUMNS + threadIdx.x;
-        if (threadIdx.x < COLUMNS && column < p.n) end(0, column, 0.0f);
+        if (threadIdx.x < COLUMNS && column < p.n && (CLUSTER == 1 || blockIdx.y == 0)) store(0, column, 0.0f);
         return;
     }
     a += batch * p.a_batch + row0 * p.a_row, b += batch * p.b_batch;
@@ -207,6 +240,21 @@ KERNEL few_rows(const TA* a, const T* b, const int* offsets, const void* bias, f
 #endif
 #if MOST > 4
     else few<8>(room, a, b, p, rows, k0, k1, end);
+#endif
+#if CLUSTER > 1
+    cluster_sync();
+    if (blockIdx.y == 0) {
+        for (int i = threadIdx.x; i < rows * COLUMNS; i += THREADS) {
+            int column = blockIdx.x * COLUMNS + i % COLUMNS;
+            if (column >= p.n) continue;
+            float v = sums[i];
+#pragma unroll
+            for (int block = 1; block < CLUSTER; block++) v += number_of(sums + i, block);
+            store(i / COLUMNS, column, v);
+        }
+    }
+    // No block ends while the first may still read its memory.
+    cluster_sync();
 #endif
 }
 

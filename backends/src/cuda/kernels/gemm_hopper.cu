@@ -31,7 +31,8 @@ HOPPER_KERNEL gemm_hopper(PRODUCT, const void* bias, int wide_bias, T* out) {
     products(x_map, w_map, offsets, s, Stored{bias, wide_bias, out});
 }
 
-/// The sums and those of `add`, if that is not null, become rows of `sum`, or of `out` if that is null. `add` may be `sum`.
+/// The sums and those of `add`, if that is not null, become rows of `sum`, or of `out` if that is null. `add` may be `sum`. The sums of
+/// chunks of k lie one after another.
 struct Added {
     const float* add;
     float* sum;
@@ -44,7 +45,7 @@ struct Added {
         for (int i = 0; i < N / 2; i++) {
             int row = i / 4 * 8 + place.lane % 4 * 2 + i % 2, column = t.column0 + place.column() + i % 4 / 2 * 8;
             if (row >= t.rows || column >= s.columns) continue;
-            i64 at = (i64)(t.row0 + row) * s.columns + column;
+            i64 at = ((K_GROUPED ? (i64)t.expert * s.rows : 0) + t.row0 + row) * s.columns + column;
             if (add) v[i] += add[at];
             if (sum) sum[at] = v[i];
         }
@@ -55,4 +56,18 @@ struct Added {
 HOPPER_KERNEL gemm_added_hopper(PRODUCT, const float* add, float* sum, T* out) {
     begin();
     products(x_map, w_map, offsets, s, Added{add, sum, out});
+}
+
+/// The sums of all chunks in order, four elements for each thread; `total` is a multiple of 4.
+KERNEL gemm_finish(const float* partial, i64 total, int chunks, T* out) {
+    begin();
+    i64 at = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    if (at >= total) return;
+    float4 sum = *(const float4*)(partial + at);
+#pragma unroll 8
+    for (int i = 1; i < chunks; i++) {
+        float4 v = *(const float4*)(partial + i * total + at);
+        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+    }
+    *(uint2*)(out + at) = make_uint2(pack(sum.x, sum.y, T()), pack(sum.z, sum.w, T()));
 }

@@ -54,6 +54,8 @@ struct Sizes {
     int experts;
     /// The most rows of a tile: a multiple of STEP, at most ROWS.
     int most;
+    /// If it is not 0, the segments are no experts' but chunks of k of this length, a multiple of DEPTH.
+    int chunk;
 };
 
 /// How many segments there are: behind the last expert's the unused slots are one of their own, whose rows become 0.
@@ -148,7 +150,7 @@ __device__ __forceinline__ void compute(Room& room, const Sizes& s, const Tile t
         for (int i = 0; i < N / 2; i++) sum[i] = 0.0f;
     }
     // The end of a segment of k is not the end of the tensor: what lies behind it is another expert's.
-    int whole = K_GROUPED && s.experts > 0 ? t.k / DEPTH : blocks;
+    int whole = K_GROUPED && s.experts > 0 && s.chunk == 0 ? t.k / DEPTH : blocks;
     for (int b = 0; b < whole; b++) {
         Stage& stage = room.stages[turn.stage];
         barrier_wait(&room.full[turn.stage], turn.parity);
@@ -226,8 +228,8 @@ __device__ __forceinline__ void products(const TensorMap& x_map, const TensorMap
         for (int e0 = 0; e0 < segments; e0 += 32) {
             int e = e0 + threadIdx.x, mine = 0;
             if (e < segments) {
-                int end = K_GROUPED ? s.k : s.rows, from = e == 0 && s.experts == 0 ? 0 : offsets[e];
-                int to = e < s.experts ? offsets[e + 1] : end;
+                int end = K_GROUPED ? s.k : s.rows, from = s.chunk > 0 ? e * s.chunk : s.experts > 0 ? offsets[e] : 0;
+                int to = s.chunk > 0 ? min(from + s.chunk, end) : e < s.experts ? offsets[e + 1] : end;
                 room.start[e] = from, room.start[e + 1] = to;
                 mine = tiles_of(s, K_GROUPED ? s.rows : to - from) * pairs;
             }

@@ -30,15 +30,6 @@ __device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
                  " @over bra DONE;\n bra AGAIN;\nDONE:\n}" ::"r"(shared_address(barrier)), "r"(parity)
                  : "memory");
 }
-/// All threads of the cluster.
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-__device__ __forceinline__ u32 rank_in_cluster() {
-    u32 rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
 /// Starts to copy the box at (x, y, z); `barrier` counts its bytes.
 __device__ __forceinline__ void load_box(void* to, const TensorMap* map, int x, int y, int z, u64* barrier) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];"

@@ -3,11 +3,12 @@
 use moebius_ir::ops::{Attention, AttentionCached, AttentionGrad};
 use moebius_ir::{DType, Graph, Node};
 
+use super::few_rows::MOST_CLUSTER;
 use super::wgmma::{held_instruction, instructions};
 use super::{Lowered, dtype, float, int, per_lane, shapes, typed};
 use crate::cuda::chip::Chip;
 use crate::cuda::launch::{Action, Arg, Kernel, Launch, Scratch, TensorBox, kernel};
-use crate::cuda::source::{HALVES, HEADS, HOPPER, MMA, Source, TILES, VECTORS};
+use crate::cuda::source::{CLUSTER, HALVES, HEADS, HOPPER, MMA, Source, TILES, VECTORS};
 
 const TEXT: &str = include_str!("../kernels/attention.cu");
 const FAST: &str = include_str!("../kernels/attention_mma.cu");
@@ -205,7 +206,7 @@ pub(super) fn lower_attention_grad(graph: &Graph, node: &Node, op: &AttentionGra
     Ok(Launch::of(actions).with_scratch(scratch.bytes()))
 }
 
-pub(super) fn lower_attention_cached(graph: &Graph, node: &Node, op: &AttentionCached) -> Lowered {
+pub(super) fn lower_attention_cached(graph: &Graph, node: &Node, op: &AttentionCached, chip: Chip) -> Lowered {
     let [qkv, cache] = shapes(graph, node);
     let (batch, tokens, room) = (qkv[0], qkv[1], cache[1]);
     let head = qkv[2] / (op.heads + 2 * op.kv_heads);
@@ -220,26 +221,35 @@ pub(super) fn lower_attention_cached(graph: &Graph, node: &Node, op: &AttentionC
     let (dtype, each) = (dtype(graph, node, 0), per_lane(dtype(graph, node, 0), head));
     // The lanes that have a head between them: a power of 2, so that a warp has whole groups.
     let group = head.div_ceil(each).next_power_of_two().min(MOST_GROUP);
-    let source = typed("attention_cached.cu", &[VECTORS], CACHED, dtype)?
+    let (rows, chunks) = (batch * tokens, room.div_ceil(CHUNK));
+    // The chunks of a query are a cluster where there are clusters as large.
+    let clustered = chip.hopper && (2..=MOST_CLUSTER).contains(&chunks);
+    let headers: &[_] = if clustered { &[VECTORS, HALVES, CLUSTER] } else { &[VECTORS] };
+    let source = typed("attention_cached.cu", headers, CACHED, dtype)?
         .define("HEAD", head)
         .define("CHUNK", CHUNK)
         .define("PER_LANE", each)
-        .define("GROUP", group);
-    let (rows, chunks) = (batch * tokens, room.div_ceil(CHUNK));
-    // The caches are results 1 and 2, in the storage of operands 1 and 2.
-    let caches = [Arg::Result(1), Arg::Result(2)];
-    let from = [Arg::Operand(0), Arg::Operand(3)];
-    let write = [&from[..], &caches, &[extents.clone(), Arg::Fault, Arg::Step]].concat();
+        .define("GROUP", group)
+        .define("CLUSTER", if clustered { chunks } else { 1 });
     let mut scratch = Scratch::default();
+    let joins = chunks > 1 && !clustered;
     // A part is the greatest score, the sum of the weights, and a row.
-    let parts = if chunks > 1 { scratch.take(4 * rows * op.heads * chunks * (head + 2)) } else { Arg::Null };
-    let attend = [&from[..], &caches, &[parts.clone(), Arg::Result(0), extents.clone()]].concat();
-    let threads = THREADS as u32;
-    let mut actions = vec![
-        kernel(source.clone(), "cache_rows", [rows, 1, 1], threads, write),
-        kernel(source.clone(), "attend_cache", [op.heads, rows, chunks], threads, attend),
+    let parts = if joins { scratch.take(4 * rows * op.heads * chunks * (head + 2)) } else { Arg::Null };
+    // The caches are results 1 and 2, in the storage of operands 1 and 2.
+    let attend = vec![
+        Arg::Operand(0),
+        Arg::Operand(3),
+        Arg::Result(1),
+        Arg::Result(2),
+        parts.clone(),
+        Arg::Result(0),
+        extents.clone(),
+        Arg::Fault,
+        Arg::Step,
     ];
-    if chunks > 1 {
+    let threads = THREADS as u32;
+    let mut actions = vec![kernel(source.clone(), "attend_cache", [op.heads, rows, chunks], threads, attend)];
+    if joins {
         let chunks = Arg::I32(int(chunks, "chunks of a cache")?);
         let join = vec![parts, Arg::Operand(3), Arg::Result(0), extents, chunks];
         actions.push(kernel(source, "join_cache", [op.heads, rows, 1], threads, join));

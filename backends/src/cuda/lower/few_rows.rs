@@ -4,8 +4,9 @@ use moebius_ir::DType;
 
 use super::gemm::{Product, Strides};
 use super::{float, int};
+use crate::cuda::chip::Chip;
 use crate::cuda::launch::{Action, Arg, Launch, Scratch, kernel};
-use crate::cuda::source::Source;
+use crate::cuda::source::{CLUSTER, HALVES, Source};
 
 const TEXT: &str = include_str!("../kernels/few_rows.cu");
 const THREADS: usize = 256;
@@ -13,6 +14,8 @@ const THREADS: usize = 256;
 const MOST_ROWS: usize = 8;
 /// Blocks that keep a large GPU busy: two for each of 132 processors.
 const ENOUGH_BLOCKS: usize = 264;
+/// The most blocks of a cluster that every GPU with clusters takes.
+pub(super) const MOST_CLUSTER: usize = 8;
 /// Loads that a thread should have: shorter chunks of k cost more than they give.
 const LEAST_LOADS: usize = 4;
 
@@ -50,16 +53,17 @@ pub(super) fn chunks(tiles: usize, k: usize, step: usize, enough: usize) -> Chun
     Chunks { count: if length == 0 { 1 } else { k.div_ceil(length) }, length }
 }
 
-/// The kernel of a file that adds up the chunks' results.
+/// The kernel of a file that adds up the chunks' results, `each` elements a thread.
 pub(super) fn finish(
     source: Source,
     name: &'static str,
     threads: usize,
+    each: usize,
     (partial, total): (Arg, usize),
     chunks: &Chunks,
 ) -> Result<Action, String> {
     let args = vec![partial, Arg::size(total), Arg::I32(int(chunks.count, "chunks")?), Arg::Result(0)];
-    Ok(kernel(source, name, [total.div_ceil(threads), 1, 1], threads as u32, args))
+    Ok(kernel(source, name, [total.div_ceil(each * threads), 1, 1], threads as u32, args))
 }
 
 /// Blocks along z of `batch` products of `rows` rows.
@@ -67,8 +71,9 @@ pub(super) fn groups(batch: usize, rows: usize) -> usize {
     batch.saturating_mul(rows.div_ceil(MOST_ROWS))
 }
 
-/// The launch of `batch` products of factors of these dtypes; for `experts` their number, of one product whose rows are slots.
+/// The launch on such a GPU of `batch` products of factors of these dtypes; for `experts` their number, of one product whose rows are slots.
 pub(super) fn launch(
+    chip: Chip,
     [of_a, of_b]: [DType; 2],
     product: &Product,
     few: Few,
@@ -102,10 +107,13 @@ pub(super) fn launch(
         true => (warps * if most > 2 { 2 } else { 1 }, warps, 32 * vector),
         false => (8 * vector, 8 * vector, 4 * warps),
     };
-    let chunks = chunks(n.div_ceil(of_rule) * batch, p.k, step, ENOUGH_BLOCKS);
-    let total = batch * m * n;
+    let tiles = n.div_ceil(of_rule).saturating_mul(batch);
+    // The chunks of a tile are a cluster where there are clusters.
+    let enough = if chip.hopper { ENOUGH_BLOCKS.min(tiles.saturating_mul(MOST_CLUSTER)) } else { ENOUGH_BLOCKS };
+    let chunks = chunks(tiles, p.k, step, enough);
+    let (total, clustered) = (batch * m * n, chip.hopper && chunks.count > 1);
     let mut scratch = Scratch::default();
-    let partial = if chunks.count > 1 { scratch.take(4 * chunks.count * total) } else { Arg::Null };
+    let partial = if chunks.count > 1 && !clustered { scratch.take(4 * chunks.count * total) } else { Arg::Null };
     let mut bytes = Vec::with_capacity(120);
     let bias_batch = if experts.is_some() { n } else { 0 };
     let strides = [
@@ -118,7 +126,9 @@ pub(super) fn launch(
     for n in [m, n, p.k, chunks.length, experts.unwrap_or(0), usize::from(p.wide_bias)] {
         bytes.extend(int(n, "an extent of a product")?.to_le_bytes());
     }
-    let source = Source::new("few_rows.cu", &[], TEXT)
+    let headers: &[_] = if clustered { &[HALVES, CLUSTER] } else { &[] };
+    let source = Source::new("few_rows.cu", headers, TEXT)
+        .define("CLUSTER", if clustered { chunks.count } else { 1 })
         .define("T", float(dtype)?)
         .define("TA", float(few_dtype)?)
         .define("TC", float(result)?)
@@ -133,8 +143,8 @@ pub(super) fn launch(
     let z = if experts.is_some() { m } else { groups(batch, m) };
     let grid = [n.div_ceil(columns), chunks.count, z];
     let mut actions = vec![kernel(source.clone(), "few_rows", grid, THREADS as u32, args)];
-    if chunks.count > 1 {
-        actions.push(finish(source, "few_rows_finish", THREADS, (partial, total), &chunks)?);
+    if chunks.count > 1 && !clustered {
+        actions.push(finish(source, "few_rows_finish", THREADS, 1, (partial, total), &chunks)?);
     }
     Ok(Launch::of(actions).with_scratch(scratch.bytes()))
 }

@@ -151,7 +151,7 @@ pub(super) fn lower_matmul(graph: &Graph, node: &Node, op: &Matmul, chip: Chip) 
     let operands = Operands { a: Arg::Operand(0), b: Arg::Operand(1), offsets: Arg::Null, bias: bias.clone() };
     let dtypes = [0, 1].map(|i| dtype(graph, node, i));
     if let Some(side) = few(batch, m, n, k) {
-        return few_rows::launch(dtypes, &product, side, batch, None, operands);
+        return few_rows::launch(chip, dtypes, &product, side, batch, None, operands);
     }
     if dtypes.contains(&DType::F32) {
         return split::launch(dtypes, &product, batch, &operands);
@@ -191,7 +191,7 @@ pub(super) fn lower_expert_matmul(graph: &Graph, node: &Node, op: &ExpertMatmul,
     // The columns of experts are never the short side: their rows may be many.
     let operands = Operands { a: Arg::Operand(0), b: Arg::Operand(1), offsets: Arg::Operand(2), bias: bias.clone() };
     if few(1, m, usize::MAX, k) == Some(Few::Rows) {
-        return few_rows::launch([dtype(graph, node, 0); 2], &product, Few::Rows, 1, Some(experts), operands);
+        return few_rows::launch(chip, [dtype(graph, node, 0); 2], &product, Few::Rows, 1, Some(experts), operands);
     }
     let segments = Segments::Rows(experts);
     let launch = hopper::launch(chip, dtype(graph, node, 0), &product, segments, &operands)?;

@@ -4,13 +4,13 @@
 
 use moebius_ir::DType;
 
-use super::few_rows::Operands;
+use super::few_rows::{Chunks, Operands, finish};
 use super::gemm::{MOST_EXPERTS, Product};
 use super::wgmma::instructions;
 use super::{float, int};
 use crate::cuda::chip::Chip;
-use crate::cuda::launch::{Action, Arg, Kernel, Launch, TensorBox};
-use crate::cuda::source::{HALVES, HOPPER, Source};
+use crate::cuda::launch::{Action, Arg, Kernel, Launch, Scratch, TensorBox};
+use crate::cuda::source::{CLUSTER, HALVES, HOPPER, Source};
 
 const PRODUCTS: &str = include_str!("../kernels/gemm_hopper.cuh");
 const STORED: &str = include_str!("../kernels/gemm_hopper.cu");
@@ -27,6 +27,8 @@ const LEAST_COLUMNS: usize = 64;
 /// Row lengths are multiples of this: 16 bytes.
 const ALIGNED: usize = 8;
 const THREADS: u32 = 384;
+/// Threads of a block that adds up chunks.
+const FINISH_THREADS: usize = 256;
 /// Bytes of shared memory: four stages, the pieces of the result, the barriers, two tiles found ahead, the segments, and what aligns them.
 const SHARED: usize = 4 * (COLUMNS + 256) * DEPTH * 2
     + 2 * 2 * 32 * 64 * 2
@@ -34,6 +36,14 @@ const SHARED: usize = 4 * (COLUMNS + 256) * DEPTH * 2
     + 2 * (24 + 16)
     + 2 * (MOST_EXPERTS + 2) * 4
     + 1024;
+
+/// What a tile costs at its start and end, in blocks of k times rows; those cost 2.1 ns on an H100.
+const TILE_COST: usize = 1900;
+/// What it costs to add up the chunks of k, likewise, and the elements of chunks that are written and read in the time of one.
+const FINISH_COST: usize = 1400;
+const FINISH_ELEMENTS: usize = 790;
+/// The most chunks of k.
+const MOST_CHUNKS: usize = 16;
 
 /// What cuts a product into segments.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -44,13 +54,25 @@ pub(super) enum Segments {
     Rows(usize),
     /// k are slots of so many experts.
     K(usize),
+    /// k is cut into chunks of this length, whose sums are a result each.
+    Chunks(usize),
 }
 
 impl Segments {
-    fn experts(self) -> usize {
+    /// Segments, by 0 where there is but one.
+    fn experts(self, k: usize) -> usize {
         match self {
             Segments::None => 0,
             Segments::Rows(experts) | Segments::K(experts) => experts,
+            Segments::Chunks(length) => k.div_ceil(length),
+        }
+    }
+
+    /// Elements of a chunk.
+    fn chunk(self) -> usize {
+        match self {
+            Segments::None | Segments::Rows(_) | Segments::K(_) => 0,
+            Segments::Chunks(length) => length,
         }
     }
 }
@@ -97,6 +119,21 @@ fn height(chip: Chip, groups: usize, rows: usize, columns: usize) -> usize {
     HEIGHTS.into_iter().min_by_key(|&height| cost(height)).unwrap_or(HEIGHTS[0])
 }
 
+/// The length of the chunks that k of a product is best cut into, if it is faster so: where there are few tiles and k is long, most of the
+/// GPU would be idle.
+fn chunk(chip: Chip, rows: usize, columns: usize, k: usize) -> Option<usize> {
+    let cost = |length: usize| {
+        let chunks = k.div_ceil(length);
+        let height = height(chip, chunks, rows, columns);
+        let tiles = chunks * rows.div_ceil(height) * columns.div_ceil(2 * COLUMNS) * 2;
+        let tile = (height.min(rows) + OVERHEAD) * length.div_ceil(DEPTH) + TILE_COST;
+        let finish = if chunks > 1 { FINISH_COST + chunks * rows * columns / FINISH_ELEMENTS } else { 0 };
+        tiles.div_ceil(chip.processors) * tile + finish
+    };
+    let lengths = (1..=MOST_CHUNKS).map(|chunks| k.div_ceil(chunks).next_multiple_of(DEPTH).max(DEPTH));
+    lengths.min_by_key(|&length| cost(length)).filter(|&length| length < k)
+}
+
 /// What becomes of the sums: a kernel of a file, and its parameters behind those of the product.
 pub(super) struct End {
     file: &'static str,
@@ -134,8 +171,9 @@ fn source(dtype: DType, x_along_k: bool, w_along_k: bool, k_grouped: bool, end: 
     let rows: Vec<usize> = (1..=HEIGHTS[0] / step).map(|i| i * step).collect();
     let wgmma = instructions(dtype, &rows, x_along_k, w_along_k)?;
     let text = format!("{wgmma}\n#line 1 \"gemm_hopper.cuh\"\n{PRODUCTS}\n#line 1 \"{}\"\n{}", end.file, end.text);
-    let source =
-        Source::generated(end.file, &[HALVES, HOPPER], text).define("T", float(dtype)?).define("SHARED", SHARED);
+    let source = Source::generated(end.file, &[HALVES, CLUSTER, HOPPER], text)
+        .define("T", float(dtype)?)
+        .define("SHARED", SHARED);
     let flag = |source: Source, name, on: bool| source.define(name, u8::from(on));
     Ok(flag(flag(flag(source, "X_ALONG_K", x_along_k), "W_ALONG_K", w_along_k), "K_GROUPED", k_grouped))
 }
@@ -153,13 +191,13 @@ pub(super) fn action(
     [a, b, offsets]: [&Arg; 3],
     end: End,
 ) -> Result<Option<Action>, String> {
-    let experts = segments.experts();
+    let experts = segments.experts(p.k);
     let along = |line: usize, other: usize| if line == 1 { (true, other) } else { (false, line) };
     let ((x_along_k, x_pitch), (w_along_k, w_pitch)) = (along(p.a.column, p.a.row), along(p.b.row, p.b.column));
     let x = Side { along_k: x_along_k, pitch: x_pitch, rows: p.m, k: p.k, count: 1, apart: p.m * p.k };
     let weights = if let Segments::Rows(experts) = segments { experts } else { 1 };
     let w = Side { along_k: w_along_k, pitch: w_pitch, rows: p.n, k: p.k, count: weights, apart: p.n * p.k };
-    let k_grouped = matches!(segments, Segments::K(_));
+    let k_grouped = matches!(segments, Segments::K(_) | Segments::Chunks(_));
     let half = matches!(dtype, DType::Bf16 | DType::F16);
     let large = p.m > 0 && p.k > 0 && p.n >= LEAST_COLUMNS && experts <= MOST_EXPERTS;
     if !(chip.hopper && half && large && p.n.is_multiple_of(ALIGNED) && x.aligned() && w.aligned()) {
@@ -169,11 +207,11 @@ pub(super) fn action(
     let (groups, rows) = match segments {
         Segments::None => (1, p.m),
         Segments::Rows(experts) => (experts.max(1), p.m.div_ceil(experts.max(1))),
-        Segments::K(experts) => (experts, p.m),
+        Segments::K(_) | Segments::Chunks(_) => (experts, p.m),
     };
     let most = height(chip, groups, rows, p.n);
-    let mut sizes = Vec::with_capacity(20);
-    for n in [p.m, p.n, p.k, experts, most] {
+    let mut sizes = Vec::with_capacity(24);
+    for n in [p.m, p.n, p.k, experts, most, segments.chunk()] {
         sizes.extend(int(n, "an extent of a product")?.to_le_bytes());
     }
     let (x, w) = (x.boxed(a.clone(), dtype, 32), w.boxed(b.clone(), dtype, COLUMNS));
@@ -196,9 +234,20 @@ pub(super) fn launch(
     segments: Segments,
     of: &Operands,
 ) -> Result<Option<Launch>, String> {
-    let end = End::stored(p, &of.bias, &Arg::Result(0));
-    let action = action(chip, dtype, p, segments, [&of.a, &of.b, &of.offsets], end)?;
-    Ok(action.map(|action| Launch::of(vec![action])))
+    let factors = [&of.a, &of.b, &of.offsets];
+    let whole = || action(chip, dtype, p, segments, factors, End::stored(p, &of.bias, &Arg::Result(0)));
+    let length = if segments == Segments::None && of.bias == Arg::Null { chunk(chip, p.m, p.n, p.k) } else { None };
+    let Some(length) = length else { return Ok(whole()?.map(|action| Launch::of(vec![action]))) };
+    let (total, chunks) = (p.m * p.n, p.k.div_ceil(length));
+    let mut scratch = Scratch::default();
+    let partial = scratch.take(4 * chunks * total);
+    let end = End::added([&Arg::Null, &partial, &Arg::Null]);
+    let Some(products) = action(chip, dtype, p, Segments::Chunks(length), factors, end)? else { return Ok(None) };
+    let Action::Kernel(Kernel { source, .. }) = &products else { unreachable!("products are a kernel") };
+    let chunks = Chunks { count: chunks, length };
+    // Four elements for each thread.
+    let finish = finish(source.clone(), "gemm_finish", FINISH_THREADS, 4, (partial, total), &chunks)?;
+    Ok(Some(Launch::of(vec![products, finish]).with_scratch(scratch.bytes())))
 }
 
 #[cfg(test)]
@@ -212,5 +261,17 @@ mod tests {
         assert_eq!(height(64, 256, 8192), 256);
         // 32 tiles of 256 rows would leave most processors idle.
         assert_eq!(height(1, 1024, 1024), 64);
+    }
+
+    #[test]
+    fn k_is_cut_where_tiles_are_few_and_it_is_long() {
+        let chunks =
+            |rows, columns, k: usize| chunk(Chip::HOPPER, rows, columns, k).map_or(1, |length| k.div_ceil(length));
+        assert_eq!((chunks(1024, 1024, 8192), chunks(384, 384, 32_768)), (4, 11));
+        // Enough tiles, or nothing to cut.
+        assert_eq!(
+            (chunks(1024, 4096, 8192), chunks(8192, 1024, 1024), chunks(256, 256, 64), chunks(8, 8, 0)),
+            (1, 1, 1, 1)
+        );
     }
 }

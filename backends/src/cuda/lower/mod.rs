@@ -92,7 +92,7 @@ pub(crate) fn lower(graph: &Graph, id: NodeId, chip: Chip) -> Lowered {
         Op::Matmul(op) => gemm::lower_matmul(graph, node, op, chip),
         Op::Attention(op) => attention::lower_attention(graph, node, op, chip),
         Op::AttentionGrad(op) => attention::lower_attention_grad(graph, node, op, chip),
-        Op::AttentionCached(op) => attention::lower_attention_cached(graph, node, op),
+        Op::AttentionCached(op) => attention::lower_attention_cached(graph, node, op, chip),
         Op::Embedding(_) => embedding::lower_embedding(graph, node),
         Op::EmbeddingGrad(_) => embedding::lower_embedding_grad(graph, node),
         Op::LinearCrossEntropy(_) => classifier::lower_linear_cross_entropy(graph, node, chip),
