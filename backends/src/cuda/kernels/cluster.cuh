@@ -1,5 +1,4 @@
-// Blocks of a cluster (from Hopper on), which run at the same time and read each other's shared memory; and what they do before
-// their turn.
+// Blocks of a cluster (from Hopper on), which run at the same time and read each other's shared memory.
 
 /// All threads of the cluster.
 __device__ __forceinline__ void cluster_sync() {
@@ -20,5 +19,3 @@ __device__ __forceinline__ float number_of(const float* own, u32 block) {
                  : "memory");
     return x;
 }
-/// Has the cache of the GPU fetch the line of 128 bytes at an address.
-__device__ __forceinline__ void prefetch_line(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }

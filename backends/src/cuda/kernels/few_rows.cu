@@ -70,24 +70,6 @@ __device__ __forceinline__ Vector load(const T* from, int count) {
     return v;
 }
 
-/// Has the cache of the GPU fetch this block's part of a dense b, which the kernel before seldom writes; harmless if it does.
-__device__ __forceinline__ void prefetch(const int* offsets, const T* b, const Few& p) {
-#if CLUSTER > 1 && ALIGNED
-    if (offsets) return;
-    // Lines of 128 bytes.
-    const int line = 128 / (int)sizeof(T);
-    i64 batch = blockIdx.z / ceil_div(p.m, MOST);
-    int k0 = blockIdx.y * p.chunk, k1 = min(k0 + p.chunk, p.k), n0 = blockIdx.x * COLUMNS;
-    b += batch * p.b_batch;
-#if TRANSPOSED
-    int lines = ceil_div(k1 - k0, line), of = min(COLUMNS, p.n - n0);
-    for (int i = threadIdx.x; i < lines * of; i += THREADS) prefetch_line(b + (n0 + i / lines) * p.b_line + k0 + i % lines * line);
-#else
-    for (int k = k0 + threadIdx.x; k < k1; k += THREADS) prefetch_line(b + k * p.b_line + n0);
-#endif
-#endif
-}
-
 /// Gives `end(row, column, sum)` the products of rows 0..rows of a, at most ROWS, and the columns of the block over k0..k1.
 template <int ROWS, typename End>
 __device__ __forceinline__ void few(float* room, const TA* a, const T* b, const Few& p, int rows, int k0, int k1, End end) {
@@ -186,7 +168,6 @@ __device__ __forceinline__ void few(float* room, const TA* a, const T* b, const 
 /// Blocks along z: for each product of a batch, groups of MOST rows; with `offsets` one for each slot, of which only those at
 /// the start of MOST rows of an expert have work, and those of unused slots, which become 0.
 FEW_KERNEL few_rows(const TA* a, const T* b, const int* offsets, const void* bias, float* partial, TC* c, Few p) {
-    prefetch(offsets, b, p);
     begin();
     __shared__ float room[ROOM];
     __shared__ int of_slot;

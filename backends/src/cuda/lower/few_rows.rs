@@ -16,6 +16,8 @@ const MOST_ROWS: usize = 8;
 const ENOUGH_BLOCKS: usize = 264;
 /// The most blocks of a cluster that every GPU with clusters takes.
 pub(super) const MOST_CLUSTER: usize = 8;
+/// Blocks that run at once on a large GPU: four on each of 132 processors.
+const MOST_CLUSTERED: usize = 528;
 /// Loads that a thread should have: shorter chunks of k cost more than they give.
 const LEAST_LOADS: usize = 4;
 
@@ -107,11 +109,13 @@ pub(super) fn launch(
         true => (warps * if most > 2 { 2 } else { 1 }, warps, 32 * vector),
         false => (8 * vector, 8 * vector, 4 * warps),
     };
-    let tiles = n.div_ceil(of_rule).saturating_mul(batch);
-    // The chunks of a tile are a cluster where there are clusters.
-    let enough = if chip.hopper { ENOUGH_BLOCKS.min(tiles.saturating_mul(MOST_CLUSTER)) } else { ENOUGH_BLOCKS };
-    let chunks = chunks(tiles, p.k, step, enough);
-    let (total, clustered) = (batch * m * n, chip.hopper && chunks.count > 1);
+    let chunks = chunks(n.div_ceil(of_rule) * batch, p.k, step, ENOUGH_BLOCKS);
+    let z = if experts.is_some() { m } else { groups(batch, m) };
+    // The chunks of a tile are a cluster where there are clusters as large, and all of them run at once: a block that waits for the
+    // others of its cluster keeps those behind it from starting.
+    let blocks = n.div_ceil(columns).saturating_mul(chunks.count).saturating_mul(z);
+    let clustered = chip.hopper && (2..=MOST_CLUSTER).contains(&chunks.count) && blocks <= MOST_CLUSTERED;
+    let total = batch * m * n;
     let mut scratch = Scratch::default();
     let partial = if chunks.count > 1 && !clustered { scratch.take(4 * chunks.count * total) } else { Arg::Null };
     let mut bytes = Vec::with_capacity(120);
@@ -140,7 +144,6 @@ pub(super) fn launch(
     let Operands { a, b, offsets, bias } = operands;
     let [a, b] = if few == Few::Rows { [a, b] } else { [b, a] };
     let args = vec![a, b, offsets, bias, partial.clone(), Arg::Result(0), Arg::Bytes(bytes)];
-    let z = if experts.is_some() { m } else { groups(batch, m) };
     let grid = [n.div_ceil(columns), chunks.count, z];
     let mut actions = vec![kernel(source.clone(), "few_rows", grid, THREADS as u32, args)];
     if chunks.count > 1 && !clustered {
