@@ -104,10 +104,13 @@ fn judge(values: &[f64], constant: f64, bounds: usize) -> (Verdict, Option<Test>
 fn tested(test: Option<Test>, bounds: usize) -> String {
     match test {
         Some(_) if bounds > 0 => format!(", a bound for {bounds} seeds that do not reach it"),
-        Some(Test { count, p, .. }) if p < 1e-3 => format!(", {count} seeds, p < 0.001"),
-        Some(Test { count, p, .. }) => format!(", {count} seeds, p = {p:.3}"),
+        Some(Test { count, p, .. }) => format!(", {count} seeds, {}", probability(p)),
         None => ", one seed has no spread".into(),
     }
+}
+
+fn probability(p: f64) -> String {
+    if p < 1e-3 { "p < 0.001".into() } else { format!("p = {p:.3}") }
 }
 
 impl Sheet<'_> {
@@ -174,7 +177,10 @@ impl Sheet<'_> {
         let p = test.map_or(f64::NAN, |test| test.p);
         let ratio = with_spread(&Sample { values: turns, bounds: 0 }, Unit::Times);
         let count = room.len();
-        (verdict, format!("{numbers}; {ratio} of it by turn, wanted at most {share}, {count} turns, p = {p:.3}"))
+        (
+            verdict,
+            format!("{numbers}; {ratio} of it by turn, wanted at most {share}, {count} turns, {}", probability(p)),
+        )
     }
 
     /// The time of a step of one arm by that of another, for each turn; nothing where a teacher takes part in one of them.
