@@ -2,6 +2,8 @@
 //! memory checks, the equivalents in f64. Idle experts, one busy expert, equal experts and tokens, one token, k = E and capacities
 //! that leave no slot are drawn often.
 
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::sync::OnceLock;
 
 use moebius_backends::cpu::Cpu;
@@ -11,6 +13,7 @@ use moebius_models::config::{ApplyTo, Family, Mlp, Normalise, Score};
 use moebius_models::gpt::router::{self, GateInputs, RouterNoise};
 use moebius_tests::device;
 use moebius_tests::families::check::{self, CLOSE, Found, Results};
+use moebius_tests::families::oracle::Routes;
 use moebius_tests::families::{Draw, Kind, Layer, dense};
 use moebius_tests::tolerance::difference;
 use moebius_tests::{Sketch, cases_of};
@@ -60,6 +63,92 @@ fn holds(families: &[Family], property: impl Fn(Draw) -> Result<(), TestCaseErro
     }
 }
 
+/// An edge that the draws must meet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Edge {
+    /// An expert that no token wants.
+    IdleExpert,
+    /// One expert that all of several tokens want first.
+    OneExpert,
+    /// A token with two experts of the same logit, and all comparisons clear.
+    EqualExperts,
+    /// Two tokens that want the same, where one of the two is dropped, and all comparisons clear.
+    EqualTokens,
+    /// One token.
+    OneToken,
+    /// As many choices as experts.
+    AllExperts,
+    /// A choice without a slot.
+    Dropped,
+    /// A token whose choices all find no slot.
+    NoSlotLeft,
+    /// No capacity.
+    Dropless,
+}
+
+const EDGES: [Edge; 9] = [
+    Edge::IdleExpert,
+    Edge::OneExpert,
+    Edge::EqualExperts,
+    Edge::EqualTokens,
+    Edge::OneToken,
+    Edge::AllExperts,
+    Edge::Dropped,
+    Edge::NoSlotLeft,
+    Edge::Dropless,
+];
+
+/// The edges of a draw, by the rules alone.
+fn edges(draw: &Draw) -> Vec<Edge> {
+    let layer = layer(draw);
+    let logits = dense::logits(&layer).unwrap().data;
+    let Routes { expert, place, clear, .. } = check::routes(draw, &layer, None);
+    let (e, tokens) = (draw.experts, draw.tokens);
+    // Where experts choose, whom they keep is what they want.
+    let wanted = |t: usize, j: usize| !layer.routing.expert_choice || place[t][j].is_some();
+    let wants: Vec<Vec<usize>> = (0..tokens).map(|t| (0..place[t].len()).filter(|&j| wanted(t, j)).collect()).collect();
+    let first: Vec<Option<usize>> = (0..tokens).map(|t| wants[t].first().map(|&j| expert[t][j])).collect();
+    let mut load = vec![0; e];
+    (0..tokens).for_each(|t| wants[t].iter().for_each(|&j| load[expert[t][j]] += 1));
+    let kept = |t: usize| place[t].iter().map(Option::is_some).collect::<Vec<_>>();
+    let row = |t: usize| &logits[t * e..][..e];
+    let holds = |edge: &Edge| match edge {
+        Edge::IdleExpert => load.contains(&0),
+        Edge::OneExpert => tokens > 1 && first[0].is_some() && first.iter().all(|f| *f == first[0]),
+        Edge::EqualExperts => clear && (0..tokens).any(|t| (0..e).any(|x| row(t)[..x].contains(&row(t)[x]))),
+        Edge::EqualTokens => clear && (1..tokens).any(|t| row(t - 1) == row(t) && kept(t - 1) != kept(t)),
+        Edge::OneToken => tokens == 1,
+        Edge::AllExperts => draw.k == e,
+        Edge::Dropped => (0..tokens).any(|t| wants[t].iter().any(|&j| place[t][j].is_none())),
+        Edge::NoSlotLeft => place.iter().any(|of_token| of_token.iter().all(Option::is_none)),
+        Edge::Dropless => router::capacity(&layer.config, true, tokens, e).is_none(),
+    };
+    EDGES.into_iter().filter(holds).collect()
+}
+
+#[test]
+fn the_draws_meet_every_edge() {
+    for family in Family::ALL {
+        let (all, met) = (Cell::new(0), RefCell::new(BTreeMap::new()));
+        holds(&[family], |draw| {
+            all.set(all.get() + 1);
+            edges(&draw).into_iter().for_each(|edge| *met.borrow_mut().entry(edge).or_insert(0) += 1);
+            Ok(())
+        });
+        assert!(all.get() >= 256, "{family}: {} draws", all.get());
+        for edge in EDGES {
+            let never = match edge {
+                Edge::AllExperts => family.fixed_top_k() == Some(1) || family == Family::ExpertChoice,
+                // Where experts choose, each has its tokens, none is turned away, and there is always a capacity.
+                Edge::IdleExpert | Edge::OneExpert | Edge::Dropped | Edge::Dropless => family == Family::ExpertChoice,
+                Edge::EqualExperts | Edge::EqualTokens | Edge::OneToken | Edge::NoSlotLeft => false,
+            };
+            let met = met.borrow().get(&edge).copied().unwrap_or(0);
+            assert!(never || met >= 5, "{family}: {met} draws with {edge:?}");
+        }
+    }
+}
+
 fn layer(draw: &Draw) -> Layer {
     Layer::new(draw, &|_, _| {}).unwrap_or_else(|e| panic!("{draw:?}: {e}"))
 }
@@ -85,7 +174,8 @@ one_hot_form_of! {
     deepspeed_top2: DeepspeedTop2, deepspeed_topk: DeepspeedTopK, fair: Fair, tutel: Tutel, mixtral: Mixtral,
     qwen2_moe: Qwen2Moe, qwen3_moe: Qwen3Moe, qwen3_next: Qwen3Next, olmoe: Olmoe, deepseek_v2: DeepseekV2,
     deepseek_v3: DeepseekV3, deepseek_v4: DeepseekV4, minimax_m2: MinimaxM2, ernie: Ernie45, gpt_oss: GptOss,
-    granite: Granite, phi: Phi35, llama4: Llama4, arctic: Arctic, nemotron3: Nemotron3, expert_choice: ExpertChoice,
+    granite: Granite, phi: Phi35, llama4: Llama4, arctic: Arctic, gemma4: Gemma4,
+    nemotron3: Nemotron3, expert_choice: ExpertChoice,
 }
 
 fn all_but(left_out: &[Family]) -> Vec<Family> {

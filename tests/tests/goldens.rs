@@ -1,5 +1,5 @@
-//! Tensors made by the real DeepSpeed are reproduced: `MOEBIUS_GOLDENS=DIR` runs another set, by default `tests/goldens` and
-//! `tests/goldens_more`.
+//! Tensors made by the real DeepSpeed are reproduced: `MOEBIUS_GOLDENS=DIR` runs another set, by default `tests/goldens`,
+//! `tests/goldens_more` and `tests/goldens_sizes`.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -16,8 +16,13 @@ fn more() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens_more")
 }
 
+/// Sizes, choices, capacities and temperatures that were drawn.
+fn sizes() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens_sizes")
+}
+
 fn directories() -> Vec<PathBuf> {
-    std::env::var_os("MOEBIUS_GOLDENS").map_or_else(|| vec![own(), more()], |other| vec![other.into()])
+    std::env::var_os("MOEBIUS_GOLDENS").map_or_else(|| vec![own(), more(), sizes()], |other| vec![other.into()])
 }
 
 fn set(directory: &Path) -> Set {

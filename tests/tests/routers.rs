@@ -128,6 +128,7 @@ fn rules() -> Vec<(&'static str, usize, Rule)> {
         ("granite", 3, chosen3),
         ("llama-4", 1, |l| pick(&sigmoid(l), l, 1)),
         ("arctic", 2, chosen2),
+        ("gemma-4", 3, chosen3),
         ("nemotron-3", 3, |l| divided(pick(&sigmoid(l), &plus(&sigmoid(l), &BIAS), 3), 2.5)),
         ("phi-3.5", 2, |l| {
             let mut left = l.to_vec();

@@ -50,6 +50,8 @@ pub enum Family {
     #[serde(rename = "llama-4")]
     Llama4,
     Arctic,
+    #[serde(rename = "gemma-4")]
+    Gemma4,
     #[serde(rename = "nemotron-3")]
     Nemotron3,
     ExpertChoice,
@@ -89,7 +91,7 @@ const SIGMOID: Routing = Routing { score: Score::Sigmoid, selection_bias: true, 
 
 impl Family {
     /// Every family.
-    pub const ALL: [Family; 27] = [
+    pub const ALL: [Family; 28] = [
         Family::Top1,
         Family::Top2,
         Family::TopK,
@@ -115,6 +117,7 @@ impl Family {
         Family::Phi35,
         Family::Llama4,
         Family::Arctic,
+        Family::Gemma4,
         Family::Nemotron3,
         Family::ExpertChoice,
     ];
@@ -188,6 +191,9 @@ impl Family {
             }
             // Snowflake Arctic: a dense network added to two renormalised experts.
             Family::Arctic => Routing { side: Side::Constant, ..RENORMALISED },
+            // Gemma 4 26B-A4B (transformers, Gemma4TextRouter): eight renormalised experts of 128 and a dense network added. Its
+            // learned factor of each expert's gate is one of that expert's second matrix here.
+            Family::Gemma4 => Routing { side: Side::Constant, ..RENORMALISED },
             // Nemotron 3 (Nano: 128 experts, 6 chosen): as DeepSeek-V3 without groups.
             Family::Nemotron3 => Routing { scale: 2.5, side: Side::Constant, ..SIGMOID },
             // arXiv 2202.09368: each expert takes its ceil(N f / E) best tokens by softmax over experts.
@@ -211,7 +217,12 @@ impl Family {
             | Family::Arctic => 2,
             Family::Qwen2Moe | Family::GptOss => 4,
             Family::DeepseekV2 | Family::DeepseekV4 | Family::Ernie45 | Family::Nemotron3 => 6,
-            Family::Qwen3Moe | Family::Olmoe | Family::DeepseekV3 | Family::MinimaxM2 | Family::Granite => 8,
+            Family::Qwen3Moe
+            | Family::Olmoe
+            | Family::DeepseekV3
+            | Family::MinimaxM2
+            | Family::Granite
+            | Family::Gemma4 => 8,
             Family::Qwen3Next => 10,
         }
     }
@@ -240,6 +251,7 @@ impl Family {
             | Family::Phi35
             | Family::Llama4
             | Family::Arctic
+            | Family::Gemma4
             | Family::Nemotron3
             | Family::ExpertChoice => None,
         }

@@ -68,7 +68,7 @@ pub fn distillation(g: &mut Graph, student: Value, teacher: Value, options: Dist
     let student = log_softmax(g, student, temperature)?;
     let teacher = log_softmax(g, teacher, temperature)?;
     let p = g.exp(teacher)?;
-    // Logits are finite, so no probability is 0 times an infinite logarithm.
+    // Logits are finite and below 2^31, so no probability is 0 times an infinite logarithm.
     let ratio = g.sub(teacher, student)?;
     let terms = g.mul(p, ratio)?;
     let sum = g.sum_all(terms)?;
@@ -85,9 +85,12 @@ fn log_softmax(g: &mut Graph, logits: Value, temperature: f64) -> Result<Value> 
     if let Some(extent) = row.last_mut() {
         *extent = 1;
     }
+    // Any number near the largest will do. A whole one has no gradient, which would be the rounding errors of the whole row.
     let max = g.reduce(ReduceFn::Max, wide, &[last])?;
-    let max = g.reshape(max, row.clone())?;
-    let centred = g.sub(wide, max)?;
+    let whole = g.cast(max, DType::I32)?;
+    let near = g.cast(whole, DType::F32)?;
+    let near = g.reshape(near, row.clone())?;
+    let centred = g.sub(wide, near)?;
     let power = g.exp(centred)?;
     let sum = g.reduce(ReduceFn::Sum, power, &[last])?;
     let sum = g.reshape(sum, row)?;

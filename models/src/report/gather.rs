@@ -58,6 +58,27 @@ pub(super) struct LayerBins {
     pub(super) experts: usize,
     pub(super) bins: Bins<LoadBin>,
     pub(super) health: Bins<HealthBin>,
+    /// Who was dead at the last measurement; `None` if it does not tell.
+    pub(super) dead: Option<Vec<Dead>>,
+}
+
+/// An expert without a token for so many steps that its layer counts it as dead.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Dead {
+    pub(super) expert: usize,
+    /// The step of its last token; `None` if it never had one.
+    pub(super) last: Option<u64>,
+}
+
+/// The dead experts of a record, by number. It says how many they are, not after how many steps: those idle longest.
+fn dead(step: u64, load: &LayerLoad) -> Option<Vec<Dead>> {
+    let count = load.dead.filter(|&count| count <= load.idle.len())?;
+    let mut experts: Vec<usize> = (0..load.idle.len()).collect();
+    experts.sort_by_key(|&expert| (std::cmp::Reverse(load.idle[expert]), expert));
+    experts.truncate(count);
+    experts.sort_unstable();
+    let last = |expert: usize| step.checked_sub(load.idle[expert].into()).filter(|&last| last > 0);
+    Some(experts.into_iter().map(|expert| Dead { expert, last: last(expert) }).collect())
 }
 
 /// What the router of a layer measured in a few steps. Values that a file does not have count nothing.
@@ -157,16 +178,18 @@ impl Gathered {
             dead: Stat::of(load.dead.map_or(f64::NAN, |dead| dead as f64)),
         };
         let same = |layer: &&mut LayerBins| layer.layer == load.layer && layer.experts == experts;
+        let dead = dead(step, load);
         match self.layers.iter_mut().find(same) {
             Some(layer) => {
                 layer.bins.add(step, bin);
                 layer.health.add(step, health);
+                layer.dead = dead;
             }
             None => {
                 let (mut bins, mut healths) = (Bins::new(HEAT_BINS), Bins::new(HEALTH_BINS));
                 bins.add(step, bin);
                 healths.add(step, health);
-                self.layers.push(LayerBins { layer: load.layer, experts, bins, health: healths });
+                self.layers.push(LayerBins { layer: load.layer, experts, bins, health: healths, dead });
             }
         }
     }

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::chart::{Chart, Line};
-use super::gather::{Gathered, HealthBin, LayerBins, Stat};
+use super::gather::{Dead, Gathered, HealthBin, LayerBins, Stat};
 use super::page::escape;
 use super::scale::grouped;
 
@@ -15,6 +15,8 @@ const MIN_POINTS: usize = 20;
 const COLOURS: [&str; 8] = ["l0", "l1", "l2", "l3", "l4", "l5", "l6", "l7"];
 /// Alarms that are listed.
 const LISTED: usize = 8;
+/// Dead experts of a layer that are listed.
+const LISTED_DEAD: usize = 32;
 
 /// What is drawn: id, title, unit, and where the values are.
 type Quantity = (&'static str, &'static str, &'static str, fn(&HealthBin) -> Stat);
@@ -64,7 +66,45 @@ pub(super) fn curves(html: &mut String, gathered: &Gathered) {
     for (i, layer) in layers.iter().enumerate() {
         let _ = write!(html, "<span class=\"{}\">layer {}</span>", colour(i, layers.len()), layer.layer);
     }
-    let _ = writeln!(html, "</div>\n<div class=\"charts\">\n{drawn}</div></section>");
+    let _ = write!(html, "</div>\n<div class=\"charts\">\n{drawn}</div>");
+    graveyard(html, layers);
+    html.push_str("</section>\n");
+}
+
+/// Dead experts of all layers at the last measurement; `None` if a layer does not tell.
+pub(super) fn dead(gathered: &Gathered) -> Option<usize> {
+    gathered.layers.iter().map(|layer| Some(layer.dead.as_ref()?.len())).sum()
+}
+
+/// Which experts are dead and since when, a row for each layer that has any.
+fn graveyard(html: &mut String, layers: &[LayerBins]) {
+    let mut rows = String::new();
+    for layer in layers {
+        let Some(dead) = layer.dead.as_ref().filter(|dead| !dead.is_empty()) else { continue };
+        let named = |dead: &Dead| match dead.last {
+            Some(step) => format!("{} (step {})", dead.expert, grouped(step)),
+            None => format!("{} (never)", dead.expert),
+        };
+        let mut named: Vec<String> = dead.iter().take(LISTED_DEAD).map(named).collect();
+        named.extend(
+            dead.len().checked_sub(LISTED_DEAD).filter(|&more| more > 0).map(|more| format!("and {more} more")),
+        );
+        let _ = writeln!(
+            rows,
+            "<tr><th scope=\"row\">Layer {}: {} of {}</th><td>{}</td></tr>",
+            layer.layer,
+            dead.len(),
+            layer.experts,
+            named.join(", ")
+        );
+    }
+    if !rows.is_empty() {
+        let _ = write!(
+            html,
+            "<h3>Dead experts at the end</h3>\n<p class=\"note\">By layer: number of the expert, and when it last had a \
+             token.</p>\n<table><tbody>\n{rows}</tbody></table>\n"
+        );
+    }
 }
 
 /// The first alarms, if there were any.

@@ -8,7 +8,7 @@ use super::scale::{Scale, short};
 /// Upper edges of the colour classes, as multiples of the balanced share; the last class has none.
 const EDGES: [f64; 9] = [0.01, 0.25, 0.5, 0.71, 0.9, 1.1, 1.4, 2.0, 4.0];
 /// What the legend says for each class.
-const NAMES: [&str; 10] = ["dead", "<¼", "¼–½", "½–0.7", "0.7–0.9", "balanced", "1.1–1.4", "1.4–2", "2–4", ">4"];
+const NAMES: [&str; 10] = ["idle", "<¼", "¼–½", "½–0.7", "0.7–0.9", "balanced", "1.1–1.4", "1.4–2", "2–4", ">4"];
 /// Cells of all maps together: bounds the size of the page.
 const CELLS: usize = 60_000;
 const MAX_COLUMNS: usize = 120;
@@ -42,13 +42,13 @@ pub(super) fn html(gathered: &Gathered) -> String {
     html
 }
 
-/// Rows of the summary table: worst case over all layers at the end of the run.
+/// At the end of the run: experts without a load, experts in all, and the dropped share of the worst layer.
 pub(super) fn summary(gathered: &Gathered) -> Option<(usize, usize, f64)> {
     let ends: Vec<End> = gathered.layers.iter().filter_map(End::of).collect();
-    let dead = ends.iter().map(|end| end.dead).sum();
+    let idle = ends.iter().map(|end| end.idle).sum();
     let experts = gathered.layers.iter().map(|layer| layer.experts).sum();
     let dropped = ends.iter().map(|end| end.dropped).fold(0.0, f64::max);
-    (!ends.is_empty()).then_some((dead, experts, dropped))
+    (!ends.is_empty()).then_some((idle, experts, dropped))
 }
 
 /// A layer at the end of the run.
@@ -56,7 +56,8 @@ struct End {
     /// Multiples of the balanced share.
     ratios: Vec<f64>,
     dropped: f64,
-    dead: usize,
+    /// Experts with less than a hundredth of the balanced share.
+    idle: usize,
     /// exp of the entropy of the shares: how many experts equally used would be as spread out.
     effective: f64,
 }
@@ -73,9 +74,9 @@ impl End {
         let total: f64 = ratios.iter().sum();
         let shares = ratios.iter().map(|ratio| ratio / total).filter(|share| *share > 0.0);
         let effective = shares.map(|share| -share * share.ln()).sum::<f64>().exp();
-        let dead = ratios.iter().filter(|ratio| class(**ratio) == 0).count();
+        let idle = ratios.iter().filter(|ratio| class(**ratio) == 0).count();
         let dropped = recent.iter().map(|bin| bin.dropped()).sum::<f64>() / count;
-        (!recent.is_empty()).then_some(Self { ratios, dropped, dead, effective })
+        (!recent.is_empty()).then_some(Self { ratios, dropped, idle, effective })
     }
 }
 
@@ -102,8 +103,8 @@ fn map(html: &mut String, index: usize, layer: &LayerBins, columns: usize) {
         if experts == 1 { "expert" } else { "experts" },
         short(balanced)
     );
-    if end.dead > 0 {
-        let _ = write!(html, "<span class=\"warn\">{} dead</span>", end.dead);
+    if end.idle > 0 {
+        let _ = write!(html, "<span class=\"warn\">{} idle</span>", end.idle);
     }
     html.push_str("</figcaption>\n");
     // One pixel an expert at least.
@@ -171,7 +172,7 @@ fn bars(html: &mut String, end: &End) {
     let _ = write!(html, "<svg class=\"bars\" viewBox=\"0 0 100 {}\" preserveAspectRatio=\"none\">", end.ratios.len());
     let (top, bar) = if end.ratios.len() > 60 { (0.0, 1.0) } else { (0.14, 0.72) };
     for (expert, &ratio) in end.ratios.iter().enumerate() {
-        // A dead expert has no bar of its own length, so its whole row is marked.
+        // An idle expert has no bar of its own length, so its whole row is marked.
         let (kind, width) = if class(ratio) == 0 { ("gone", 100.0) } else { ("bar", ratio / widest * 100.0) };
         let _ =
             write!(html, "<path class=\"{kind}\" d=\"M0 {:.2}h{width:.1}v{bar}h-{width:.1}z\"/>", expert as f64 + top);
@@ -216,7 +217,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn classes_are_symmetric_and_only_no_load_is_dead() {
+    fn classes_are_symmetric_and_only_no_load_is_idle() {
         let of = [0.0, 0.009, 0.02, 0.3, 0.6, 0.8, 1.0, 1.2, 1.7, 3.0, 40.0].map(class);
         assert_eq!(of, [0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
     }

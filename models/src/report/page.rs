@@ -93,9 +93,13 @@ fn tiles(html: &mut String, facts: &RunFacts, gathered: &Gathered) {
         };
         tile("Parameters", short(facts.total_params as f64), more);
     }
-    if let Some((dead, experts, dropped)) = heat::summary(gathered) {
+    if let Some((idle, experts, dropped)) = heat::summary(gathered) {
         let more = format!("worst layer drops {}%", short((dropped * 1e5).round() / 1e3));
-        tile("Dead experts", format!("{dead} <small>of {experts}</small>"), more);
+        let (name, count) = match health::dead(gathered) {
+            Some(dead) => ("Dead experts", dead),
+            None => ("Idle experts", idle),
+        };
+        tile(name, format!("{count} <small>of {experts}</small>"), more);
     }
     // The closure writes only tiles, so the list is put around them afterwards.
     if let Some(first) = html.find("<div><dt>") {

@@ -115,7 +115,7 @@ fn a_usual_run_is_drawn_with_all_its_parts() {
         assert!(html.contains(part), "{part}");
     }
     for part in
-        ["6,312,448", "2,000 steps", "4.1M tokens", "balanced share 6.25%", "1 dead", "runs/first", "width = 192"]
+        ["6,312,448", "2,000 steps", "4.1M tokens", "balanced share 6.25%", "1 idle", "runs/first", "width = 192"]
     {
         assert!(html.contains(part), "{part}");
     }
@@ -125,6 +125,44 @@ fn a_usual_run_is_drawn_with_all_its_parts() {
     assert!(!html.contains("fraction of the choices"), "a dropless run has no chart of drops");
     assert!(html.contains("prefers-color-scheme"));
     assert!(html.len() < 400_000, "{} bytes", html.len());
+}
+
+#[test]
+fn dead_experts_are_listed_with_their_last_token() {
+    let layer = |layer, idle: &[u32], dead| LayerLoad {
+        layer,
+        load: vec![1.0 / idle.len() as f32; idle.len()],
+        dropped: 0.0,
+        entropy: Some(1.0),
+        idle: idle.to_vec(),
+        dead,
+        ..LayerLoad::default()
+    };
+    let page = |layers: Vec<LayerLoad>| {
+        let mut before = layers.clone();
+        before.iter_mut().for_each(|l| (l.idle, l.dead) = (vec![0; l.idle.len()], l.dead.map(|_| 0)));
+        let records = [(1100, before), (1200, layers)].map(|(step, experts)| {
+            Record::Train(TrainRecord { step, loss: 1.0, lm_loss: 1.0, experts, ..TrainRecord::default() })
+        });
+        let html = render(&facts(), &records);
+        check(&html);
+        html
+    };
+    let html = page(vec![
+        layer(1, &[0, 150, 99, 1200, 0, 100], Some(3)),
+        layer(3, &[0, 40], Some(0)),
+        layer(5, &[500; 40], Some(40)),
+    ]);
+    assert!(html.contains("Layer 1: 3 of 6</th><td>1 (step 1,050), 3 (never), 5 (step 1,100)</td>"), "by number");
+    assert!(!html.contains("Layer 3: "), "none of its experts is dead");
+    assert!(html.contains("Layer 5: 40 of 40</th>") && html.contains("31 (step 700), and 8 more</td>"), "counted");
+    assert!(html.contains("<dt>Dead experts</dt><dd>43 <small>of 48</small>"), "the tile");
+    assert!(!page(vec![layer(1, &[0, 150], Some(0))]).contains("Dead experts at the end"));
+    // A file that does not tell, or not rightly, has no list; the tile counts experts without a load.
+    for dead in [None, Some(3)] {
+        let html = page(vec![layer(1, &[0, 150], dead)]);
+        assert!(!html.contains("Dead experts at the end") && html.contains("<dt>Idle experts</dt><dd>0 "), "{dead:?}");
+    }
 }
 
 #[test]

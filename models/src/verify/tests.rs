@@ -50,6 +50,62 @@ fn every_name_has_cases_and_a_selection_has_only_its_own() {
     assert!(some.iter().filter(|c| c.op == "published_routers").count() >= 2 * families - 1);
 }
 
+/// The dtypes that the nodes of an op have in a graph, as built or else as the passes leave it.
+fn dtypes(graph: &moebius_ir::Graph, op: &str) -> BTreeSet<DType> {
+    let of = |g: &moebius_ir::Graph| -> BTreeSet<DType> {
+        let nodes = g.nodes().iter().filter(|n| n.op.name() == op);
+        nodes.flat_map(|n| n.operands.iter().chain(&n.results)).map(|&v| g.ty(v).dtype).collect()
+    };
+    let built = of(graph);
+    if built.is_empty() { of(&moebius_ir::passes::optimise(graph).unwrap()) } else { built }
+}
+
+/// The dtypes of operands of an op that a gradient goes through in a graph.
+fn differentiable(graph: &moebius_ir::Graph, op: &str) -> BTreeSet<DType> {
+    let mut found = BTreeSet::new();
+    for node in graph.nodes().iter().filter(|n| n.op.name() == op) {
+        for &operand in node.operands.iter().filter(|&&v| graph.ty(v).dtype.is_float()) {
+            let dtype = graph.ty(operand).dtype;
+            let flows = |&result: &moebius_ir::Value| {
+                let mut g = graph.clone();
+                let sum = g.cast(result, DType::F32).and_then(|wide| g.sum_all(wide)).unwrap();
+                moebius_ir::gradients(&mut g, sum, &[operand]).is_ok()
+            };
+            let floats = || node.results.iter().filter(|&&v| graph.ty(v).dtype.is_float());
+            if !found.contains(&dtype) && floats().any(flows) {
+                found.insert(dtype);
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn an_op_is_verified_in_every_dtype_and_direction_that_there_is() {
+    let all = selected(&[]).unwrap();
+    for op in Op::NAMES.iter().copied() {
+        let (mut wanted, mut there) = (BTreeSet::new(), BTreeSet::new());
+        for case in all.iter().filter(|c| c.op == op) {
+            for &dtype in cases::FLOATS {
+                // What the shape rules refuse in this dtype is not there.
+                let Ok(sketch) = case.sketch(dtype) else { continue };
+                let listed = case.dtypes.contains(&dtype);
+                for dtype in dtypes(&sketch.graph, op) {
+                    wanted.insert((dtype, Pass::Forward));
+                    there.extend(listed.then_some((dtype, Pass::Forward)));
+                }
+                for dtype in differentiable(&sketch.graph, op) {
+                    wanted.insert((dtype, Pass::Backward));
+                    there.extend((listed && sketch.differentiable()).then_some((dtype, Pass::Backward)));
+                }
+            }
+        }
+        assert!(!wanted.is_empty(), "{op}");
+        let missing: Vec<_> = wanted.difference(&there).collect();
+        assert!(missing.is_empty(), "{op} is not verified: {missing:?}");
+    }
+}
+
 #[test]
 fn a_key_changes_the_numbers_and_nothing_else() {
     let all = selected(&["matmul".into()]).unwrap();

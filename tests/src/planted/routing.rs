@@ -91,6 +91,23 @@ pub(super) const BUGS: &[Bug] = &[
         ],
     },
     Bug {
+        name: "balance loss grows with k",
+        what: "the load-balancing loss is not divided by the choices of a token",
+        seen: "transformers #29363, #44242",
+        op: "route",
+        wrong: |l| {
+            let route = route(l).filter(|r| r.router.balance == Balance::AllChoices)?;
+            let mut right = l.right();
+            right[2].data[0] *= route.router.k as f64;
+            Some(right)
+        },
+        noticed_by: &[
+            OneHotForm,
+            Golden("gating", "top3k_probs_cf0.75"),
+            Values("route", "top-2, no multiple of a tile, allchoices"),
+        ],
+    },
+    Bug {
         name: "padding counts",
         what: "tokens that are not used count in loads and balance loss",
         seen: "transformers #28255, #31464, #29363",

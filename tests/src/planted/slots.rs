@@ -47,6 +47,24 @@ pub(super) const BUGS: &[Bug] = &[
         ],
     },
     Bug {
+        name: "evicted by logits",
+        what: "a full expert keeps the tokens of the largest logits, not of the largest probabilities",
+        seen: "DeepSpeed #7986",
+        op: "assign",
+        wrong: |l| {
+            // Where the gates decide, as they come from the router.
+            let by = *l.node.operands.get(1)?;
+            let route = l.graph.nodes().iter().find(|n| n.op.name() == "route" && n.results[0] == by)?;
+            let (logits, index) = (l.value(route.operands[0]), l.operands()[0]);
+            let (e, k) = (logits.ty.shape.last(), index.ty.shape.last());
+            // A choice of nothing has no logit.
+            let logit = |(c, &x): (usize, &f64)| if x < 0.0 { 0.0 } else { logits.data[c / k * e + x as usize] };
+            let data = index.data.iter().enumerate().map(logit).collect();
+            Some(l.with(1, &Tensor::f32(index.ty.shape.clone(), data)))
+        },
+        noticed_by: &[OneHotForm, Golden("gating", "top2k_probs_cf0.25")],
+    },
+    Bug {
         name: "padding takes slots",
         what: "a choice of nothing goes to the first expert",
         seen: "transformers #45621; a clamped index",
