@@ -10,8 +10,9 @@ use moebius_ir::{NodeId, Op, Plan, Step, Storage, Value};
 use super::device::Device;
 use super::driver::{Counter, check, describe, failed};
 use super::instance::CudaInstance;
-use super::launch::{Action, Arg, Launch, Rejects};
+use super::launch::{Action, Arg, Launch};
 use super::memory::Memory;
+use crate::lowering::Rejects;
 use crate::places::{Place, StepPlaces, of_step, place, states};
 use crate::{Executable, Instance, Result};
 
