@@ -1,0 +1,24 @@
+//! What the lowering asks of a device.
+
+/// A kind of device, as far as kernels and their choice depend on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Floats of 16 bits can be read and written.
+    pub halves: bool,
+    /// The most workgroups along an axis.
+    pub groups: usize,
+    /// Bytes of memory that a workgroup shares.
+    pub shared: usize,
+    /// The most buffers of a kernel.
+    pub buffers: usize,
+    /// The most bytes of a buffer as a kernel sees it.
+    pub range: usize,
+    /// Lanes that run in step. No kernel depends on it so far.
+    pub subgroup: usize,
+}
+
+impl Limits {
+    /// The least that is supported.
+    pub const LEAST: Limits =
+        Limits { halves: false, groups: 65_535, shared: 32 << 10, buffers: 16, range: 128 << 20, subgroup: 4 };
+}

@@ -1,0 +1,280 @@
+//! The text of a kernel in WGSL, put together from its body in `shaders/`, headers, and declarations written here: so that the names
+//! of buffers and numbers in a text and what the launch gives cannot differ.
+//!
+//! A body defines `fn kernel(group, thread)`: the workgroup's number (or `vec3` of numbers, see [`Shader::grid`]) and the thread's
+//! within it. For each buffer `x` there is `get_x(i)`, and `set_x(i, value)` unless it is of bools: floats of any width are f32
+//! there. The numbers are the fields of `p`.
+
+use std::fmt::Write;
+
+use moebius_ir::DType;
+
+use super::device::NUMBER_BYTES;
+use super::launch::{Action, At, Kernel, Number};
+use super::limits::Limits;
+
+/// A whole text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Source {
+    /// Its file, for errors and names.
+    pub(crate) title: String,
+    pub(crate) text: String,
+    /// How many buffers it has.
+    pub(crate) buffers: usize,
+}
+
+/// A part of a text that several kernels have.
+#[derive(Clone, Copy)]
+pub(crate) struct Header(&'static str);
+
+macro_rules! header {
+    ($name:ident, $file:literal) => {
+        #[doc = concat!("`shaders/", $file, "`.")]
+        pub(crate) const $name: Header = Header(include_str!(concat!("shaders/", $file)));
+    };
+}
+
+header!(FLOATS, "floats.wgsl");
+header!(FUNCTIONS, "functions.wgsl");
+header!(SUMS, "sums.wgsl");
+
+/// A kernel under construction.
+pub(crate) struct Shader {
+    title: &'static str,
+    limits: Limits,
+    declarations: String,
+    buffers: Vec<At>,
+    fields: String,
+    numbers: Vec<Number>,
+    headers: Vec<Header>,
+    body: String,
+    halves: bool,
+    threads: usize,
+    /// What cannot be.
+    wanted: Option<String>,
+}
+
+impl Shader {
+    /// The kernel of a file, with so many threads in a workgroup.
+    pub(crate) fn new(limits: Limits, title: &'static str, body: impl Into<String>, threads: usize) -> Shader {
+        let declarations = format!("const THREADS: u32 = {threads}u;\n");
+        Shader {
+            title,
+            limits,
+            declarations,
+            buffers: Vec::new(),
+            fields: String::new(),
+            numbers: Vec::new(),
+            headers: vec![FLOATS],
+            body: body.into(),
+            halves: false,
+            threads,
+            wanted: None,
+        }
+    }
+
+    /// With this header.
+    #[must_use]
+    pub(crate) fn with(mut self, header: Header) -> Shader {
+        self.headers.push(header);
+        self
+    }
+
+    /// With a constant of type u32.
+    #[must_use]
+    pub(crate) fn constant(mut self, name: &str, value: usize) -> Shader {
+        let _ = writeln!(self.declarations, "const {name}: u32 = {value}u;");
+        self
+    }
+
+    /// With a constant of type bool.
+    #[must_use]
+    pub(crate) fn flag(mut self, name: &str, value: bool) -> Shader {
+        let _ = writeln!(self.declarations, "const {name}: bool = {value};");
+        self
+    }
+
+    fn binding(&mut self, name: &str, element: &str, at: At) {
+        let binding = self.buffers.len();
+        let _ = writeln!(
+            self.declarations,
+            "@group(0) @binding({binding}) var<storage, read_write> {name}: array<{element}>;"
+        );
+        self.buffers.push(at);
+    }
+
+    /// With a buffer of elements of a dtype.
+    #[must_use]
+    pub(crate) fn buffer(mut self, name: &str, dtype: DType, at: At) -> Shader {
+        let (element, value) = match dtype {
+            DType::F32 => ("f32", "f32"),
+            DType::Bf16 | DType::F16 => ("u16", "f32"),
+            DType::I32 => ("i32", "i32"),
+            DType::U32 => ("u32", "u32"),
+            DType::Bool => ("u32", "u32"),
+        };
+        let _ = writeln!(self.declarations, "const HAS_{}: bool = {};", name.to_uppercase(), at != At::Null);
+        if at == At::Null {
+            let _ = writeln!(
+                self.declarations,
+                "fn get_{name}(i: u32) -> {value} {{ return {value}(0); }}\nfn set_{name}(i: u32, v: {value}) {{}}"
+            );
+            return self;
+        }
+        if element == "u16" {
+            self.halves = true;
+            if !self.limits.halves {
+                self.want(format!("f32: the device cannot read and write {dtype}"));
+            }
+        }
+        self.binding(name, element, at);
+        let (get, set) = match dtype {
+            DType::F32 | DType::I32 | DType::U32 => (format!("{name}[i]"), Some("v")),
+            DType::Bf16 => (format!("bf16_to_float(u32({name}[i]))"), Some("u16(bf16_bits(v))")),
+            DType::F16 => (format!("f16_to_float(u32({name}[i]))"), Some("u16(f16_bits(v))")),
+            DType::Bool => (format!("({name}[i >> 2u] >> (8u * (i & 3u))) & 0xffu"), None),
+        };
+        let _ = writeln!(self.declarations, "fn get_{name}(i: u32) -> {value} {{ return {get}; }}");
+        if let Some(set) = set {
+            let _ = writeln!(self.declarations, "fn set_{name}(i: u32, v: {value}) {{ {name}[i] = {set}; }}");
+        }
+        self
+    }
+
+    /// With a buffer of elements of 1, 2 or 4 bytes that are only moved.
+    #[must_use]
+    pub(crate) fn moved(self, name: &str, bytes: usize, at: At) -> Shader {
+        match bytes {
+            4 => self.buffer(name, DType::U32, at),
+            2 => {
+                let mut shader = self;
+                shader.halves = true;
+                if !shader.limits.halves {
+                    shader.want("elements of 4 bytes: the device cannot read and write those of 2".into());
+                }
+                shader.binding(name, "u16", at);
+                let _ = writeln!(
+                    shader.declarations,
+                    "fn get_{name}(i: u32) -> u32 {{ return u32({name}[i]); }}\nfn set_{name}(i: u32, v: u32) {{ {name}[i] = u16(v); }}"
+                );
+                shader
+            }
+            _one => {
+                let mut shader = self;
+                shader.binding(name, "atomic<u32>", at);
+                // Bytes of a word belong to several threads; those of a result that is only moved begin as 0.
+                let _ = writeln!(
+                    shader.declarations,
+                    "fn get_{name}(i: u32) -> u32 {{ return (atomicLoad(&{name}[i >> 2u]) >> (8u * (i & 3u))) & 0xffu; }}\n\
+                     fn set_{name}(i: u32, v: u32) {{ atomicOr(&{name}[i >> 2u], v << (8u * (i & 3u))); }}"
+                );
+                shader
+            }
+        }
+    }
+
+    /// With a buffer of counters, to be used with the atomic functions.
+    #[must_use]
+    pub(crate) fn counters(mut self, name: &str, at: At) -> Shader {
+        self.binding(name, "atomic<i32>", at);
+        self
+    }
+
+    /// With `reject(value)`, which notes a value that the kernel rejects; the first one stays.
+    #[must_use]
+    pub(crate) fn rejecting(mut self) -> Shader {
+        self.binding("fault", "atomic<i32>", At::Fault);
+        self.declarations.push_str(
+            "fn reject(found: i32) {\n    if (atomicCompareExchangeWeak(&fault[0], 0, i32(p.step)).exchanged) { \
+             atomicStore(&fault[1], found); }\n}\n",
+        );
+        self.fields.push_str("    step: u32,\n");
+        self.numbers.push(Number::Step);
+        self
+    }
+
+    /// With a number of type u32.
+    #[must_use]
+    pub(crate) fn number(mut self, name: &str, value: usize) -> Shader {
+        let _ = writeln!(self.fields, "    {name}: u32,");
+        match u32::try_from(value) {
+            Ok(value) => self.numbers.push(Number::Word(value)),
+            Err(_) => self.want(format!("{name} of at most {}, not {value}", u32::MAX)),
+        }
+        self
+    }
+
+    /// With a number of type f32.
+    #[must_use]
+    pub(crate) fn float(mut self, name: &str, value: f32) -> Shader {
+        let _ = writeln!(self.fields, "    {name}: f32,");
+        self.numbers.push(Number::Word(value.to_bits()));
+        self
+    }
+
+    fn want(&mut self, wanted: String) {
+        self.wanted.get_or_insert(wanted);
+    }
+
+    /// As an action over workgroups in a row, whose number may be any.
+    ///
+    /// # Errors
+    /// What is wanted instead.
+    pub(crate) fn line(self, groups: usize) -> Result<Action, String> {
+        let across = self.limits.groups.min(groups.max(1));
+        let down = groups.div_ceil(across);
+        let mut shader = self.number("groups", groups);
+        shader
+            .declarations
+            .push_str("fn group_of(at: vec3<u32>, of: vec3<u32>) -> u32 { return at.x + at.y * of.x; }\n");
+        let main = "    let group = group_of(at, of);\n    if (group < p.groups) { kernel(group, thread); }\n";
+        shader.action(main, [across, down, usize::from(groups > 0)])
+    }
+
+    /// As an action over workgroups along three axes.
+    ///
+    /// # Errors
+    /// What is wanted instead.
+    pub(crate) fn grid(self, groups: [usize; 3]) -> Result<Action, String> {
+        self.action("    kernel(at, thread);\n", groups)
+    }
+
+    fn action(mut self, main: &str, groups: [usize; 3]) -> Result<Action, String> {
+        let (limits, title) = (self.limits, self.title);
+        if groups.iter().any(|&n| n > limits.groups) {
+            let [x, y, z] = groups;
+            self.want(format!(
+                "sizes for which {title} has at most {} workgroups along each axis, not {x} x {y} x {z}",
+                limits.groups
+            ));
+        }
+        if self.buffers.len() > limits.buffers {
+            self.want(format!("at most {} buffers of a kernel, not {}", limits.buffers, self.buffers.len()));
+        }
+        if self.numbers.len() * 4 > NUMBER_BYTES as usize {
+            self.want(format!("at most {NUMBER_BYTES} bytes of numbers, not {}", self.numbers.len() * 4));
+        }
+        if let Some(wanted) = self.wanted {
+            return Err(wanted);
+        }
+        if self.fields.is_empty() {
+            self.fields.push_str("    nothing: u32,\n");
+        }
+        let mut text = String::with_capacity(8192);
+        if self.halves {
+            text.push_str("enable wgpu_int16;\n");
+        }
+        let _ = write!(text, "struct Numbers {{\n{}}}\nvar<immediate> p: Numbers;\n{}", self.fields, self.declarations);
+        for Header(header) in &self.headers {
+            text.push_str(header);
+        }
+        let _ = write!(
+            text,
+            "{}\n@compute @workgroup_size({})\nfn main(@builtin(workgroup_id) at: vec3<u32>, @builtin(num_workgroups) of: vec3<u32>, \
+             @builtin(local_invocation_index) thread: u32) {{\n{main}}}\n",
+            self.body, self.threads
+        );
+        let source = Source { title: title.into(), text, buffers: self.buffers.len() };
+        Ok(Action::Kernel(Kernel { source, buffers: self.buffers, numbers: self.numbers, groups }))
+    }
+}
