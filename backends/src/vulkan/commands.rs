@@ -77,15 +77,11 @@ impl Sets {
                         [info.offset(region.offset).range(bytes as u64)]
                     })
                     .collect();
-                let write = |(i, place): (usize, &_)| {
-                    let place: &[vk::DescriptorBufferInfo; 1] = place;
-                    vk::WriteDescriptorSet::default()
-                        .dst_set(set)
-                        .dst_binding(i as u32)
-                        .descriptor_type(vk::DescriptorType::STORAGE_BUFFER)
-                        .buffer_info(place)
-                };
-                let writes: Vec<_> = places.iter().enumerate().map(write).collect();
+                let mut writes = Vec::with_capacity(places.len());
+                for (i, place) in places.iter().enumerate() {
+                    let write = vk::WriteDescriptorSet::default().dst_set(set).dst_binding(i as u32);
+                    writes.push(write.descriptor_type(vk::DescriptorType::STORAGE_BUFFER).buffer_info(place));
+                }
                 // SAFETY: a set that nothing uses yet; the buffers are those of the instance and of the store.
                 unsafe { device.handle.update_descriptor_sets(&writes, &[]) };
                 sets.sets.push(set);
