@@ -36,7 +36,8 @@ struct FeedStaging {
 pub(super) struct VulkanInstance {
     // Fields are dropped in this order: what uses memory before the memory.
     sets: Option<Sets>,
-    commands: Commands,
+    /// Owns all command buffers.
+    _commands: Commands,
     /// The plan, if it is recorded with the present addresses.
     recorded: bool,
     whole: vk::CommandBuffer,
@@ -82,7 +83,19 @@ impl VulkanInstance {
         let states = vec![arena.region(); program.states.len()];
         let whole = commands.take()?;
         let (sets, recorded) = (None, false);
-        Ok(VulkanInstance { sets, commands, recorded, whole, staging, program, arena, kept, fault, states, located: 0 })
+        Ok(VulkanInstance {
+            sets,
+            _commands: commands,
+            recorded,
+            whole,
+            staging,
+            program,
+            arena,
+            kept,
+            fault,
+            states,
+            located: 0,
+        })
     }
 
     fn addresses(&self) -> Addresses<'_> {

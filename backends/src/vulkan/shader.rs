@@ -23,20 +23,74 @@ pub(crate) struct Source {
     pub(crate) buffers: usize,
 }
 
-/// A part of a text that several kernels have.
-#[derive(Clone, Copy)]
-pub(crate) struct Header(&'static str);
-
-macro_rules! header {
-    ($name:ident, $file:literal) => {
-        #[doc = concat!("`shaders/", $file, "`.")]
-        pub(crate) const $name: Header = Header(include_str!(concat!("shaders/", $file)));
+/// The texts of `shaders/` by name.
+macro_rules! texts {
+    ($($name:literal),+ $(,)?) => {
+        fn text(name: &str) -> Option<&'static str> {
+            match name {
+                $($name => Some(include_str!(concat!("shaders/", $name, ".wgsl"))),)+
+                _generated => None,
+            }
+        }
     };
 }
-
-header!(FLOATS, "floats.wgsl");
-header!(FUNCTIONS, "functions.wgsl");
-header!(SUMS, "sums.wgsl");
+texts! {
+    "adamw",
+    "assign",
+    "attend_cache",
+    "attention",
+    "attention_delta",
+    "attention_grad_key",
+    "attention_grad_query",
+    "cache_rows",
+    "combine",
+    "count_choices",
+    "cross_entropy_grad",
+    "cross_entropy_rows",
+    "cross_entropy_tiles",
+    "dispatch",
+    "distillation_grad",
+    "distillation_rows",
+    "distillation_tiles",
+    "embedding",
+    "embedding_grad",
+    "floats",
+    "functions",
+    "gate_grad",
+    "gemm",
+    "gemm_k_grouped",
+    "gemm_m_grouped",
+    "gemm_tile",
+    "heads",
+    "kept_grad",
+    "kept_rows",
+    "kept_tiles",
+    "layer_norm",
+    "move_views",
+    "norm_grad",
+    "norm_of_parts",
+    "norm_weights",
+    "norm_weights_finish",
+    "powers",
+    "random",
+    "reduce",
+    "reduce_columns",
+    "reduce_finish",
+    "reduce_rows",
+    "rms_norm",
+    "route",
+    "route_experts",
+    "route_grad",
+    "route_totals",
+    "router",
+    "row_sums",
+    "segment_sum",
+    "softmax",
+    "softmax_grad",
+    "sum_of_squares",
+    "sums",
+    "tile_sums",
+}
 
 /// A kernel under construction.
 pub(crate) struct Shader {
@@ -46,7 +100,7 @@ pub(crate) struct Shader {
     buffers: Vec<At>,
     fields: String,
     numbers: Vec<Number>,
-    headers: Vec<Header>,
+    headers: Vec<&'static str>,
     body: String,
     halves: bool,
     threads: usize,
@@ -55,7 +109,7 @@ pub(crate) struct Shader {
 }
 
 impl Shader {
-    /// The kernel of a file, with so many threads in a workgroup.
+    /// The kernel of a text, with so many threads in a workgroup.
     pub(crate) fn new(limits: Limits, title: &'static str, body: impl Into<String>, threads: usize) -> Shader {
         let declarations = format!("const THREADS: u32 = {threads}u;\n");
         Shader {
@@ -65,7 +119,7 @@ impl Shader {
             buffers: Vec::new(),
             fields: String::new(),
             numbers: Vec::new(),
-            headers: vec![FLOATS],
+            headers: vec!["floats"],
             body: body.into(),
             halves: false,
             threads,
@@ -73,10 +127,30 @@ impl Shader {
         }
     }
 
-    /// With this header.
+    /// The kernel of a file of `shaders/`.
+    pub(crate) fn file(limits: Limits, name: &'static str, threads: usize) -> Shader {
+        Shader::new(limits, name, text(name).unwrap_or_else(|| unreachable!("{name} is a file")), threads)
+    }
+
+    /// With another file of `shaders/` before its text.
     #[must_use]
-    pub(crate) fn with(mut self, header: Header) -> Shader {
+    pub(crate) fn with(mut self, header: &'static str) -> Shader {
         self.headers.push(header);
+        self
+    }
+
+    /// With `name` in its text replaced.
+    #[must_use]
+    pub(crate) fn replace(mut self, name: &str, by: &str) -> Shader {
+        self.body = self.body.replace(name, by);
+        self
+    }
+
+    /// With more declarations.
+    #[must_use]
+    pub(crate) fn declare(mut self, text: &str) -> Shader {
+        self.declarations.push_str(text);
+        self.declarations.push('\n');
         self
     }
 
@@ -173,13 +247,6 @@ impl Shader {
         }
     }
 
-    /// With a buffer of counters, to be used with the atomic functions.
-    #[must_use]
-    pub(crate) fn counters(mut self, name: &str, at: At) -> Shader {
-        self.binding(name, "atomic<i32>", at);
-        self
-    }
-
     /// With `reject(value)`, which notes a value that the kernel rejects; the first one stays.
     #[must_use]
     pub(crate) fn rejecting(mut self) -> Shader {
@@ -226,8 +293,8 @@ impl Shader {
         let mut shader = self.number("groups", groups);
         shader
             .declarations
-            .push_str("fn group_of(at: vec3<u32>, of: vec3<u32>) -> u32 { return at.x + at.y * of.x; }\n");
-        let main = "    let group = group_of(at, of);\n    if (group < p.groups) { kernel(group, thread); }\n";
+            .push_str("fn group_of(at: vec3<u32>, all: vec3<u32>) -> u32 { return at.x + at.y * all.x; }\n");
+        let main = "    let group = group_of(at, all);\n    if (group < p.groups) { kernel(group, thread); }\n";
         shader.action(main, [across, down, usize::from(groups > 0)])
     }
 
@@ -260,21 +327,21 @@ impl Shader {
         if self.fields.is_empty() {
             self.fields.push_str("    nothing: u32,\n");
         }
-        let mut text = String::with_capacity(8192);
+        let mut out = String::with_capacity(8192);
         if self.halves {
-            text.push_str("enable wgpu_int16;\n");
+            out.push_str("enable wgpu_int16;\n");
         }
-        let _ = write!(text, "struct Numbers {{\n{}}}\nvar<immediate> p: Numbers;\n{}", self.fields, self.declarations);
-        for Header(header) in &self.headers {
-            text.push_str(header);
+        let _ = write!(out, "struct Numbers {{\n{}}}\nvar<immediate> p: Numbers;\n{}", self.fields, self.declarations);
+        for header in &self.headers {
+            out.push_str(text(header).unwrap_or_else(|| unreachable!("{header} is a file")));
         }
         let _ = write!(
-            text,
-            "{}\n@compute @workgroup_size({})\nfn main(@builtin(workgroup_id) at: vec3<u32>, @builtin(num_workgroups) of: vec3<u32>, \
+            out,
+            "{}\n@compute @workgroup_size({})\nfn main(@builtin(workgroup_id) at: vec3<u32>, @builtin(num_workgroups) all: vec3<u32>, \
              @builtin(local_invocation_index) thread: u32) {{\n{main}}}\n",
             self.body, self.threads
         );
-        let source = Source { title: title.into(), text, buffers: self.buffers.len() };
+        let source = Source { title: title.into(), text: out, buffers: self.buffers.len() };
         Ok(Action::Kernel(Kernel { source, buffers: self.buffers, numbers: self.numbers, groups }))
     }
 }

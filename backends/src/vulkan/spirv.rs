@@ -18,6 +18,8 @@ const TYPES: std::ops::RangeInclusive<u32> = 19..=39;
 /// Negation, sum, difference, product, quotient of floats.
 const FLOAT_ARITHMETIC: [u32; 5] = [127, 129, 131, 133, 136];
 const NO_CONTRACTION: u32 = 42;
+/// 16 bits elsewhere than in storage buffers, which nothing here has: devices need not be capable of it.
+const UNUSED: std::ops::RangeInclusive<u32> = 4434..=4436;
 const PRESERVE_CAPABILITY: u32 = 4466;
 const PRESERVE_MODE: u32 = 4461;
 
@@ -36,6 +38,7 @@ pub(crate) fn compile(text: &str, preserve: bool) -> Result<Vec<u32>, String> {
         zero_initialize_workgroup_memory: spv::ZeroInitializeWorkgroupMemoryMode::None,
         force_loop_bounding: false,
         emit_int_div_checks: false,
+        use_storage_input_output_16: false,
         ..spv::Options::default()
     };
     let entry = spv::PipelineOptions { shader_stage: naga::ShaderStage::Compute, entry_point: "main".into() };
@@ -58,7 +61,7 @@ fn instruction(operation: u32, operands: &[u32]) -> Vec<u32> {
     [&[(operands.len() as u32 + 1) << 16 | operation], operands].concat()
 }
 
-/// The same module, in which every operation on floats rounds by itself: a driver may join none of them to a fused one, so that results
+/// The same module without what is declared and not used, in which every operation on floats rounds by itself: a driver may join none of them to a fused one, so that results
 /// are the same everywhere.
 fn exact(words: &[u32], preserve: bool) -> Vec<u32> {
     let mut decorations = Vec::new();
@@ -85,6 +88,9 @@ fn exact(words: &[u32], preserve: bool) -> Vec<u32> {
         if !decorated && ([DECORATE, MEMBER_DECORATE].contains(&operation) || TYPES.contains(&operation)) {
             out.append(&mut decorations);
             decorated = true;
+        }
+        if operation == CAPABILITY && UNUSED.contains(&words[1]) {
+            continue;
         }
         if operation == ENTRY_POINT {
             entry = Some(words[2]);

@@ -9,7 +9,7 @@ use super::Lowered;
 use crate::chain::{Chain, Language};
 use crate::vulkan::launch::{At, Launch};
 use crate::vulkan::limits::Limits;
-use crate::vulkan::shader::{FUNCTIONS, Shader};
+use crate::vulkan::shader::Shader;
 
 const THREADS: usize = 256;
 
@@ -120,7 +120,7 @@ pub(super) fn lower_elementwise(graph: &Graph, node: &Node, op: &Elementwise, li
     }
     body.push_str("}\n");
 
-    let mut shader = Shader::new(limits, "elementwise", body, THREADS).with(FUNCTIONS).number("n", chain.elements);
+    let mut shader = Shader::new(limits, "elementwise", body, THREADS).with("functions").number("n", chain.elements);
     for &i in &chain.loaded {
         shader = shader.buffer(&format!("p{i}"), chain.dtypes[i], At::Operand(i));
     }

@@ -3,8 +3,16 @@
 //! The files beside this one hold the launches, grouped as the kernels are; each decides from the graph and the limits of the device
 //! alone, so that what is said here of a machine with a GPU can be tested on one without.
 
+mod attention;
+mod classifier;
 mod elementwise;
+mod embedding;
+mod gemm;
 mod movement;
+mod norm;
+mod optimizer;
+mod reduce;
+mod sparse;
 
 use moebius_ir::{DType, Graph, Node, NodeId, Op};
 
@@ -49,36 +57,45 @@ pub(crate) fn lower(graph: &Graph, id: NodeId, limits: Limits) -> Lowered {
             Err("elementwise work in fused form, as the fusion pass leaves it".into())
         }
         Op::Elementwise(op) => elementwise::lower_elementwise(graph, node, op, limits),
-        Op::Reduce(_)
-        | Op::Softmax(_)
-        | Op::SoftmaxGrad(_)
-        | Op::LayerNorm(_)
-        | Op::LayerNormGrad(_)
-        | Op::RmsNorm(_)
-        | Op::RmsNormGrad(_)
-        | Op::Matmul(_)
-        | Op::Attention(_)
-        | Op::AttentionGrad(_)
-        | Op::AttentionCached(_)
-        | Op::Embedding(_)
-        | Op::EmbeddingGrad(_)
-        | Op::LinearCrossEntropy(_)
-        | Op::LinearCrossEntropyGrad(_)
-        | Op::LinearDistillation(_)
-        | Op::LinearDistillationGrad(_)
-        | Op::LinearDistillationCached(_)
-        | Op::LinearDistillationCachedGrad(_)
-        | Op::Route(_)
-        | Op::RouteGrad(_)
-        | Op::Assign(_)
-        | Op::Dispatch(_)
-        | Op::Combine(_)
-        | Op::GateGrad(_)
-        | Op::SegmentSum(_)
-        | Op::ExpertMatmul(_)
-        | Op::ExpertMatmulWgrad(_)
-        | Op::GlobalNorm(_)
-        | Op::Adamw(_) => Err("an op that the Vulkan backend has".into()),
+        Op::Reduce(op) => reduce::lower_reduce(graph, node, op, limits),
+        Op::Softmax(_) => norm::lower_softmax(graph, node, limits),
+        Op::SoftmaxGrad(_) => norm::lower_softmax_grad(graph, node, limits),
+        Op::LayerNorm(op) => norm::lower_layer_norm(graph, node, op.eps, limits),
+        Op::LayerNormGrad(_) => norm::lower_layer_norm_grad(graph, node, limits),
+        Op::RmsNorm(op) => norm::lower_rms_norm(graph, node, op.eps, limits),
+        Op::RmsNormGrad(_) => norm::lower_rms_norm_grad(graph, node, limits),
+
+        Op::Matmul(op) => gemm::lower_matmul(graph, node, op, limits),
+        Op::Attention(op) => attention::lower_attention(graph, node, op, limits),
+        Op::AttentionGrad(op) => attention::lower_attention_grad(graph, node, op, limits),
+        Op::AttentionCached(op) => attention::lower_attention_cached(graph, node, op, limits),
+        Op::Embedding(_) => embedding::lower_embedding(graph, node, limits),
+        Op::EmbeddingGrad(_) => embedding::lower_embedding_grad(graph, node, limits),
+        Op::LinearCrossEntropy(_) => classifier::lower_linear_cross_entropy(graph, node, limits),
+        Op::LinearCrossEntropyGrad(_) => classifier::lower_linear_cross_entropy_grad(graph, node, limits),
+        Op::LinearDistillation(op) => classifier::lower_linear_distillation(graph, node, op.temperature, limits),
+        Op::LinearDistillationGrad(op) => {
+            classifier::lower_linear_distillation_grad(graph, node, op.temperature, limits)
+        }
+        Op::LinearDistillationCached(op) => {
+            classifier::lower_linear_distillation_cached(graph, node, op.temperature, limits)
+        }
+        Op::LinearDistillationCachedGrad(op) => {
+            classifier::lower_linear_distillation_cached_grad(graph, node, op.temperature, limits)
+        }
+
+        Op::Route(op) => sparse::lower_route(graph, node, op, limits),
+        Op::RouteGrad(op) => sparse::lower_route_grad(graph, node, op, limits),
+        Op::Assign(op) => sparse::lower_assign(graph, node, op, limits),
+        Op::Dispatch(_) => sparse::lower_dispatch(graph, node, limits),
+        Op::Combine(op) => sparse::lower_combine(graph, node, *op, limits),
+        Op::GateGrad(_) => sparse::lower_gate_grad(graph, node, limits),
+        Op::SegmentSum(_) => sparse::lower_segment_sum(graph, node, limits),
+        Op::ExpertMatmul(op) => gemm::lower_expert_matmul(graph, node, op, limits),
+        Op::ExpertMatmulWgrad(_) => gemm::lower_expert_matmul_wgrad(graph, node, limits),
+
+        Op::GlobalNorm(_) => optimizer::lower_global_norm(graph, node, limits),
+        Op::Adamw(op) => optimizer::lower_adamw(graph, node, op, limits),
     };
     launch.map(Launch::trimmed)
 }

@@ -11,8 +11,6 @@ use crate::vulkan::launch::{Action, At, Launch};
 use crate::vulkan::limits::Limits;
 use crate::vulkan::shader::Shader;
 
-const MOVE: &str = include_str!("../shaders/move_views.wgsl");
-const RANDOM: &str = include_str!("../shaders/random.wgsl");
 /// The most axes of a view: its numbers fit what a kernel is given.
 const MOST_AXES: usize = 8;
 const THREADS: usize = 256;
@@ -31,9 +29,10 @@ fn copy(limits: Limits, copy: &Copy<'_>, bytes: usize, from: At, to: At) -> Resu
              read += at{axis} * p.from{axis}; write += at{axis} * p.to{axis};"
         );
     }
-    let mut shader = Shader::new(limits, "move_views", MOVE.replace("AXES", &steps), THREADS)
-        .moved("from", bytes, from)
-        .moved("to", bytes, to)
+    let mut shader = Shader::file(limits, "move_views", THREADS)
+        .replace("AXES", &steps)
+        .moved("source", bytes, from)
+        .moved("sink", bytes, to)
         .number("elements", copy.shape.elements())
         .number("from_at", copy.from_at)
         .number("to_at", copy.to_at);
@@ -71,7 +70,8 @@ pub(super) fn lower_random(graph: &Graph, node: &Node, op: &Random, limits: Limi
         Distribution::Gumbel => "let even = gumbel(a); let odd = gumbel(b);",
         Distribution::Bits => "let even = a; let odd = b;",
     };
-    let shader = Shader::new(limits, "random", RANDOM.replace("NUMBERS", numbers), THREADS)
+    let shader = Shader::file(limits, "random", THREADS)
+        .replace("NUMBERS", numbers)
         .buffer("key", DType::U32, At::Operand(0))
         .buffer("out", ty.dtype, At::Result(0))
         .number("stream", op.stream as usize)

@@ -7,5 +7,5 @@ fn kernel(group: u32, thread: u32) {
     var read = p.from_at;
     var write = p.to_at;
     AXES
-    set_to(write, get_from(read));
+    set_sink(write, get_source(read));
 }

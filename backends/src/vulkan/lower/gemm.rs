@@ -1,0 +1,171 @@
+//! Launches of everything that is a matrix product: matmul and the expert matmuls.
+//!
+//! All of them are the tiled kernels of `gemm_tile.wgsl` so far. A product is described by [`Product`] alone, so that a kernel
+//! for devices with cooperative matrices is one more rule in [`gemm`].
+
+use moebius_ir::ops::{ExpertMatmul, Matmul};
+use moebius_ir::{DType, Graph, Node, Shape};
+
+use super::{Lowered, dtype};
+use crate::lowering::shapes;
+use crate::vulkan::launch::{Action, At, Launch};
+use crate::vulkan::limits::Limits;
+use crate::vulkan::shader::Shader;
+
+/// Rows and columns of the tile of a workgroup.
+pub(super) const TILE: usize = 64;
+/// Its threads: 16 x 16.
+pub(super) const THREADS: usize = 256;
+/// The most experts of one product: their tiles are counted in the memory of a workgroup.
+const MOST_EXPERTS: usize = 1024;
+
+/// A kernel that computes tiles of products; whether neighbours along k lie together in the left and in the right matrix.
+pub(super) fn tiled(limits: Limits, name: &'static str, tile: usize, along_k: [bool; 2]) -> Shader {
+    let shader = Shader::file(limits, name, THREADS).with("gemm_tile").constant("TILE", tile);
+    shader.flag("LEFT_ALONG_K", along_k[0]).flag("RIGHT_ALONG_K", along_k[1])
+}
+
+/// Strides of a matrix, of rows and columns.
+#[derive(Clone, Copy)]
+pub(super) struct Strides {
+    row: usize,
+    column: usize,
+}
+
+/// A row-major matrix whose stored form has `columns` columns, read transposed if asked.
+pub(super) fn stored(columns: usize, transpose: bool) -> Strides {
+    if transpose { Strides { row: 1, column: columns } } else { Strides { row: columns, column: 1 } }
+}
+
+/// A batch of products of m rows, n columns and sums of k; counts in elements.
+pub(super) struct Product {
+    pub(super) a: Strides,
+    pub(super) a_batch: usize,
+    pub(super) b: Strides,
+    pub(super) b_batch: usize,
+    /// Where B and C begin in their buffers.
+    pub(super) b_at: usize,
+    pub(super) c_at: usize,
+    pub(super) batch: usize,
+    pub(super) m: usize,
+    pub(super) n: usize,
+    pub(super) k: usize,
+}
+
+impl Product {
+    /// One product.
+    pub(super) fn of(a: Strides, b: Strides, m: usize, n: usize, k: usize) -> Product {
+        Product { a, a_batch: 0, b, b_batch: 0, b_at: 0, c_at: 0, batch: 1, m, n, k }
+    }
+}
+
+/// Where the matrices of a product are. With `sum` the f32 result goes there and c is left alone; `add` is f32 too.
+pub(super) struct Places {
+    pub(super) a: At,
+    pub(super) b: At,
+    pub(super) bias: (At, DType),
+    pub(super) add: At,
+    pub(super) sum: At,
+    pub(super) c: At,
+}
+
+/// The product as an action.
+pub(super) fn gemm(limits: Limits, ty: DType, p: &Product, places: &Places) -> Result<Action, String> {
+    let strides = [
+        ("a_row", p.a.row),
+        ("a_column", p.a.column),
+        ("a_batch", p.a_batch),
+        ("b_row", p.b.row),
+        ("b_column", p.b.column),
+        ("b_batch", p.b_batch),
+        ("c_batch", p.m * p.n),
+        ("b_at", p.b_at),
+        ("c_at", p.c_at),
+        ("m", p.m),
+        ("n", p.n),
+        ("k", p.k),
+    ];
+    let shader = tiled(limits, "gemm", TILE, [p.a.column == 1, p.b.row == 1]);
+    let shader = strides.iter().fold(shader, |shader, &(name, value)| shader.number(name, value));
+    shader
+        .buffer("a", ty, places.a)
+        .buffer("b", ty, places.b)
+        .buffer("bias", places.bias.1, places.bias.0)
+        .buffer("add", DType::F32, places.add)
+        .buffer("sum", DType::F32, places.sum)
+        .buffer("c", ty, places.c)
+        .grid([p.n.div_ceil(TILE), p.m.div_ceil(TILE), p.batch])
+}
+
+/// The bias operand, if there is one, and its dtype.
+fn bias(graph: &Graph, node: &Node, i: usize) -> (At, DType) {
+    if i < node.operands.len() { (At::Operand(i), dtype(graph, node, i)) } else { (At::Null, DType::F32) }
+}
+
+pub(super) fn lower_matmul(graph: &Graph, node: &Node, op: &Matmul, limits: Limits) -> Lowered {
+    let [a, b] = shapes(graph, node);
+    let out = &graph.ty(node.results[0]).shape;
+    let (n, k) = (out.last(), a[a.len() - if op.transpose_a { 2 } else { 1 }]);
+    let rank = out.len();
+    let batch: usize = out[..rank - 2].iter().product();
+    let shared = b.len() == 2;
+    // With one B for the whole batch and A not transposed, the batch is just more rows.
+    let (batch, m) = if shared && !op.transpose_a { (1, batch * out[rank - 2]) } else { (batch, out[rank - 2]) };
+    let product = Product {
+        a_batch: m * k,
+        b_batch: if shared { 0 } else { k * n },
+        batch,
+        ..Product::of(stored(a.last(), op.transpose_a), stored(b.last(), op.transpose_b), m, n, k)
+    };
+    let (bias, null) = (bias(graph, node, 2), At::Null);
+    let places = Places { a: At::Operand(0), b: At::Operand(1), bias, add: null, sum: null, c: At::Result(0) };
+    Ok(Launch::of(vec![gemm(limits, dtype(graph, node, 0), &product, &places)?]))
+}
+
+/// E, if the kernels can count it.
+fn experts(offsets: &Shape) -> Result<usize, String> {
+    let experts = offsets[0] - 1;
+    if experts > MOST_EXPERTS { Err(format!("at most {MOST_EXPERTS} experts, not {experts}")) } else { Ok(experts) }
+}
+
+pub(super) fn lower_expert_matmul(graph: &Graph, node: &Node, op: &ExpertMatmul, limits: Limits) -> Lowered {
+    let [rows, w, offsets] = shapes(graph, node);
+    let experts = experts(&offsets)?;
+    let (slots, k, n) = (rows[0], rows[1], graph.shape(node.results[0])[1]);
+    let w = stored(w[2], op.transpose);
+    let (ty, (at, of_bias)) = (dtype(graph, node, 0), bias(graph, node, 3));
+    let tiles = if slots == 0 { 0 } else { most_tiles(slots, experts, TILE) };
+    let shader = tiled(limits, "gemm_m_grouped", TILE, [true, w.row == 1])
+        .constant("MOST_EXPERTS", MOST_EXPERTS)
+        .number("slots", slots)
+        .number("experts", experts)
+        .number("n", n)
+        .number("k", k)
+        .number("w_row", w.row)
+        .number("w_column", w.column)
+        .buffer("a", ty, At::Operand(0))
+        .buffer("w", dtype(graph, node, 1), At::Operand(1))
+        .buffer("offsets", DType::I32, At::Operand(2))
+        .buffer("bias", of_bias, at)
+        .buffer("c", ty, At::Result(0));
+    Ok(Launch::of(vec![shader.grid([n.div_ceil(TILE), tiles, 1])?]))
+}
+
+pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node, limits: Limits) -> Lowered {
+    let [a, b, offsets] = shapes(graph, node);
+    let (m, n, experts) = (a[1], b[1], offsets[0] - 1);
+    let shader = tiled(limits, "gemm_k_grouped", TILE, [false, false])
+        .number("m", m)
+        .number("n", n)
+        .buffer("a", dtype(graph, node, 0), At::Operand(0))
+        .buffer("b", dtype(graph, node, 1), At::Operand(1))
+        .buffer("offsets", DType::I32, At::Operand(2))
+        .buffer("c", super::dtype_of_result(graph, node, 0), At::Result(0));
+    Ok(Launch::of(vec![shader.grid([n.div_ceil(TILE), m.div_ceil(TILE), experts])?]))
+}
+
+/// The most tiles that `rows` rows in the segments of `experts` experts and an unused one can be cut into: each segment has at
+/// most one tile that is not full.
+fn most_tiles(rows: usize, experts: usize, tile: usize) -> usize {
+    rows / tile + experts + 1
+}
