@@ -142,6 +142,7 @@ impl Device {
             shared: l.max_compute_shared_memory_size as usize,
             buffers: l.max_per_stage_descriptor_storage_buffers as usize,
             range: l.max_storage_buffer_range as usize,
+            processor: shown.kind == vk::PhysicalDeviceType::CPU,
             subgroup: subgroups.subgroup_size as usize,
         };
         let (family, clock_bits) =

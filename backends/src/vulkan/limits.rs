@@ -13,12 +13,21 @@ pub struct Limits {
     pub buffers: usize,
     /// The most bytes of a buffer as a kernel sees it.
     pub range: usize,
+    /// It is a processor, whose compiler takes long for what is unrolled.
+    pub processor: bool,
     /// Lanes that run in step. No kernel depends on it so far.
     pub subgroup: usize,
 }
 
 impl Limits {
     /// The least that is supported.
-    pub const LEAST: Limits =
-        Limits { halves: false, groups: 65_535, shared: 32 << 10, buffers: 16, range: 128 << 20, subgroup: 4 };
+    pub const LEAST: Limits = Limits {
+        halves: false,
+        groups: 65_535,
+        shared: 32 << 10,
+        buffers: 16,
+        range: 128 << 20,
+        processor: false,
+        subgroup: 4,
+    };
 }

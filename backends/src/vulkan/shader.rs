@@ -27,6 +27,7 @@ pub(crate) struct Source {
 macro_rules! texts {
     ($($name:literal),+ $(,)?) => {
         fn text(name: &str) -> Option<&'static str> {
+            if let Ok(d) = std::env::var("DEVSHADERS") { return std::fs::read_to_string(format!("{d}/{name}.wgsl")).ok().map(|s| &*s.leak()); }
             match name {
                 $($name => Some(include_str!(concat!("shaders/", $name, ".wgsl"))),)+
                 _generated => None,
@@ -191,7 +192,7 @@ impl Shader {
         if at == At::Null {
             let _ = writeln!(
                 self.declarations,
-                "fn get_{name}(i: u32) -> {value} {{ return {value}(0); }}\nfn set_{name}(i: u32, v: {value}) {{}}"
+                "fn get_{name}(nth: u32) -> {value} {{ return {value}(0); }}\nfn set_{name}(nth: u32, put: {value}) {{}}"
             );
             return self;
         }
@@ -203,14 +204,14 @@ impl Shader {
         }
         self.binding(name, element, at);
         let (get, set) = match dtype {
-            DType::F32 | DType::I32 | DType::U32 => (format!("{name}[i]"), Some("v")),
-            DType::Bf16 => (format!("bf16_to_float(u32({name}[i]))"), Some("u16(bf16_bits(v))")),
-            DType::F16 => (format!("f16_to_float(u32({name}[i]))"), Some("u16(f16_bits(v))")),
-            DType::Bool => (format!("({name}[i >> 2u] >> (8u * (i & 3u))) & 0xffu"), None),
+            DType::F32 | DType::I32 | DType::U32 => (format!("{name}[nth]"), Some("put")),
+            DType::Bf16 => (format!("bf16_to_float(u32({name}[nth]))"), Some("u16(bf16_bits(put))")),
+            DType::F16 => (format!("f16_to_float(u32({name}[nth]))"), Some("u16(f16_bits(put))")),
+            DType::Bool => (format!("({name}[nth >> 2u] >> (8u * (nth & 3u))) & 0xffu"), None),
         };
-        let _ = writeln!(self.declarations, "fn get_{name}(i: u32) -> {value} {{ return {get}; }}");
+        let _ = writeln!(self.declarations, "fn get_{name}(nth: u32) -> {value} {{ return {get}; }}");
         if let Some(set) = set {
-            let _ = writeln!(self.declarations, "fn set_{name}(i: u32, v: {value}) {{ {name}[i] = {set}; }}");
+            let _ = writeln!(self.declarations, "fn set_{name}(nth: u32, put: {value}) {{ {name}[nth] = {set}; }}");
         }
         self
     }
@@ -229,7 +230,7 @@ impl Shader {
                 shader.binding(name, "u16", at);
                 let _ = writeln!(
                     shader.declarations,
-                    "fn get_{name}(i: u32) -> u32 {{ return u32({name}[i]); }}\nfn set_{name}(i: u32, v: u32) {{ {name}[i] = u16(v); }}"
+                    "fn get_{name}(nth: u32) -> u32 {{ return u32({name}[nth]); }}\nfn set_{name}(nth: u32, put: u32) {{ {name}[nth] = u16(put); }}"
                 );
                 shader
             }
@@ -239,8 +240,8 @@ impl Shader {
                 // Bytes of a word belong to several threads; those of a result that is only moved begin as 0.
                 let _ = writeln!(
                     shader.declarations,
-                    "fn get_{name}(i: u32) -> u32 {{ return (atomicLoad(&{name}[i >> 2u]) >> (8u * (i & 3u))) & 0xffu; }}\n\
-                     fn set_{name}(i: u32, v: u32) {{ atomicOr(&{name}[i >> 2u], v << (8u * (i & 3u))); }}"
+                    "fn get_{name}(nth: u32) -> u32 {{ return (atomicLoad(&{name}[nth >> 2u]) >> (8u * (nth & 3u))) & 0xffu; }}\n\
+                     fn set_{name}(nth: u32, put: u32) {{ atomicOr(&{name}[nth >> 2u], put << (8u * (nth & 3u))); }}"
                 );
                 shader
             }

@@ -2,7 +2,7 @@
 
 use moebius_ir::{DType, Graph, Node};
 
-use super::gemm::{Places, Product, TILE, gemm, stored, tiled};
+use super::gemm::{Places, Product, SMALL_TILE, gemm, stored, tile, tiled};
 use super::{Lowered, dtype};
 use crate::lowering::shapes;
 use crate::vulkan::launch::{Action, At, Launch, Scratch};
@@ -11,8 +11,8 @@ use crate::vulkan::shader::Shader;
 
 /// Bytes of the cotangents of logits that a gradient holds at a time.
 const CHUNK_BYTES: usize = 64 << 20;
-/// The tile of kernels that keep two tiles of logits.
-const SMALL_TILE: usize = 32;
+/// Classes of a chunk are a multiple of this, as of every tile.
+const STEP: usize = 64;
 /// Threads that join the tiles of a row.
 const ROW_THREADS: usize = 64;
 
@@ -81,7 +81,7 @@ fn floats(shader: Shader, buffers: &[(&str, At)]) -> Shader {
 }
 
 pub(super) fn lower_linear_cross_entropy(graph: &Graph, node: &Node, limits: Limits) -> Lowered {
-    let s = Classes::of(graph, node, TILE, limits);
+    let s = Classes::of(graph, node, tile(limits), limits);
     let mut scratch = Scratch::default();
     let [largest, total] = std::array::from_fn(|_| scratch.take(4 * s.n * s.tiles()));
     let found = [("largest", largest), ("total", total), ("of_label", scratch.take(4 * s.n))];
@@ -94,7 +94,7 @@ pub(super) fn lower_linear_cross_entropy(graph: &Graph, node: &Node, limits: Lim
 }
 
 pub(super) fn lower_linear_cross_entropy_grad(graph: &Graph, node: &Node, limits: Limits) -> Lowered {
-    let s = Classes::of(graph, node, TILE, limits);
+    let s = Classes::of(graph, node, tile(limits), limits);
     gradients(&s, || floats(s.tiled("cross_entropy_grad"), &[("lse", At::Operand(3)), ("dloss", At::Operand(4))]))
 }
 
@@ -135,8 +135,8 @@ fn gradients(s: &Classes<'_>, cotangents: impl Fn() -> Shader) -> Lowered {
 
 /// How many classes the gradient takes at a time: a multiple of a tile, and all of them where they fit.
 fn chunk_of_classes(n: usize, classes: usize, element: usize) -> usize {
-    let fit = CHUNK_BYTES / (n.max(1) * element) / TILE * TILE;
-    fit.clamp(TILE, classes.max(TILE)).min(classes).max(1)
+    let fit = CHUNK_BYTES / (n.max(1) * element) / STEP * STEP;
+    fit.clamp(STEP, classes.max(STEP)).min(classes).max(1)
 }
 
 /// Pairs of sums of each tile: of the student, of the student at T where that is another one, and `more`.
@@ -174,7 +174,7 @@ pub(super) fn lower_linear_distillation(graph: &Graph, node: &Node, temperature:
 }
 
 pub(super) fn lower_linear_distillation_grad(graph: &Graph, node: &Node, temperature: f32, limits: Limits) -> Lowered {
-    let s = Classes::of(graph, node, TILE, limits);
+    let s = Classes::of(graph, node, tile(limits), limits);
     let operands = ["lse", "soft_lse", "teacher_lse", "dloss", "dkd"];
     gradients(&s, || {
         let shader = teacher(&s, s.tiled("distillation_grad").flag("SOFT", temperature != 1.0))

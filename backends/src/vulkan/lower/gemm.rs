@@ -12,12 +12,19 @@ use crate::vulkan::launch::{Action, At, Launch};
 use crate::vulkan::limits::Limits;
 use crate::vulkan::shader::Shader;
 
-/// Rows and columns of the tile of a workgroup.
-pub(super) const TILE: usize = 64;
+/// Rows and columns of the tile of a workgroup: the large one reads each element half as often.
+const TILE: usize = 64;
+/// That of kernels that keep two tiles more in memory, and of processors.
+pub(super) const SMALL_TILE: usize = 32;
 /// Its threads: 16 x 16.
 pub(super) const THREADS: usize = 256;
 /// The most experts of one product: their tiles are counted in the memory of a workgroup.
 const MOST_EXPERTS: usize = 1024;
+
+/// The tile on such a device.
+pub(super) fn tile(limits: Limits) -> usize {
+    if limits.processor { SMALL_TILE } else { TILE }
+}
 
 /// A kernel that computes tiles of products; whether neighbours along k lie together in the left and in the right matrix.
 pub(super) fn tiled(limits: Limits, name: &'static str, tile: usize, along_k: [bool; 2]) -> Shader {
@@ -85,7 +92,8 @@ pub(super) fn gemm(limits: Limits, ty: DType, p: &Product, places: &Places) -> R
         ("n", p.n),
         ("k", p.k),
     ];
-    let shader = tiled(limits, "gemm", TILE, [p.a.column == 1, p.b.row == 1]);
+    let tile = tile(limits);
+    let shader = tiled(limits, "gemm", tile, [p.a.column == 1, p.b.row == 1]);
     let shader = strides.iter().fold(shader, |shader, &(name, value)| shader.number(name, value));
     shader
         .buffer("a", ty, places.a)
@@ -94,7 +102,7 @@ pub(super) fn gemm(limits: Limits, ty: DType, p: &Product, places: &Places) -> R
         .buffer("add", DType::F32, places.add)
         .buffer("sum", DType::F32, places.sum)
         .buffer("c", ty, places.c)
-        .grid([p.n.div_ceil(TILE), p.m.div_ceil(TILE), p.batch])
+        .grid([p.n.div_ceil(tile), p.m.div_ceil(tile), p.batch])
 }
 
 /// The bias operand, if there is one, and its dtype.
@@ -134,8 +142,9 @@ pub(super) fn lower_expert_matmul(graph: &Graph, node: &Node, op: &ExpertMatmul,
     let (slots, k, n) = (rows[0], rows[1], graph.shape(node.results[0])[1]);
     let w = stored(w[2], op.transpose);
     let (ty, (at, of_bias)) = (dtype(graph, node, 0), bias(graph, node, 3));
-    let tiles = if slots == 0 { 0 } else { most_tiles(slots, experts, TILE) };
-    let shader = tiled(limits, "gemm_m_grouped", TILE, [true, w.row == 1])
+    let tile = tile(limits);
+    let tiles = if slots == 0 { 0 } else { most_tiles(slots, experts, tile) };
+    let shader = tiled(limits, "gemm_m_grouped", tile, [true, w.row == 1])
         .constant("MOST_EXPERTS", MOST_EXPERTS)
         .number("slots", slots)
         .number("experts", experts)
@@ -148,20 +157,21 @@ pub(super) fn lower_expert_matmul(graph: &Graph, node: &Node, op: &ExpertMatmul,
         .buffer("offsets", DType::I32, At::Operand(2))
         .buffer("bias", of_bias, at)
         .buffer("c", ty, At::Result(0));
-    Ok(Launch::of(vec![shader.grid([n.div_ceil(TILE), tiles, 1])?]))
+    Ok(Launch::of(vec![shader.grid([n.div_ceil(tile), tiles, 1])?]))
 }
 
 pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node, limits: Limits) -> Lowered {
     let [a, b, offsets] = shapes(graph, node);
     let (m, n, experts) = (a[1], b[1], offsets[0] - 1);
-    let shader = tiled(limits, "gemm_k_grouped", TILE, [false, false])
+    let tile = tile(limits);
+    let shader = tiled(limits, "gemm_k_grouped", tile, [false, false])
         .number("m", m)
         .number("n", n)
         .buffer("a", dtype(graph, node, 0), At::Operand(0))
         .buffer("b", dtype(graph, node, 1), At::Operand(1))
         .buffer("offsets", DType::I32, At::Operand(2))
         .buffer("c", super::dtype_of_result(graph, node, 0), At::Result(0));
-    Ok(Launch::of(vec![shader.grid([n.div_ceil(TILE), m.div_ceil(TILE), experts])?]))
+    Ok(Launch::of(vec![shader.grid([n.div_ceil(tile), m.div_ceil(tile), experts])?]))
 }
 
 /// The most tiles that `rows` rows in the segments of `experts` experts and an unused one can be cut into: each segment has at

@@ -46,12 +46,13 @@ fn router(
     };
     Ok(Shader::file(limits, name, ROUTER_THREADS)
         .with("router")
-        .constant("EXPERTS", experts)
-        .constant("K", k)
-        .constant("COUNTED", counted(balance, k))
+        .constant("MOST_EXPERTS", MOST_EXPERTS)
         .constant("SCORE", which)
         // Bit for bit.
         .declare(&format!("fn jitter() -> f32 {{ return from_bits(0x{:08x}u); }}", jitter.to_bits()))
+        .number("experts", experts)
+        .number("k", k)
+        .number("counted", counted(balance, k))
         .buffer("logits", DType::F32, At::Operand(0)))
 }
 

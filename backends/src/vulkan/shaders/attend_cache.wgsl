@@ -25,7 +25,7 @@ fn kernel(group: u32, thread: u32) {
         var score = -inf();
         if (key < visible) {
             var dot = 0.0f;
-            for (var c = 0u; c < HEAD; c++) { dot = fma(query[c], get_k_cache(cache + key * width + c), dot); }
+            for (var c = 0u; c < p.head; c++) { dot = fma(query[c], get_k_cache(cache + key * width + c), dot); }
             score = p.scale * dot;
         }
         let most = block_max(thread, max_nan(greatest, score));

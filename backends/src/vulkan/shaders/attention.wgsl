@@ -46,7 +46,7 @@ fn kernel(group: vec3<u32>, thread: u32) {
             var score = -inf();
             if (key < p.tokens && (p.causal == 0u || key <= query)) {
                 var dot = 0.0f;
-                for (var c = 0u; c < HEAD; c++) { dot = fma(q[r * ACROSS + c], k[j * ACROSS + c], dot); }
+                for (var c = 0u; c < p.head; c++) { dot = fma(q[r * ACROSS + c], k[j * ACROSS + c], dot); }
                 score = p.scale * dot;
             }
             weights[r * (BLOCK + 1u) + j] = score;

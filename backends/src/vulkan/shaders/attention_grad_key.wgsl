@@ -58,7 +58,7 @@ fn kernel(group: vec3<u32>, thread: u32) {
                 if (key < p.tokens && query < p.tokens && (p.causal == 0u || key <= query)) {
                     var score = 0.0f;
                     var dot = 0.0f;
-                    for (var c = 0u; c < HEAD; c++) {
+                    for (var c = 0u; c < p.head; c++) {
                         score = fma(q[j * ACROSS + c], k[r * ACROSS + c], score);
                         dot = fma(d[j * ACROSS + c], v[r * ACROSS + c], dot);
                     }

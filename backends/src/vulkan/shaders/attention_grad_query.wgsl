@@ -57,7 +57,7 @@ fn kernel(group: vec3<u32>, thread: u32) {
             if (real && key < p.tokens && (p.causal == 0u || key <= query)) {
                 var score = 0.0f;
                 var dot = 0.0f;
-                for (var c = 0u; c < HEAD; c++) {
+                for (var c = 0u; c < p.head; c++) {
                     score = fma(q[r * ACROSS + c], k[j * ACROSS + c], score);
                     dot = fma(d[r * ACROSS + c], v[j * ACROSS + c], dot);
                 }

@@ -1,8 +1,7 @@
-// The choice of experts: a thread for each token. What the statistics need of it goes to `probabilities` [n, EXPERTS] and `of_tokens`
+// The choice of experts: a thread for each token. What the statistics need of it goes to `probabilities` [n, experts] and `of_tokens`
 // [n, 2] (lse squared, entropy). GROUPS (0: none), KEEP and TOP2 describe groups of experts. LATER says that noise is for the choices
 // after the first.
 
-const GROUP_SIZE: u32 = EXPERTS / max(GROUPS, 1u);
 const GROUP_SCORES: u32 = max(GROUPS, 1u);
 
 // Chosen, or in a group that is left out.
@@ -28,11 +27,11 @@ fn rank(e: u32, noisy: bool) -> f32 {
 // The lowest expert with the largest rank among those that are open.
 fn best_open(noisy: bool) -> u32 {
     var best = -inf();
-    var at = EXPERTS;
-    for (var e = 0u; e < EXPERTS; e++) {
+    var at = p.experts;
+    for (var e = 0u; e < p.experts; e++) {
         if (is_open(e)) {
             let r = rank(e, noisy);
-            if (at == EXPERTS || r > best) {
+            if (at == p.experts || r > best) {
                 best = r;
                 at = e;
             }
@@ -43,11 +42,12 @@ fn best_open(noisy: bool) -> u32 {
 // Closes every expert outside of the best groups.
 fn close_groups(noisy: bool) {
     if (GROUPS == 0u) { return; }
+    let size = p.experts / GROUPS;
     var scores: array<f32, GROUP_SCORES>;
     for (var g = 0u; g < GROUPS; g++) {
         var first = -inf();
         var second = -inf();
-        for (var e = g * GROUP_SIZE; e < (g + 1u) * GROUP_SIZE; e++) {
+        for (var e = g * size; e < (g + 1u) * size; e++) {
             let r = rank(e, noisy);
             second = max(second, min(first, r));
             first = max(first, r);
@@ -61,7 +61,7 @@ fn close_groups(noisy: bool) {
             if (scores[other] > scores[g] || (scores[other] == scores[g] && other < g)) { better++; }
         }
         if (better >= KEEP) {
-            for (var e = g * GROUP_SIZE; e < (g + 1u) * GROUP_SIZE; e++) { close(e); }
+            for (var e = g * size; e < (g + 1u) * size; e++) { close(e); }
         }
     }
 }
@@ -79,9 +79,9 @@ fn kernel(group: u32, thread: u32) {
     var sum = 0.0f;
     if (NORMALISED) { sum = sum_of_values(); }
     var entropy = 0.0f;
-    for (var e = 0u; e < EXPERTS; e++) {
+    for (var e = 0u; e < p.experts; e++) {
         var prob = softmax(logit(e));
-        if (NORMALISED && finite) { prob = select(own_value(logit(e)) / sum, 1.0f / f32(EXPERTS), sum < TINY); }
+        if (NORMALISED && finite) { prob = select(own_value(logit(e)) / sum, 1.0f / f32(p.experts), sum < TINY); }
         set_probabilities(row + e, prob);
         if (prob != 0.0f) {
             if (NORMALISED) {
@@ -98,12 +98,12 @@ fn kernel(group: u32, thread: u32) {
     if (HAS_USED) { used = get_used(t) != 0u; }
     let noisy = HAS_NOISE && !LATER;
     if (!HAS_GIVEN && used && finite) { close_groups(noisy); }
-    for (var j = 0u; j < K; j++) {
+    for (var j = 0u; j < p.k; j++) {
         var x = -1;
         if (used) {
             if (HAS_GIVEN) {
-                x = get_given(t * K + j);
-                if (x < 0 || x >= i32(EXPERTS)) { x = -1; }
+                x = get_given(t * p.k + j);
+                if (x < 0 || x >= i32(p.experts)) { x = -1; }
             } else if (!finite) {
                 x = i32(j);
             } else {
@@ -122,7 +122,7 @@ fn kernel(group: u32, thread: u32) {
                 gate = value_of(u32(x));
             }
         }
-        set_gate(t * K + j, gate);
-        set_index(t * K + j, x);
+        set_gate(t * p.k + j, gate);
+        set_index(t * p.k + j, x);
     }
 }

@@ -1,4 +1,4 @@
-// What routing knows of one token: a thread works on it. EXPERTS and K are the extents. SCORE: 0 softmax, 1 sigmoid, 2 square root of
+// What routing knows of one token: a thread works on it. SCORE: 0 softmax, 1 sigmoid, 2 square root of
 // softplus, 3 identity, 4 SparseMixer, the last with `jitter()`, twice its epsilon.
 
 const NORMALISED: bool = SCORE == 1u || SCORE == 2u;
@@ -12,11 +12,11 @@ var<private> total: f32;
 fn logit(e: u32) -> f32 { return get_logits(row + e); }
 
 fn look_at(t: u32) {
-    row = t * EXPERTS;
+    row = t * p.experts;
     greatest = -inf();
-    for (var e = 0u; e < EXPERTS; e++) { greatest = max_nan(greatest, logit(e)); }
+    for (var e = 0u; e < p.experts; e++) { greatest = max_nan(greatest, logit(e)); }
     total = 0.0f;
-    for (var e = 0u; e < EXPERTS; e++) { total += e_to(logit(e) - greatest); }
+    for (var e = 0u; e < p.experts; e++) { total += e_to(logit(e) - greatest); }
 }
 // No NaN, and the largest logit is finite.
 fn all_finite() -> bool { return !is_nan(total); }
@@ -41,12 +41,12 @@ fn own_slope(l: f32, value: f32) -> f32 {
 }
 fn sum_of_values() -> f32 {
     var sum = 0.0f;
-    for (var e = 0u; e < EXPERTS; e++) { sum += own_value(logit(e)); }
+    for (var e = 0u; e < p.experts; e++) { sum += own_value(logit(e)); }
     return sum;
 }
 
 // Sets of experts.
-const WORDS: u32 = (EXPERTS + 31u) / 32u;
+const WORDS: u32 = MOST_EXPERTS / 32u;
 // SparseMixer's choices so far.
 var<private> taken: array<u32, WORDS>;
 
@@ -65,7 +65,7 @@ fn mixer_share(l: f32) -> f32 { return select(0.0f, mixer_weight(l) / mixer_sum,
 fn look_at_mixer() {
     mixer_best = -inf();
     mixer_sum = 0.0f;
-    for (var e = 0u; e < EXPERTS; e++) { mixer_best = max_nan(mixer_best, left_of(e)); }
+    for (var e = 0u; e < p.experts; e++) { mixer_best = max_nan(mixer_best, left_of(e)); }
     if (mixer_best == -inf()) { return; }
-    for (var e = 0u; e < EXPERTS; e++) { mixer_sum += mixer_weight(left_of(e)); }
+    for (var e = 0u; e < p.experts; e++) { mixer_sum += mixer_weight(left_of(e)); }
 }
