@@ -27,7 +27,6 @@ pub(crate) struct Source {
 macro_rules! texts {
     ($($name:literal),+ $(,)?) => {
         fn text(name: &str) -> Option<&'static str> {
-            if let Ok(d) = std::env::var("DEVSHADERS") { return std::fs::read_to_string(format!("{d}/{name}.wgsl")).ok().map(|s| &*s.leak()); }
             match name {
                 $($name => Some(include_str!(concat!("shaders/", $name, ".wgsl"))),)+
                 _generated => None,

@@ -9,7 +9,7 @@ fn kernel(row: u32, thread: u32) {
     for (var t = thread; t < p.tiles; t += THREADS) {
         // A tile of -inf alone has a sum of NaN and adds nothing.
         let largest = get_largest(first + t);
-        if (largest != -inf() || greatest == -inf()) { total += get_total(first + t) * e_to(largest - greatest); }
+        if (!(largest == -inf()) || greatest == -inf()) { total += get_total(first + t) * e_to(largest - greatest); }
     }
     total = block_sum(thread, total);
     if (thread > 0u) { return; }

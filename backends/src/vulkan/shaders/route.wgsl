@@ -42,7 +42,7 @@ fn best_open(noisy: bool) -> u32 {
 // Closes every expert outside of the best groups.
 fn close_groups(noisy: bool) {
     if (GROUPS == 0u) { return; }
-    let size = p.experts / GROUPS;
+    let size = p.experts / GROUP_SCORES;
     var scores: array<f32, GROUP_SCORES>;
     for (var g = 0u; g < GROUPS; g++) {
         var first = -inf();
@@ -83,7 +83,7 @@ fn kernel(group: u32, thread: u32) {
         var prob = softmax(logit(e));
         if (NORMALISED && finite) { prob = select(own_value(logit(e)) / sum, 1.0f / f32(p.experts), sum < TINY); }
         set_probabilities(row + e, prob);
-        if (prob != 0.0f) {
+        if (!(prob == 0.0f)) {
             if (NORMALISED) {
                 entropy -= prob * ln(at_least(prob, TINY));
             } else {
