@@ -26,8 +26,11 @@ fn list(refusals: &[Refusal]) -> String {
     refusals.iter().map(line).collect()
 }
 
-fn gigabytes(bytes: u64) -> String {
-    format!("{:.2} GB", bytes as f64 / 1e9)
+/// An amount of memory as people read it: in the largest unit of which there is at least a tenth.
+pub(crate) fn memory(bytes: u64) -> String {
+    let units = [("GB", 1e9), ("MB", 1e6)];
+    let (unit, size) = units.into_iter().find(|(_, size)| bytes as f64 >= size / 10.0).unwrap_or(("kB", 1e3));
+    format!("{:.2} {unit}", bytes as f64 / size)
 }
 
 /// An error of a backend.
@@ -57,7 +60,7 @@ pub enum Error {
     /// The device has too little memory for a program; nothing was allocated.
     #[error(
         "{backend}: the program needs {} ({} of parameters and state, {} of activations and scratch), {} are free",
-        gigabytes(state.saturating_add(*arena)), gigabytes(*state), gigabytes(*arena), gigabytes(*free)
+        memory(state.saturating_add(*arena)), memory(*state), memory(*arena), memory(*free)
     )]
     TooLarge {
         /// Name of the backend.

@@ -41,25 +41,31 @@ pub(crate) struct Copies {
     made_at: Option<u64>,
 }
 
+/// The graph that makes all copies of a training step's graph, if it has any.
+///
+/// # Errors
+/// [`crate::Error::Graph`] for a step that was not made by [`keep`].
+pub(crate) fn refresh_of(step: &Graph) -> Result<Option<Graph>> {
+    let mut graph = Graph::new();
+    for (name, copy) in step.inputs() {
+        let is_state = step.input_of(*copy).is_some_and(|i| i.role == Role::State);
+        let Some(parameter) = name.strip_prefix(PREFIX).filter(|_| is_state) else { continue };
+        let ty = step.ty(*copy).clone();
+        let parameter = graph.parameter(parameter, TensorType::f32(ty.shape.clone()))?;
+        let rounded = graph.cast(parameter, ty.dtype)?;
+        let copy = graph.state(name, ty)?;
+        graph.update(copy, rounded)?;
+    }
+    Ok((!graph.updates().is_empty()).then_some(graph))
+}
+
 impl Copies {
     /// Those of a training step's graph, if it has any.
     ///
     /// # Errors
     /// As [`Session::compile`].
     pub(crate) fn of(session: &mut Session, step: &Graph) -> Result<Option<Copies>> {
-        let mut graph = Graph::new();
-        for (name, copy) in step.inputs() {
-            let is_state = step.input_of(*copy).is_some_and(|i| i.role == Role::State);
-            let Some(parameter) = name.strip_prefix(PREFIX).filter(|_| is_state) else { continue };
-            let ty = step.ty(*copy).clone();
-            let parameter = graph.parameter(parameter, TensorType::f32(ty.shape.clone()))?;
-            let rounded = graph.cast(parameter, ty.dtype)?;
-            let copy = graph.state(name, ty)?;
-            graph.update(copy, rounded)?;
-        }
-        if graph.updates().is_empty() {
-            return Ok(None);
-        }
+        let Some(graph) = refresh_of(step)? else { return Ok(None) };
         Ok(Some(Copies { program: session.compile(&graph)?, made_at: None }))
     }
 

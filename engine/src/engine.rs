@@ -10,6 +10,7 @@ use moebius_backends::vulkan::{Choice, Vulkan};
 use moebius_backends::{Backend, Refusal};
 use moebius_ir::{Graph, passes};
 
+use crate::copies::refresh_of;
 use crate::error::{Error, Result};
 use crate::session::Session;
 
@@ -175,6 +176,17 @@ impl Engine {
     pub fn memory(&self, graph: &Graph) -> Result<Memory> {
         let plan = self.backend.plan(passes::optimise(graph)?)?;
         Ok(Memory { state: plan.state_bytes() as u64, arena: plan.arena_bytes() as u64 })
+    }
+
+    /// [`Engine::memory`] of a [`crate::training_step`] with all that a [`crate::Trainer`] has beside it: where the step reads rounded
+    /// copies of parameters, the scratch of the program that makes them, whose arena is one of its own.
+    ///
+    /// # Errors
+    /// As [`Engine::memory`].
+    pub fn training_memory(&self, step: &Graph) -> Result<Memory> {
+        let Memory { state, arena } = self.memory(step)?;
+        let refresh = refresh_of(step)?.map(|graph| self.memory(&graph)).transpose()?;
+        Ok(Memory { state, arena: arena + refresh.map_or(0, |refresh| refresh.arena) })
     }
 
     /// Makes the device ready for many graphs at once: on a GPU their kernels are compiled side by side. Compiling a graph does not

@@ -97,6 +97,26 @@ pub enum Error {
         /// The first tensor that is not finite.
         found: Option<NonFinite>,
     },
+    /// A training step that began and did not end. What the device had updated by then stays.
+    #[error(
+        "step {step} did not end: {source}. Parameters and optimizer in memory may be partly of that step: wanted those of a \
+         checkpoint before going on"
+    )]
+    Torn {
+        /// The step, from 1; of steps that were launched together, the first.
+        step: u64,
+        /// Why not.
+        source: Box<Error>,
+    },
+    /// A trainer that is asked to go on after [`Error::Torn`].
+    #[error(
+        "step {step} did not end, so that parameters and optimizer in memory may be partly of it: wanted a checkpoint loaded \
+         and `Trainer::resume_at`"
+    )]
+    StillTorn {
+        /// The step, from 1.
+        step: u64,
+    },
 }
 
 impl Error {

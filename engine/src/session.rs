@@ -242,7 +242,7 @@ impl Session {
             Some((dtype, shape)) if *wanted.shape == *shape => match (dtype, wanted.dtype) {
                 (Dtype::F32, DType::Bf16) => Some(Narrow::Bf16),
                 (Dtype::F32, DType::F16) => Some(Narrow::F16),
-                (found, dtype) if found == dtype_of_file(dtype) => None,
+                (found, dtype) if found == Dtype::from(dtype) => None,
                 (found, _) => return Err(loaded_type(name, wanted, found, &shape)),
             },
             Some((dtype, shape)) => return Err(loaded_type(name, wanted, dtype, &shape)),
@@ -295,18 +295,6 @@ impl Narrow {
             Narrow::Bf16 => bf16::from_f32(value).to_le_bytes(),
             Narrow::F16 => f16::from_f32(value).to_le_bytes(),
         }
-    }
-}
-
-/// A dtype in the words of checkpoints.
-fn dtype_of_file(dtype: DType) -> Dtype {
-    match dtype {
-        DType::F32 => Dtype::F32,
-        DType::Bf16 => Dtype::Bf16,
-        DType::F16 => Dtype::F16,
-        DType::I32 => Dtype::I32,
-        DType::U32 => Dtype::U32,
-        DType::Bool => Dtype::Bool,
     }
 }
 

@@ -1,7 +1,8 @@
 //! The graph of a training step: forward, backward, clipping and AdamW, with what is chosen beside them.
 
-use moebius_ir::ops::{Adamw, CompareFn};
-use moebius_ir::{DType, Graph, Role, TensorType, Value, gradients, passes};
+use moebius_ir::moments::stream;
+use moebius_ir::ops::{Adamw, AdamwState, CompareFn};
+use moebius_ir::{DType, Graph, Moments, Role, TensorType, Value, gradients, passes};
 
 use crate::copies;
 use crate::error::Result;
@@ -20,12 +21,14 @@ pub struct Optimizer {
     pub weight_decay: f32,
     /// Gradients are scaled down to this norm if theirs is larger; 0 means never.
     pub clip: f32,
+    /// How the moments are kept between steps; small tensors may keep them in f32 ([`Moments::of_tensor`]).
+    pub moments: Moments,
 }
 
 impl Default for Optimizer {
-    /// The values of the DeepSpeed-MoE scripts: betas 0.9 and 0.95, eps 1e-8, decay 0.1, clip 1.
+    /// The values of the DeepSpeed-MoE scripts: betas 0.9 and 0.95, eps 1e-8, decay 0.1, clip 1; moments in f32.
     fn default() -> Self {
-        Optimizer { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip: 1.0 }
+        Optimizer { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip: 1.0, moments: Moments::F32 }
     }
 }
 
@@ -69,6 +72,11 @@ pub(crate) fn second_moment(parameter: &str) -> String {
     format!("adam.v/{parameter}")
 }
 
+/// Name of the scales of both moments of a parameter, where they have some.
+pub(crate) fn moment_scales(parameter: &str) -> String {
+    format!("adam.scales/{parameter}")
+}
+
 /// Name of the state that is true once a step was not finite: from then on nothing is updated.
 pub(crate) const HALTED: &str = "trainer.halted";
 /// Name of the output with the remembered values, f32 `[steps, 2 + outputs]`: loss, norm, outputs.
@@ -79,7 +87,7 @@ pub(crate) const HISTORY_ROW: &str = "history_row";
 /// Turns a graph with a scalar `loss` into a training step over all its parameters.
 ///
 /// Adds the feeds `learning_rate` and `step` (f32 scalars, steps from 1), states `adam.m/NAME` and `adam.v/NAME` for each
-/// parameter, and the outputs `loss` (unless there) and `grad_norm` (before clipping). If the loss or the gradient norm is
+/// parameter, in the types of its [`Moments`] (with `adam.scales/NAME` in 8 bits), and the outputs `loss` (unless there) and `grad_norm` (before clipping). If the loss or the gradient norm is
 /// not finite, no parameter and no moment changes, nor any state that the graph updates.
 ///
 /// A parameter that is read by one cast to a float of 16 bits alone gets a state `rounded/NAME` that holds it rounded, is read
@@ -168,23 +176,27 @@ fn add_step(
         let step = g.select(goes, step, zero)?;
         for (((name, value), grad), copy) in parameters.iter().zip(grads).zip(copies) {
             let ty = g.ty(*value).clone();
-            let m = g.state(first_moment(name), TensorType::f32(ty.shape.clone()))?;
-            let v = g.state(second_moment(name), TensorType::f32(ty.shape.clone()))?;
+            let moments = optimizer.moments.of_tensor(ty.elements() as u64);
+            let m = g.state(first_moment(name), moments.ty(&ty.shape))?;
+            let v = g.state(second_moment(name), moments.ty(&ty.shape))?;
+            let scales = moments.scales(&ty.shape).map(|ty| g.state(moment_scales(name), ty)).transpose()?;
             let decay = if Optimizer::decays(name, &ty) { optimizer.weight_decay } else { 0.0 };
-            let (beta1, beta2, eps) = (optimizer.beta1, optimizer.beta2, optimizer.eps);
-            let rule = Adamw { beta1, beta2, eps, weight_decay: decay, rounded: copy.is_some() };
-            let (rate, p) = (learning_rate, *value);
-            let [new, new_m, new_v] = match copy {
-                None => g.adamw(rule, p, grad, m, v, rate, step, scale)?,
-                Some(copy) => {
-                    let [p, m, v, rounded] = g.adamw_rounded(rule, p, grad, m, v, rate, step, scale, copy)?;
-                    g.update(copy, rounded)?;
-                    [p, m, v]
-                }
+            let rule = Adamw {
+                beta1: optimizer.beta1,
+                beta2: optimizer.beta2,
+                eps: optimizer.eps,
+                weight_decay: decay,
+                rounded: copy.is_some(),
+                moments,
+                stream: if moments == Moments::F32 { 0 } else { stream(name) },
             };
-            g.update(*value, new)?;
-            g.update(m, new_m)?;
-            g.update(v, new_v)?;
+            let old = AdamwState { param: *value, m, v, scales, rounded: copy };
+            let new = g.adamw_of(rule, old, grad, [learning_rate, step, scale])?;
+            let (scales, copies) = (scales.zip(new.scales), copy.zip(new.rounded));
+            let all = [Some((*value, new.param)), Some((m, new.m)), Some((v, new.v)), scales, copies];
+            for (old, new) in all.into_iter().flatten() {
+                g.update(old, new)?;
+            }
         }
         if micro.is_some() || g.output_named("loss").is_none() {
             g.output("loss", loss)?;

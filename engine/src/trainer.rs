@@ -8,7 +8,8 @@ use crate::micro::MICRO_BATCH;
 use crate::program::Program;
 use crate::session::Session;
 use crate::step::{
-    HALTED, HISTORY, HISTORY_ROW, Optimizer, StepOptions, first_moment, second_moment, training_step_with,
+    HALTED, HISTORY, HISTORY_ROW, Optimizer, StepOptions, first_moment, moment_scales, second_moment,
+    training_step_with,
 };
 
 /// What one training step did.
@@ -41,6 +42,8 @@ pub struct Trainer {
     /// Steps that were collected, and those that were launched beyond.
     step: u64,
     pending: u64,
+    /// The step that began and did not end.
+    torn: Option<u64>,
     shape: Shape,
     parameters: Vec<String>,
     copies: Option<Copies>,
@@ -91,7 +94,7 @@ impl Trainer {
         let graph = program.plan().graph();
         let parameter = |v: Value| graph.input_of(v).is_some_and(|i| i.role == Role::Parameter);
         let parameters = graph.inputs().iter().filter(|(_, v)| parameter(*v)).map(|(n, _)| n.clone()).collect();
-        Ok(Trainer { program, step: 0, pending: 0, shape, parameters, copies })
+        Ok(Trainer { program, step: 0, pending: 0, torn: None, shape, parameters, copies })
     }
 
     /// Goes on with another graph for the same parameters, as [`Trainer::with`] compiles it. The old program and what only it kept
@@ -143,9 +146,21 @@ impl Trainer {
         (self.shape.rows as u64).saturating_sub(self.pending)
     }
 
-    /// Goes on as if `step` steps were done: after loading a checkpoint. Steps that were launched are forgotten.
+    /// Goes on as if `step` steps were done: after loading a checkpoint. Steps that were launched are forgotten, and one that did
+    /// not end.
     pub fn resume_at(&mut self, step: u64) {
-        (self.step, self.pending) = (step, 0);
+        (self.step, self.pending, self.torn) = (step, 0, None);
+    }
+
+    /// Refuses to go on with what a step left that did not end.
+    fn whole(&self) -> Result<()> {
+        self.torn.map_or(Ok(()), |step| Err(Error::StillTorn { step }))
+    }
+
+    /// The error of a device in the middle of `step`, after which nobody knows which tensors it has updated.
+    fn tear(&mut self, step: u64, source: Error) -> Error {
+        self.torn = Some(step);
+        Error::Torn { step, source: Box::new(source) }
     }
 
     /// Names of the trained tensors.
@@ -155,7 +170,9 @@ impl Trainer {
 
     /// Names of the optimizer's tensors.
     pub fn moments(&self) -> Vec<String> {
-        self.parameters.iter().flat_map(|p| [first_moment(p), second_moment(p)]).collect()
+        let graph = self.program.plan().graph();
+        let names = self.parameters.iter().flat_map(|p| [first_moment(p), second_moment(p), moment_scales(p)]);
+        names.filter(|name| graph.input_named(name).is_some()).collect()
     }
 
     /// Gives the program everything it wants for one micro-batch.
@@ -181,12 +198,14 @@ impl Trainer {
     /// learning rate.
     ///
     /// # Errors
-    /// [`Error::Uncollected`] if there is no [room](Trainer::room); whatever `feed` returns; as [`Session::run`].
+    /// [`Error::Uncollected`] if there is no [room](Trainer::room); whatever `feed` returns; [`Error::Torn`] if the device fails, and
+    /// [`Error::StillTorn`] from then on until [`Trainer::resume_at`].
     pub fn launch<E: From<Error>>(
         &mut self,
         session: &mut Session,
         mut feed: impl FnMut(MicroStep, &mut Program) -> Result<f32, E>,
     ) -> Result<(), E> {
+        self.whole()?;
         if self.room() == 0 {
             return Err(Error::Uncollected { launched: self.pending, most: self.shape.rows }.into());
         }
@@ -196,7 +215,8 @@ impl Trainer {
         let step = self.step + self.pending + 1;
         for micro_batch in 0..self.shape.micro_batches {
             self.prepare(MicroStep { step, micro_batch }, &mut feed)?;
-            session.run(&mut self.program)?;
+            let ran = session.run(&mut self.program);
+            ran.map_err(|e| if micro_batch == 0 && is_refusal(&e) { e } else { self.tear(step, e) })?;
         }
         self.pending += 1;
         Ok(())
@@ -207,22 +227,19 @@ impl Trainer {
     /// # Errors
     /// [`Error::NonFinite`] if the loss or the gradient of a step is not finite, after `seen` was given those before it. Every
     /// stored tensor that outlasts a step is as it was before that step, which is forgotten with those after it. `feed` is called
-    /// for its micro-batches once more, to find the first tensor that is not finite. Otherwise as [`Session::run`], and whatever
-    /// `feed` returns.
+    /// for its micro-batches once more, to find the first tensor that is not finite. Otherwise as [`Trainer::launch`].
     pub fn collect<E: From<Error>>(
         &mut self,
         session: &mut Session,
         mut feed: impl FnMut(MicroStep, &mut Program) -> Result<f32, E>,
         mut seen: impl FnMut(StepReport, &[f32]),
     ) -> Result<(), E> {
+        self.whole()?;
         if self.pending == 0 {
             return Ok(());
         }
-        let values: Vec<f32> = if self.shape.remembers {
-            self.program.output(HISTORY)?
-        } else {
-            vec![self.program.scalar("loss")?, self.program.scalar("grad_norm")?]
-        };
+        // A device beside the host tells here what went wrong in the steps that were launched.
+        let values = self.remembered().map_err(|source| self.tear(self.step + 1, source))?;
         for _ in 0..std::mem::take(&mut self.pending) {
             let step = self.step + 1;
             let row = ((step - 1) % self.shape.rows as u64) as usize * self.shape.columns;
@@ -236,6 +253,14 @@ impl Trainer {
             seen(StepReport { step, loss, grad_norm }, &row[2..]);
         }
         Ok(())
+    }
+
+    /// Loss, gradient norm and what else the program remembers, row by row.
+    fn remembered(&self) -> Result<Vec<f32>> {
+        if self.shape.remembers {
+            return self.program.output(HISTORY);
+        }
+        Ok(vec![self.program.scalar("loss")?, self.program.scalar("grad_norm")?])
     }
 
     /// Runs a step again, tensor by tensor, and lets later steps update what they train.
@@ -303,4 +328,10 @@ impl Trainer {
         }
         Ok(())
     }
+}
+
+/// Whether a program was refused before any of it ran: the session does not hold what it wants.
+fn is_refusal(error: &Error) -> bool {
+    use moebius_backends::Error::{ForeignStore, NoSuch, StoredType};
+    matches!(error, Error::Backend(NoSuch { .. } | StoredType { .. } | ForeignStore { .. }))
 }

@@ -4,6 +4,7 @@
 //! - [`gpt`] writes the models as graphs, from a [`config::ModelConfig`]; it knows the IR only, no device.
 //! - [`training`], [`evaluation`] and [`generate`] run those graphs on a [`moebius::Session`].
 //! - [`distill`] teaches a student by a trained model, live or from a cache.
+//! - [`study`] trains the few models that a claim of the paper is about, and says what it found.
 //! - [`verify`] compares a device with the reference, op by op and layer by layer.
 
 pub mod config;
@@ -16,6 +17,7 @@ pub mod health;
 pub mod metrics;
 pub mod report;
 pub mod routes;
+pub mod study;
 pub mod tokenizer;
 pub mod trained;
 pub mod training;

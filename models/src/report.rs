@@ -9,7 +9,7 @@ mod gather;
 mod health;
 mod heat;
 mod page;
-mod scale;
+pub(crate) mod scale;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use crate::data::write_atomic;
 use crate::metrics::{MetricsError, MetricsReader, Record};
 use gather::Gathered;
+pub(crate) use page::escape;
 
 /// What the page says about a run besides its measurements.
 #[derive(Debug, Clone, Default, PartialEq)]

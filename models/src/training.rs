@@ -100,6 +100,7 @@ pub struct Run {
     moe_layers: Vec<(usize, usize)>,
     watch: Watch,
     alarm_ends: bool,
+    saves_last: bool,
     /// When the first step was launched that was not collected yet.
     begun: Option<Instant>,
     best: Option<f64>,
@@ -227,6 +228,7 @@ impl Run {
             moe_layers: health::moe_layers(&config.model),
             watch: Watch::default(),
             alarm_ends: false,
+            saves_last: true,
             begun: None,
             best: None,
             last_evaluation: None,
@@ -287,6 +289,12 @@ impl Run {
         self.alarm_ends = ends;
     }
 
+    /// Whether there is a checkpoint after the last step, which is the default; one that is due then is written in any case. For a
+    /// caller that keeps what it wants of the weights, or wants none of them.
+    pub fn save_last(&mut self, saves: bool) {
+        self.saves_last = saves;
+    }
+
     /// Trains until all steps are done, `stop` is set or an alarm ends it, with evaluations and checkpoints as configured and at
     /// the end.
     ///
@@ -307,7 +315,8 @@ impl Run {
             }
             self.launch(observer)?;
             let step = self.trainer.steps_launched();
-            let (evaluates, saves) = (due(eval_every, step) || step == total, due(save_every, step) || step == total);
+            let evaluates = due(eval_every, step) || step == total;
+            let saves = due(save_every, step) || (step == total && self.saves_last);
             let leaves = step < total && self.feeds.teaching.as_ref().is_some_and(|teaching| teaching.stop == step);
             let looks = self.has_health(step) || self.trainer.room() == 0 || leaves;
             if !(looks || evaluates || saves || stop.load(Ordering::Relaxed)) {

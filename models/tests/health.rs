@@ -109,6 +109,25 @@ fn alarms_warn_once_and_end_a_run_with_code_3_from_where_it_goes_on_to_the_same_
 }
 
 #[test]
+fn alarms_of_the_configuration_are_those_of_the_command_line_and_outlast_a_run() {
+    let place = Place::new();
+    let limits = "dead-experts=3,drop=0.05,coefficient=0.0..0.99";
+    let setting = format!("train.alarm={limits}");
+    succeeds(place.train("option", &[&CROWDED[..], &["--alarm", limits]].concat()));
+    succeeds(place.train("setting", &[&CROWDED[..], &["--set", &setting]].concat()));
+    assert_eq!(metrics(&place.path("option")), metrics(&place.path("setting")));
+    assert!(metrics(&place.path("setting")).iter().any(|l| l["kind"] == "alarm"));
+    // The run's folder has them, so that it goes on with them; the command line has the last word.
+    let ends = [&CROWDED[..], &["--set", &setting, "--set", "train.alarm_exit=true"]].concat();
+    let output = place.train("ended", &ends);
+    assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
+    assert!(stderr(&output).contains("moebius train --resume --out ended\n"), "{}", stderr(&output));
+    let resume = ["train", "--data", "text.txt", "--resume", "--out", "ended"];
+    assert_eq!(place.run(&resume).status.code(), Some(3), "the next alarm ends it too");
+    succeeds(place.run(&[&resume[..], &["--alarm", "entropy=1e-9"]].concat()));
+}
+
+#[test]
 fn wrong_alarms_are_wrong_use() {
     let place = Place::new();
     let train = |alarm: &[&'static str]| {
@@ -119,7 +138,10 @@ fn wrong_alarms_are_wrong_use() {
         (&["--alarm", "drop=1.5"], ["drop", "below 1"]),
         (&["--alarm", "drop=0.5"], ["drop", "dropless"]),
         (&["--alarm", "nothing"], ["key=value", "nothing"]),
-        (&["--alarm-exit"], ["--alarm", "required"]),
+        (&["--alarm-exit"], ["--alarm-exit", "found none"]),
+        (&["--set", "train.alarm=drop=1.5"], ["train.alarm", "below 1"]),
+        (&["--set", "train.alarm=drop=0.5"], ["train.alarm", "dropless"]),
+        (&["--set", "train.alarm_exit=true"], ["train.alarm_exit", "no train.alarm"]),
     ] {
         let error = place.fails(2, &train(alarm));
         assert!(parts.iter().all(|part| error.contains(part)), "{alarm:?}: {error}");

@@ -42,6 +42,35 @@ fn a_signal_saves_and_says_how_to_go_on() {
 
 #[cfg(unix)]
 #[test]
+fn a_signal_ends_a_text_after_a_token_with_the_routes_so_far() {
+    let place = Place::new();
+    succeeds(place.train("run", &["--steps", "2"]));
+    let args = ["generate", "--model", "run", "--prompt", "line", "--tokens", "100000000", "--record-routes", "routes"];
+    let out = place.path("text");
+    let to = fs::File::create(&out).unwrap();
+    let child = place.command(&args).stdout(to).stderr(Stdio::piped()).spawn().unwrap();
+    for _ in 0..600 {
+        if fs::metadata(&out).is_ok_and(|m| m.len() > 100) {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    let error = stderr(&output);
+    assert_eq!(output.status.code(), Some(130), "{error}");
+    assert!(error.contains("stopping after this token") && !error.contains("moebius:"), "{error}");
+    let text = fs::read(&out).unwrap();
+    assert!(text.len() > 100 && text.ends_with(b"\n"), "{}", text.len());
+    // The file of routes is whole: forced, they give the same text.
+    let again = ["generate", "--model", "run", "--prompt", "line", "--tokens", "20", "--replay-routes", "routes"];
+    let again = succeeds(place.run(&again)).stdout;
+    // But for a character that is not complete after these tokens.
+    assert!(text.starts_with(&again[..again.len() - 4]), "{}", String::from_utf8_lossy(&again));
+}
+
+#[cfg(unix)]
+#[test]
 fn a_reader_that_goes_away_ends_no_run_and_is_no_bug() {
     let place = Place::new();
     // Nobody reads standard error any more: training goes on.
@@ -108,6 +137,8 @@ fn bad_input_gets_one_clear_error() {
     let set = |setting: &'static str| train(&["--data", "text.txt", "--set", setting]);
     let table: Vec<(i32, Vec<&str>, Vec<&str>)> = vec![
         (1, train(&["--data", "missing.txt"]), vec!["missing.txt"]),
+        (2, train(&["--moments", "f16"]), vec!["f32, bf16, 8bit", "`f16`"]),
+        (2, set("train.moments=4bit"), vec!["train.moments", "`f32`", "`bf16`", "`8bit`"]),
         (1, train(&["--data", "empty.txt"]), vec!["empty.txt", "empty"]),
         (1, train(&["--data", "short.txt"]), vec!["33", "found"]),
         (1, train(&["--data", "."]), vec!["a folder"]),

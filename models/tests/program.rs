@@ -151,6 +151,42 @@ fn accumulated_steps_are_told_one_by_one_and_resume_to_the_same_bits() {
     assert!(number(&late, "recomputed_flops_per_token") > 0 && number(&plain, "recomputed_flops_per_token") == 0);
 }
 
+/// A run whose moments are kept in fewer bits goes on after it was cut, and refuses to do so with others.
+#[test]
+fn moments_in_fewer_bits_resume_to_the_same_bits() {
+    let place = Place::new();
+    for (moments, other) in [("bf16", "8bit"), ("8bit", "f32")] {
+        let [alone, cut] = ["alone", "cut"].map(|name| format!("{name}-{moments}"));
+        for out in [&alone, &cut] {
+            succeeds(place.train(out, &["--moments", moments]));
+        }
+        for step in [18, 24] {
+            std::fs::remove_dir_all(place.path(&cut).join(format!("checkpoints/step-{step}"))).unwrap();
+        }
+        let resume = ["train", "--data", "text.txt", "--resume", "--out", &cut];
+        let refused = place.fails(2, &[&resume[..], &["--moments", other]].concat());
+        for part in [&format!("train.moments = {moments}"), &format!("this run {other}"), "--moments", "step-12"] {
+            assert!(refused.contains(part), "{part}: {refused}");
+        }
+        succeeds(place.run(&resume));
+        assert!(checkpoint(&place.path(&alone), 24) == checkpoint(&place.path(&cut), 24), "{moments}");
+        assert_eq!(metrics(&place.path(&alone)), metrics(&place.path(&cut)));
+
+        let setting = format!("train.moments={moments}");
+        let inspect = |more: &[&str]| {
+            let args = [&["inspect", "--config", "small.toml", "--json", "--device", "cpu"][..], more].concat();
+            json(&succeeds(place.run(&args)))
+        };
+        let (plain, narrow) = (inspect(&[]), inspect(&["--set", &setting]));
+        let bytes = |value: &serde_json::Value, key: &str| value[key].as_u64().unwrap();
+        // All that changes is what the moments take; memory is taken in steps.
+        let saved = bytes(&plain, "optimizer_bytes") - bytes(&narrow, "optimizer_bytes");
+        let peak = bytes(&plain, "peak_bytes") - bytes(&narrow, "peak_bytes");
+        assert!(saved > 0 && peak.abs_diff(saved) <= saved / 4, "{moments}: {peak} for {saved}");
+        assert_eq!(narrow["moments"], moments);
+    }
+}
+
 #[test]
 fn a_machine_is_verified_op_by_op_and_a_wrong_name_is_wrong_use() {
     let place = Place::new();

@@ -171,7 +171,8 @@ fn model(changes: &[&str]) -> Config {
 }
 
 fn session(config: &Config) -> Session {
-    let mut session = Engine::cpu(None).unwrap().session();
+    let device = std::env::var("MOEBIUS_DEVICE").unwrap_or_else(|_| "cpu".into());
+    let mut session = Engine::open(&device).unwrap().session();
     gpt::initialise(&config.model, 11, |p, values| {
         session.insert(&p.name, &moebius::ir::TensorType::f32(p.shape.clone()))?;
         session.write(&p.name, values)

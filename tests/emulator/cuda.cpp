@@ -1,6 +1,10 @@
 // Stands in for libcuda.so.1: the functions of the driver that the backend uses, with the processor as the GPU. Everything on a
 // stream happens at once; a recorded stream keeps its calls for later. x86-64 only.
 //
+// What is wrong with a GPU can be had too: MOEBIUS_EMULATED_DRIVER is the driver's version (13000), MOEBIUS_EMULATED_FREE the bytes
+// that it calls free, MOEBIUS_EMULATED_MEMORY those that can really be had (16 GiB), and MOEBIUS_EMULATED_FAULT the number of the
+// replayed graph (from 1) in which the GPU fails, after half of its calls and for good.
+//
 // The threads of a block are fibers: each runs until it waits at a barrier or ends. A barrier that not all threads reach ends
 // the program with a message.
 
@@ -16,6 +20,7 @@
 #include <string>
 #include <sys/mman.h>
 #include <unistd.h>
+#include <unordered_map>
 #include <vector>
 
 struct Triple { unsigned x, y, z; };
@@ -133,7 +138,20 @@ struct Graph { std::vector<std::function<void()>> calls; };
 struct Event { std::chrono::steady_clock::time_point at; };
 static Graph* recording;
 
+static size_t setting(const char* name, size_t other) {
+    const char* text = getenv(name);
+    return text ? strtoull(text, nullptr, 10) : other;
+}
+static const size_t MEMORY = (size_t)16 << 30;
+static size_t taken;
+static std::unordered_map<uint64_t, size_t> allocated;
+static std::mutex allocating;
+static size_t replays;
+// CUDA_ERROR_LAUNCH_FAILED, once the GPU has failed.
+static int failed;
+
 static int later(std::function<void()> call) {
+    if (failed) return failed;
     if (recording) recording->calls.push_back(call);
     else call();
     return 0;
@@ -141,12 +159,12 @@ static int later(std::function<void()> call) {
 
 extern "C" {
 int cuInit(unsigned) { return 0; }
-int cuDriverGetVersion(int* v) { *v = 13000; return 0; }
+int cuDriverGetVersion(int* v) { *v = (int)setting("MOEBIUS_EMULATED_DRIVER", 13000); return 0; }
 int cuDeviceGetCount(int* n) { *n = 1; return 0; }
 int cuDeviceGet(int* d, int) { *d = 0; return 0; }
 int cuDeviceGetName(char* to, int n, int) { snprintf(to, n, "emulated GPU"); return 0; }
 int cuDeviceGetAttribute(int* to, int which, int) { *to = which == 75 ? 8 : 0; return 0; }
-int cuDeviceTotalMem_v2(size_t* n, int) { *n = (size_t)16 << 30; return 0; }
+int cuDeviceTotalMem_v2(size_t* n, int) { *n = MEMORY; return 0; }
 int cuDevicePrimaryCtxRetain(void** c, int) { *c = (void*)1; return 0; }
 int cuDevicePrimaryCtxRelease_v2(int) { return 0; }
 int cuCtxSetCurrent(void*) { return 0; }
@@ -154,27 +172,49 @@ int cuStreamCreateWithPriority(void** s, unsigned, int) { *s = (void*)1; return 
 int cuStreamDestroy_v2(void*) { return 0; }
 int cuStreamSynchronize(void*) {
     // As the driver does.
-    return recording ? 900 : 0;
+    return recording ? 900 : failed;
 }
 int cuStreamBeginCapture_v2(void*, int) { recording = new Graph; return 0; }
 int cuStreamEndCapture(void*, void** g) { *g = recording; recording = nullptr; return 0; }
 int cuGraphInstantiateWithFlags(void** e, void* g, unsigned long long) { *e = new Graph(*(Graph*)g); return 0; }
 int cuGraphDestroy(void* g) { delete (Graph*)g; return 0; }
 int cuGraphExecDestroy(void* g) { delete (Graph*)g; return 0; }
-int cuGraphLaunch(void* g, void*) { for (auto& call : ((Graph*)g)->calls) call(); return 0; }
+int cuGraphLaunch(void* g, void*) {
+    if (failed) return failed;
+    auto& calls = ((Graph*)g)->calls;
+    bool fails = ++replays == setting("MOEBIUS_EMULATED_FAULT", 0);
+    for (size_t i = 0; i < (fails ? calls.size() / 2 : calls.size()); i++) calls[i]();
+    // Told by the next call that waits: a launch alone never knows.
+    if (fails) failed = 719;
+    return 0;
+}
 int cuMemAlloc_v2(uint64_t* p, size_t n) {
+    if (failed) return failed;
+    std::lock_guard<std::mutex> lock(allocating);
     // More than is there: as on a small GPU.
-    if (n > ((size_t)16 << 30)) return 2;
+    size_t all = setting("MOEBIUS_EMULATED_MEMORY", MEMORY);
+    if (n > all || taken > all - n) return 2;
     void* at = aligned_alloc(256, (n + 255) / 256 * 256);
     if (!at) return 2;
     memset(at, 0xff, n);
     *p = (uint64_t)at;
+    allocated[*p] = n;
+    taken += n;
     return 0;
 }
-int cuMemFree_v2(uint64_t p) { free((void*)p); return 0; }
+int cuMemFree_v2(uint64_t p) {
+    std::lock_guard<std::mutex> lock(allocating);
+    taken -= allocated[p];
+    allocated.erase(p);
+    free((void*)p);
+    return 0;
+}
 int cuMemAllocHost_v2(void** p, size_t n) { *p = malloc(n); return *p ? 0 : 2; }
 int cuMemFreeHost(void* p) { free(p); return 0; }
-int cuMemGetInfo_v2(size_t* free, size_t* all) { *free = *all = (size_t)16 << 30; return 0; }
+int cuMemGetInfo_v2(size_t* free, size_t* all) {
+    *free = setting("MOEBIUS_EMULATED_FREE", MEMORY), *all = MEMORY;
+    return 0;
+}
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t n, void*) { return later([=] { memcpy((void*)to, from, n); }); }
 int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t n, void*) { return later([=] { memcpy(to, (void*)from, n); }); }
 int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t n, void*) { return later([=] { memmove((void*)to, (void*)from, n); }); }
@@ -234,6 +274,9 @@ int cuEventElapsedTime(float* ms, void* a, void* b) {
     *ms = std::chrono::duration<float, std::milli>(((Event*)b)->at - ((Event*)a)->at).count();
     return 0;
 }
-int cuGetErrorName(int, const char** to) { *to = "CUDA_ERROR_EMULATED"; return 0; }
+int cuGetErrorName(int code, const char** to) {
+    *to = code == 719 ? "CUDA_ERROR_LAUNCH_FAILED" : "CUDA_ERROR_EMULATED";
+    return 0;
+}
 int cuGetErrorString(int, const char** to) { *to = "an error of the emulated GPU"; return 0; }
 }

@@ -79,6 +79,13 @@ template <typename V> inline V __shfl_up_sync(unsigned, V value, int distance) {
     memcpy(&other, all[lane < distance ? lane : lane - distance], sizeof other);
     return other;
 }
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+    uint64_t word = value;
+    uint64_t (*all)[8] = exchange(&word, sizeof word);
+    unsigned most = 0;
+    for (int lane = 0; lane < 32; lane++) most = all[lane][0] > most ? (unsigned)all[lane][0] : most;
+    return most;
+}
 inline unsigned __ballot_sync(unsigned, bool flag) {
     uint64_t word = flag;
     uint64_t (*all)[8] = exchange(&word, sizeof word);
@@ -89,14 +96,23 @@ inline unsigned __ballot_sync(unsigned, bool flag) {
 
 inline unsigned __float_as_uint(float x) { unsigned u; memcpy(&u, &x, 4); return u; }
 inline float __uint_as_float(unsigned u) { float x; memcpy(&x, &u, 4); return x; }
+struct float2 { float x, y; };
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __expf(float x) { return expf(x); }
 inline float __fdividef(float a, float b) { return a / b; }
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned from) {
+    uint64_t both = (uint64_t)b << 32 | a;
+    unsigned to = 0;
+    for (int byte = 0; byte < 4; byte++) to |= (unsigned)(both >> 8 * (from >> 4 * byte & 7) & 0xff) << 8 * byte;
+    return to;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int atomicCAS(int* at, int old, int now) { int was = *at; if (was == old) *at = now; return was; }
 inline int atomicAdd(int* at, int n) { int was = *at; *at += n; return was; }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
+inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
 
 inline float emulated_half_to_float(uint16_t bits) { _Float16 h; memcpy(&h, &bits, 2); return (float)h; }
 inline uint16_t emulated_float_to_half(float x) { _Float16 h = (_Float16)x; uint16_t bits; memcpy(&bits, &h, 2); return bits; }

@@ -13,12 +13,12 @@
 
 struct Program { std::string source, log, code; };
 
-static std::string folder() {
+static std::string path() {
     Dl_info info;
-    dladdr((void*)&folder, &info);
-    std::string path = info.dli_fname;
-    return path.substr(0, path.rfind('/'));
+    dladdr((void*)&path, &info);
+    return info.dli_fname;
 }
+static std::string folder() { return path().substr(0, path().rfind('/')); }
 static std::string content(const std::string& path) {
     std::ifstream file(path, std::ios::binary);
     std::stringstream text;
@@ -27,7 +27,11 @@ static std::string content(const std::string& path) {
 }
 
 extern "C" {
-int nvrtcVersion(int* major, int* minor) { *major = 13, *minor = 0; return 0; }
+int nvrtcVersion(int* major, int* minor) {
+    // That of its name, so that a copy can be an older one.
+    *major = atoi(path().substr(path().rfind('.') + 1).c_str()), *minor = 0;
+    return 0;
+}
 const char* nvrtcGetErrorString(int) { return "error of the emulated NVRTC"; }
 int nvrtcCreateProgram(Program** p, const char* source, const char*, int, const char**, const char**) {
     *p = new Program{source, "", ""};

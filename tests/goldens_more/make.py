@@ -42,6 +42,11 @@ LAYER = [
     case("bf16_residual_top3_nodrop", 3, "bf16", drop=False),
     case("standard_top2_sampled_cf0.5", 2, cf=0.5, sampling=True),
     case("residual_top3_eval_cf0.25", 3, train=False, eval_cf=0.25),
+    # Inputs follow from the name. With these so little is left of a sum that DeepSpeed's own result is off f64 by more than such
+    # a result should be: the router's gradient where almost all tokens keep one choice, and that of the coefficients' bias.
+    case("residual_top3_eval_cf0.25_lone17", 3, train=False, eval_cf=0.25),
+    case("residual_top3_eval_cf0.25_lone5", 3, train=False, eval_cf=0.25),
+    case("bf16_residual_top2_cancels8", 2, "bf16", drop=False),
 ]
 EP = [
     case("ep2_residual_top1_nodrop", 1, drop=False, world=2),

@@ -339,3 +339,35 @@ fn training_ends_when_asked_and_resumes_where_told() {
     assert_eq!(next(4), everything(&session));
     assert_ne!(next(0), everything(&session));
 }
+
+#[test]
+fn a_step_that_a_kernel_ends_is_told_and_nothing_goes_on_from_what_it_left() {
+    for device in device::devices() {
+        let mut session = Engine::with_backend(device.backend.clone()).session();
+        let mut g = Graph::new();
+        let ids = g.feed("ids", TensorType::i32([2])).unwrap();
+        let table = g.parameter("table", TensorType::f32([3, 4])).unwrap();
+        let rows = g.embedding(table, ids).unwrap();
+        let squares = g.mul(rows, rows).unwrap();
+        let loss = g.sum_all(squares).unwrap();
+        let mut trainer = Trainer::new(&mut session, g, loss, &Optimizer::default()).unwrap();
+        session.write("table", &[1f32; 12]).unwrap();
+        trainer.program().feed("ids", &[0i32, 2]).unwrap();
+        trainer.step(&mut session, 0.1).unwrap();
+        let saved = session.read::<f32>("table").unwrap();
+
+        trainer.program().feed("ids", &[0i32, 7]).unwrap();
+        let torn = trainer.step(&mut session, 0.1).unwrap_err();
+        let text = torn.to_string();
+        assert!(matches!(torn, Error::Torn { step: 2, .. }), "{}: {text}", device.name);
+        assert!(text.contains("embedding") && text.contains('7') && text.contains("may be partly"), "{text}");
+        // Another batch does not help.
+        trainer.program().feed("ids", &[0i32, 2]).unwrap();
+        for _ in 0..2 {
+            assert!(matches!(trainer.step(&mut session, 0.1), Err(Error::StillTorn { step: 2 })));
+        }
+        session.write("table", &saved).unwrap();
+        trainer.resume_at(1);
+        assert_eq!(trainer.step(&mut session, 0.1).unwrap().step, 2);
+    }
+}

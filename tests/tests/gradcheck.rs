@@ -233,7 +233,15 @@ fn refusing() -> Vec<(&'static str, Refusing)> {
         ("adamw", |s| {
             let (p, one) = (s.float([3], |x| x)?, s.float([], |x| x)?);
             let grad = s.graph.square(p)?;
-            let rule = moebius_ir::ops::Adamw { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, rounded: false };
+            let rule = moebius_ir::ops::Adamw {
+                beta1: 0.9,
+                beta2: 0.95,
+                eps: 1e-8,
+                weight_decay: 0.1,
+                rounded: false,
+                moments: moebius_ir::Moments::F32,
+                stream: 0,
+            };
             let (m, v) = (s.float([3], |x| x)?, s.float([3], |x| x)?);
             Ok((s.graph.adamw(rule, p, grad, m, v, one, one, one)?[0], p))
         }),

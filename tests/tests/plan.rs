@@ -6,7 +6,7 @@ use moebius::{Optimizer, training_step};
 use moebius_backends::Backend;
 use moebius_ir::ops::Adamw;
 use moebius_ir::{
-    DType, Error, FENCE_BYTES, Fences, Graph, Node, NodeId, Op, Plan, Role, Step, Storage, TensorType, Value,
+    DType, Error, FENCE_BYTES, Fences, Graph, Moments, Node, NodeId, Op, Plan, Role, Step, Storage, TensorType, Value,
     gradients, passes,
 };
 use moebius_tests::device::{self, Live};
@@ -206,7 +206,15 @@ fn updates_in_place_wait_for_every_reader() {
     let [m, v] = ["m", "v"].map(|n| g.state(n, f32(&[4])).unwrap());
     let [lr, step, scale] = ["lr", "step", "scale"].map(|n| g.feed(n, f32(&[])).unwrap());
     let grad = g.feed("grad", f32(&[4])).unwrap();
-    let rule = Adamw { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.0, rounded: false };
+    let rule = Adamw {
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-8,
+        weight_decay: 0.0,
+        rounded: false,
+        moments: Moments::F32,
+        stream: 0,
+    };
     let [new, new_m, new_v] = g.adamw(rule.clone(), w, grad, m, v, lr, step, scale).unwrap();
     [(w, new), (m, new_m), (v, new_v)].into_iter().for_each(|(s, n)| g.update(s, n).unwrap());
     // Made after the update, but these read the old value, one through a reshape.

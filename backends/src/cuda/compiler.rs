@@ -4,6 +4,7 @@ use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use super::driver;
 use super::error::{CudaError, Result};
 
 type Program = *mut c_void;
@@ -34,18 +35,27 @@ pub struct Compiler {
 
 impl Compiler {
     /// The compiler of this machine, looked for once: the file that `MOEBIUS_NVRTC` names, if it names one; else on the loader's
-    /// path, in the toolkit of `CUDA_PATH`, in `/usr/local/cuda`, and among the packages of Python environments.
+    /// path, in the toolkit of `CUDA_PATH`, in `/usr/local/cuda`, and among the packages of Python environments. Of several, the first
+    /// that is no newer than the driver, which could not load what it makes; where there is no driver, or none is that old, the first.
     ///
     /// # Errors
     /// [`CudaError::NoCompiler`] naming every place.
     pub fn find() -> Result<&'static Compiler> {
         static FOUND: OnceLock<Result<Compiler>> = OnceLock::new();
-        FOUND.get_or_init(|| Compiler::among(&candidates())).as_ref().map_err(Clone::clone)
+        let newest = || driver::load().and_then(|()| driver::version()).map_or(i32::MAX, |version| version / 1000);
+        FOUND.get_or_init(|| Compiler::among(&candidates(), newest())).as_ref().map_err(Clone::clone)
     }
 
-    /// The first of these files that is NVRTC.
-    fn among(files: &[PathBuf]) -> Result<Compiler> {
-        files.iter().find_map(|file| Compiler::open(file).ok()).ok_or_else(|| CudaError::NoCompiler {
+    /// The first of these files that is NVRTC and of a major version up to `newest`, else the first that is NVRTC.
+    fn among(files: &[PathBuf], newest: i32) -> Result<Compiler> {
+        let mut newer = None;
+        for compiler in files.iter().filter_map(|file| Compiler::open(file).ok()) {
+            if compiler.version.0 <= newest {
+                return Ok(compiler);
+            }
+            newer.get_or_insert(compiler);
+        }
+        newer.ok_or_else(|| CudaError::NoCompiler {
             looked_for: files.iter().map(|f| f.display().to_string()).collect(),
         })
     }
@@ -219,11 +229,11 @@ mod tests {
     #[test]
     fn a_compiler_that_is_not_there_names_every_place() {
         let places = ["/nowhere/libnvrtc.so.13", "/nowhere/else/libnvrtc.so"].map(PathBuf::from);
-        let Err(error) = Compiler::among(&places) else { panic!("found a compiler nowhere") };
+        let Err(error) = Compiler::among(&places, i32::MAX) else { panic!("found a compiler nowhere") };
         let text = error.to_string();
         assert!(places.iter().all(|p| text.contains(&p.display().to_string())), "{text}");
         // A library that is something else is passed over.
-        assert!(Compiler::among(&["libc.so.6".into()]).is_err());
+        assert!(Compiler::among(&["libc.so.6".into()], i32::MAX).is_err());
     }
 
     #[test]

@@ -1,11 +1,9 @@
 //! What can go wrong on an NVIDIA GPU.
 
+use crate::error::memory;
+
 /// Result of a function of this backend.
 pub(crate) type Result<T, E = CudaError> = std::result::Result<T, E>;
-
-fn gigabytes(bytes: u64) -> String {
-    format!("{:.2} GB", bytes as f64 / 1e9)
-}
 
 /// An error of the CUDA backend.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -19,7 +17,9 @@ pub enum CudaError {
         why: String,
     },
     /// The driver cannot do what is needed.
-    #[error("the NVIDIA driver is too old: wanted {wanted}, found {found}; installing a newer driver helps")]
+    #[error(
+        "the NVIDIA driver is too old: wanted {wanted}, found {found}; a newer driver helps, and the device `cpu` needs none"
+    )]
     OldDriver {
         /// What is needed of it.
         wanted: String,
@@ -73,7 +73,7 @@ pub enum CudaError {
     /// The GPU has too little memory.
     #[error(
         "the GPU has too little memory: {what} needs {}, {} of {} are free",
-        gigabytes(*bytes), gigabytes(*free), gigabytes(*total)
+        memory(*bytes), memory(*free), memory(*total)
     )]
     OutOfMemory {
         /// What it was for.
@@ -113,5 +113,9 @@ mod tests {
         };
         let text = error.to_string();
         assert!(text.contains("90.00 GB") && text.contains("70.00 GB of 80.00 GB"), "{text}");
+        assert_eq!(
+            [4_500_000_000, 450_000_000, 1_250_000, 7].map(memory),
+            ["4.50 GB", "0.45 GB", "1.25 MB", "0.01 kB"]
+        );
     }
 }

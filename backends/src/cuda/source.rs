@@ -33,6 +33,8 @@ header!(ROUTER, "router.cuh");
 header!(HEADS, "heads.cuh");
 header!(TILES, "tiles.cuh");
 header!(VECTORS, "vectors.cuh");
+header!(PHILOX, "philox.cuh");
+header!(ADAMW, "adamw.cuh");
 
 impl Source {
     /// A file of `kernels/` with its headers; [`COMMON`] comes before them by itself.

@@ -36,6 +36,9 @@ macro_rules! texts {
 }
 texts! {
     "adamw",
+    "adamw_8bit",
+    "adamw_bf16",
+    "adamw_rule",
     "assign",
     "attend_cache",
     "attention",
@@ -71,6 +74,7 @@ texts! {
     "norm_of_parts",
     "norm_weights",
     "norm_weights_finish",
+    "philox",
     "powers",
     "random",
     "reduce",

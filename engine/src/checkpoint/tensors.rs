@@ -2,6 +2,8 @@
 
 use std::{borrow::Cow, error::Error, fmt};
 
+use moebius_ir::DType;
+
 /// The dtypes a checkpoint can hold. All are little-endian, dense, in row-major order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Dtype {
@@ -53,6 +55,19 @@ impl Dtype {
     /// The engine's dtype for one of safetensors, `None` for those the engine does not have.
     pub fn from_safetensors(dtype: safetensors::Dtype) -> Option<Dtype> {
         DTYPES.iter().find(|(_, theirs)| *theirs == dtype).map(|(ours, _)| *ours)
+    }
+}
+
+impl From<DType> for Dtype {
+    fn from(dtype: DType) -> Dtype {
+        match dtype {
+            DType::F32 => Dtype::F32,
+            DType::Bf16 => Dtype::Bf16,
+            DType::F16 => Dtype::F16,
+            DType::I32 => Dtype::I32,
+            DType::U32 => Dtype::U32,
+            DType::Bool => Dtype::Bool,
+        }
     }
 }
 

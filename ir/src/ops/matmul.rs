@@ -1,8 +1,9 @@
 //! `matmul`: matrix products, batched or with one shared right factor.
 //!
 //! `a [..B,M,K], b [K,N] or [..B,K,N] (, bias [N]) -> [..B,M,N]`; with `transpose_a` `a` is `[..B,K,M]`, with
-//! `transpose_b` `b` is `[N,K]` or `[..B,N,K]`. `out = a · b + bias`, accumulated in f32, of the dtype of `a`, which is
-//! also that of `b`; the bias may be f32 beside a narrower `a`. Differentiable in all operands.
+//! `transpose_b` `b` is `[N,K]` or `[..B,N,K]`. `out = a · b + bias`, accumulated in f32, of the dtype of `a` and `b`; one of them
+//! may be f32 beside a narrower other, as where a router in f32 meets rows of 16 bits, and then `out` is f32. The bias is of that
+//! dtype, or f32. Differentiable in all operands.
 
 use serde::{Deserialize, Serialize};
 use smallvec::{SmallVec, smallvec};
@@ -57,7 +58,14 @@ impl Rule for Matmul {
         if a.len() < 2 {
             return Err(Mismatch::operand(0, "rank 2 or more"));
         }
-        check::dtype(operands, 1, *dtype)?;
+        check::float(operands, 1)?;
+        let dtype = match [*dtype, operands[1].dtype] {
+            [DType::F32, _] | [_, DType::F32] => DType::F32,
+            [own, _] => own,
+        };
+        if operands[1].dtype != DType::F32 && dtype != DType::F32 {
+            check::dtype(operands, 1, dtype)?;
+        }
         let outer = &a[..a.len() - 2];
         if b.len() != 2 && (b.len() != a.len() || b[..b.len() - 2] != *outer) {
             let leading = Shape::from(outer);
@@ -71,10 +79,10 @@ impl Rule for Matmul {
         if operands.len() == 3 {
             check::shape(operands, 2, [n])?;
             if operands[2].dtype != DType::F32 {
-                check::dtype(operands, 2, *dtype)?;
+                check::dtype(operands, 2, dtype)?;
             }
         }
-        Ok(smallvec![TensorType::new(*dtype, Shape::new(outer.iter().copied().chain([m, n])))])
+        Ok(smallvec![TensorType::new(dtype, Shape::new(outer.iter().copied().chain([m, n])))])
     }
 
     fn vjp(&self, cx: &mut Vjp<'_>) -> Result<Cotangents> {
@@ -82,14 +90,19 @@ impl Rule for Matmul {
         let (ta, tb) = (self.transpose_a, self.transpose_b);
         // A shared right factor of more than one matrix: its gradient is one product over the rows of all of them.
         let shared = cx.graph.shape(b).len() == 2 && cx.graph.shape(a).len() > 2;
+        let [of_a, of_b] = [a, b].map(|v| cx.graph.ty(v).dtype);
         let mut cotangents: Cotangents = smallvec![
-            cx.when(0, |cx| match (ta, shared) {
-                (false, _) => cx.graph.matmul_with(d, b, None, false, !tb),
-                (true, false) => cx.graph.matmul_with(b, d, None, tb, true),
-                (true, true) => {
-                    let da = cx.graph.matmul_with(d, b, None, false, !tb)?;
-                    transposed(cx.graph, da)
-                }
+            cx.when(0, |cx| {
+                let g = &mut *cx.graph;
+                let da = match (ta, shared) {
+                    (false, _) => g.matmul_with(d, b, None, false, !tb)?,
+                    (true, false) => g.matmul_with(b, d, None, tb, true)?,
+                    (true, true) => {
+                        let da = g.matmul_with(d, b, None, false, !tb)?;
+                        transposed(g, da)?
+                    }
+                };
+                g.cast(da, of_a)
             })?,
             cx.when(1, |cx| {
                 let g = &mut *cx.graph;
@@ -99,7 +112,8 @@ impl Rule for Matmul {
                 } else {
                     (a, d, ta)
                 };
-                if tb { g.matmul_with(d, a, None, true, ta) } else { g.matmul_with(a, d, None, !ta, false) }
+                let db = if tb { g.matmul_with(d, a, None, true, ta)? } else { g.matmul_with(a, d, None, !ta, false)? };
+                g.cast(db, of_b)
             })?,
         ];
         if let Some(&bias) = cx.operands.get(2) {
@@ -200,6 +214,12 @@ mod tests {
         assert_eq!(wanted(&[5, 3], &[3]).0, Some(1));
         let bf16 = |shape: &[usize]| TensorType::new(DType::Bf16, shape);
         assert!(PLAIN.infer(&[bf16(&[5, 3]), bf16(&[3, 2]), TensorType::f32([2])]).is_ok());
+        // f32 on one side makes the result f32; two kinds of 16 bits do not go together.
+        for [a, b] in [[DType::F32, DType::Bf16], [DType::Bf16, DType::F32]] {
+            let types = [TensorType::new(a, [5, 3]), TensorType::new(b, [3, 2])];
+            assert_eq!(PLAIN.infer(&types).unwrap()[0], TensorType::f32([5, 2]));
+        }
+        assert_eq!(PLAIN.infer(&[bf16(&[5, 3]), TensorType::new(DType::F16, [3, 2])]).unwrap_err().operand, Some(1));
         let f16 = TensorType::new(DType::F16, [2]);
         assert_eq!(PLAIN.infer(&[bf16(&[5, 3]), bf16(&[3, 2]), f16]).unwrap_err().operand, Some(2));
     }

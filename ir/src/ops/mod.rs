@@ -133,6 +133,7 @@ ops! {
     global_norm::GlobalNorm, adamw::Adamw,
 }
 
+pub use adamw::AdamwState;
 pub use assign::Order;
 pub use binary::BinaryFn;
 pub use compare::CompareFn;

@@ -5,6 +5,7 @@ mod cse;
 mod dce;
 mod fusion;
 mod narrow;
+mod read_through;
 mod recompute;
 
 pub use constant_folding::fold_constants;
@@ -12,19 +13,22 @@ pub use cse::eliminate_common_subexpressions;
 pub use dce::eliminate_dead_code;
 pub use fusion::fuse_elementwise;
 pub use narrow::narrow_parameters;
+pub use read_through::read_through;
 pub use recompute::recompute;
 
 use crate::error::Result;
 use crate::graph::Graph;
 use crate::verify::{Stage, verify};
 
-/// All passes in their order: constants, common subexpressions, dead code, fusion of elementwise chains.
+/// All passes in their order: reading through, constants, common subexpressions, dead code, fusion of elementwise chains.
 ///
 /// # Errors
 /// [`crate::Error::Invalid`] if the graph, or what a pass made of it, breaks a rule.
 pub fn optimise(graph: &Graph) -> Result<Graph> {
     verify(graph, Stage::Built)?;
-    let mut graph = fold_constants(graph)?;
+    let mut graph = read_through(graph)?;
+    verify(&graph, Stage::Built)?;
+    graph = fold_constants(&graph)?;
     verify(&graph, Stage::Built)?;
     graph = eliminate_common_subexpressions(&graph)?;
     verify(&graph, Stage::Built)?;

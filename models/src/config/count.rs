@@ -2,7 +2,10 @@
 
 use serde::Serialize;
 
-use super::{ComputeDtype, Config, Norm, Side};
+use moebius_ir::Shape;
+
+use super::{ComputeDtype, Config, Moments, Norm, Side};
+use crate::gpt::Parameter;
 
 /// Parameters of one layer. H width, K width of all key heads, F inner width, E experts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -69,7 +72,7 @@ pub struct Bytes {
     pub weights: u64,
     /// The copy the matrix products read, when they are not in f32.
     pub compute_weights: u64,
-    /// Both moments of AdamW in f32.
+    /// Both moments of AdamW, as `train.moments` keeps them.
     pub optimizer: u64,
     /// Gradients in f32.
     pub gradients: u64,
@@ -164,6 +167,16 @@ impl Config {
         Flops { matmul, attention, total: matmul.saturating_add(attention), recomputed }
     }
 
+    /// Bytes of the rows that dispatch moves for one token in one forward pass: the token's row in the dtype of the products, once
+    /// for each of its choices, in every MoE layer. As many come back, and as many move again each way in the backward pass; with
+    /// a capacity that drops, fewer. The configuration must be valid.
+    pub fn dispatch_bytes_per_token(&self) -> u64 {
+        let m = &self.model;
+        let row = (m.width * m.dtype.bytes()) as u64;
+        let experts = m.experts_per_layer();
+        experts.into_iter().filter(|&e| e > 0).map(|e| m.experts_per_token(e) as u64 * row).sum()
+    }
+
     /// Bytes of training state. The configuration must be valid.
     pub fn training_bytes(&self) -> Bytes {
         let n = self.parameters().total;
@@ -171,7 +184,16 @@ impl Config {
             ComputeDtype::F32 => 0,
             ComputeDtype::Bf16 => 2 * n,
         };
-        Bytes { weights: 4 * n, compute_weights, optimizer: 8 * n, gradients: 4 * n }
+        let moments = self.train.moments;
+        let of_tensor = |shape: Shape| {
+            let elements = shape.elements() as u64;
+            moments.of_tensor(elements).bytes(elements)
+        };
+        let optimizer = match moments {
+            Moments::F32 | Moments::Bf16 => moments.bytes(n),
+            Moments::Eight => Parameter::list(&self.model).into_iter().map(|p| of_tensor(p.shape)).sum(),
+        };
+        Bytes { weights: 4 * n, compute_weights, optimizer, gradients: 4 * n }
     }
 }
 

@@ -5,7 +5,7 @@ use toml::{Table, Value};
 use super::{Config, ConfigError, UnknownKey};
 
 /// Every key, and whether it can be absent.
-pub(super) const KEYS: [(&str, bool); 70] = [
+pub(super) const KEYS: [(&str, bool); 73] = [
     ("model.name", false),
     ("model.vocab", false),
     ("model.layers", false),
@@ -69,6 +69,7 @@ pub(super) const KEYS: [(&str, bool); 70] = [
     ("train.betas", false),
     ("train.eps", false),
     ("train.weight_decay", false),
+    ("train.moments", false),
     ("train.clip", false),
     ("train.seed", false),
     ("train.eval_every", false),
@@ -76,6 +77,8 @@ pub(super) const KEYS: [(&str, bool); 70] = [
     ("train.checkpoint_every", false),
     ("train.keep_checkpoints", false),
     ("train.log_every", false),
+    ("train.alarm", true),
+    ("train.alarm_exit", true),
 ];
 
 /// Lengths that have two forms, of which one excludes the other.

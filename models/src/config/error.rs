@@ -3,6 +3,7 @@
 use std::{io, path::PathBuf};
 
 use super::Family;
+use crate::health::AlarmError;
 
 /// A key no configuration has.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,6 +18,12 @@ pub struct UnknownKey {
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Violation {
+    /// Alarms that cannot be.
+    #[error("train.alarm: {why}")]
+    Alarm {
+        /// Why not.
+        why: AlarmError,
+    },
     /// A value out of its range.
     #[error("{key}: wanted {wanted}, found {found}")]
     OutOfRange {

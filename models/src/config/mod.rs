@@ -16,6 +16,7 @@ mod validate;
 
 use std::{fs, path::Path};
 
+pub use moebius_ir::Moments;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::edit::nearest;
@@ -172,6 +173,9 @@ pub struct TrainConfig {
     /// Decoupled weight decay, of matrices only.
     #[serde(default = "default::weight_decay")]
     pub weight_decay: f64,
+    /// How AdamW's moments are kept between steps: `f32`, or rounded stochastically in `bf16` or `8bit`.
+    #[serde(default)]
+    pub moments: Moments,
     /// Largest norm of all gradients together; 0 for no clipping.
     #[serde(default = "default::clip")]
     pub clip: f64,
@@ -193,6 +197,12 @@ pub struct TrainConfig {
     /// Steps after which the host looks at what the device did, and at the health of the routers. Every step has its line of metrics.
     #[serde(default = "default::log_every")]
     pub log_every: u64,
+    /// Limits for the health of the routers, as [`crate::health::Alarms::parse`] reads them: `dead-experts=100,drop=0.3`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alarm: Option<String>,
+    /// Whether an alarm ends the run. Absent is no.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alarm_exit: Option<bool>,
 }
 
 /// The feed-forward part of an MoE layer.

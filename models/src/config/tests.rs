@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::{edit::KEYS, *};
+use crate::gpt::Parameter;
 
 fn preset(name: &str) -> Config {
     let config = Config::preset(name).unwrap();
@@ -140,6 +141,20 @@ fn operations_and_bytes() {
     let n = config.parameters().total;
     let bytes = config.training_bytes();
     assert_eq!((bytes.weights, bytes.compute_weights, bytes.optimizer, bytes.gradients), (4 * n, 2 * n, 8 * n, 4 * n));
+    let mut narrow = config.clone();
+    narrow.set("train.moments=bf16").unwrap();
+    assert_eq!(narrow.training_bytes().optimizer, 4 * n);
+    // All tensors are small.
+    narrow.set("train.moments=8bit").unwrap();
+    assert_eq!(narrow.training_bytes().optimizer, 8 * n);
+    let mut large = preset("tiny-pr-moe");
+    large.set("train.moments=8bit").unwrap();
+    let bytes = |n: u64| if n < 4096 { 8 * n } else { 2 * n.div_ceil(4) * 4 + n.div_ceil(256) * 8 };
+    let wanted: u64 = Parameter::list(&large.model).iter().map(|p| bytes(p.shape.elements() as u64)).sum();
+    assert_eq!(large.training_bytes().optimizer, wanted);
+    assert!(wanted < large.parameters().total * 9 / 4, "{wanted}");
+    let refused = narrow.set("train.moments=f16").unwrap_err().to_string();
+    assert!(Moments::ALL.iter().all(|m| refused.contains(&format!("`{m}`"))), "{refused}");
     assert_eq!((config.tokens_per_step(), config.total_steps()), (6, 5));
     // Experts cost parameters, not operations, apart from the router.
     let mut more = config.clone();
@@ -333,6 +348,8 @@ fn the_list_of_keys_is_that_of_the_structs() {
         warmup_tokens: lengths,
         decay_steps: lengths,
         decay_tokens: lengths,
+        alarm: Some("drop=0.3".into()),
+        alarm_exit: Some(true),
         ..config.train
     };
     assert_eq!(given(&config), KEYS.iter().map(|(key, _)| key.to_string()).collect());

@@ -1,6 +1,7 @@
 //! Checks what the values of a configuration mean together. Everything wrong is told at once.
 
 use super::{Config, ConfigError, GroupScore, ModelConfig, Normalise, Schedule, Score, Violation, edit::FORMS};
+use crate::health::Alarms;
 
 /// Bounds that keep every count far inside 64 bits; no machine holds a model beyond them.
 pub(crate) const MOST_LAYERS: usize = 1 << 12;
@@ -157,6 +158,17 @@ impl Config {
         check.positive("train.eps", t.eps);
         check.not_negative("train.weight_decay", t.weight_decay);
         check.not_negative("train.clip", t.clip);
+        if let Some(text) = &t.alarm
+            && let Err(why) = Alarms::parse(text).and_then(|alarms| alarms.check(&self.model))
+        {
+            check.0.push(Violation::Alarm { why });
+        }
+        check.that(
+            t.alarm.is_some() || t.alarm_exit != Some(true),
+            "train.alarm_exit",
+            "train.alarm beside it",
+            "no train.alarm",
+        );
     }
 }
 

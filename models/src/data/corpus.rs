@@ -4,6 +4,8 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
+use xxhash_rust::xxh3::Xxh3;
+
 use super::cache::tokenised;
 use super::store::{Bytes, OpenFile, TokenStore, Width};
 use super::{DataError, Source, tiny_shakespeare};
@@ -203,6 +205,39 @@ impl Stream {
             Ok(())
         })?;
         Ok(bytes)
+    }
+
+    /// The tokens of a range as a stream of their own.
+    ///
+    /// # Panics
+    /// If the range ends beyond [`Stream::len`]: a bug of the caller.
+    pub fn part(&self, range: Range<usize>) -> Stream {
+        assert!(range.end <= self.len, "tokens {range:?} of {}", self.len);
+        let mut part = Stream { name: self.name.clone(), parts: Vec::new(), len: 0 };
+        for Part { start, store, range: all } in &self.parts {
+            let (from, to) = (range.start.max(*start), range.end.min(start + all.len()));
+            if from < to {
+                part.push(Arc::clone(store), from - start + all.start..to - start + all.start);
+            }
+        }
+        part
+    }
+
+    /// Hash of all ids: 32 hexadecimal digits of xxh3-128. Reads the whole text.
+    ///
+    /// # Errors
+    /// [`DataError::Io`] if a file can no longer be read.
+    pub fn hash(&self) -> Result<String, DataError> {
+        let mut hash = Xxh3::new();
+        let mut ids = vec![0i32; self.len.min(1 << 16)];
+        let mut at = 0;
+        while at < self.len {
+            let count = ids.len().min(self.len - at);
+            self.read(at, &mut ids[..count])?;
+            hash.update(bytemuck::cast_slice(&ids[..count]));
+            at += count;
+        }
+        Ok(format!("{:032x}", hash.digest128()))
     }
 
     /// Cuts a range at the joins between texts.

@@ -142,10 +142,13 @@ fn coefficient(g: &mut Graph, p: &mut Parameters<'_>, layer: usize, x: Value, si
             g.concat(&[one, of_side], 1).map(Some)
         }
         Side::Softmax => {
-            let (weight, bias) = (p.get(g, &at("weight"))?, p.get(g, &at("bias"))?);
-            let scores = g.matmul_with(x, weight, Some(bias), false, true)?;
-            let coefficient = g.softmax(scores)?;
-            g.cast(coefficient, DType::F32).map(Some)
+            let (weight, bias) = (p.get(g, &at("weight"))?, p.master(g, &at("bias"))?);
+            let scores = g.matmul_with(x, weight, None, false, true)?;
+            // From here on in f32: the bias' gradient is a sum over all tokens of which little is left, as experts and side
+            // branch pull it to both sides, and the roundings of its terms would be most of it.
+            let scores = g.cast(scores, DType::F32)?;
+            let scores = g.add(scores, bias)?;
+            g.softmax(scores).map(Some)
         }
     }
 }

@@ -28,7 +28,7 @@ pub struct Alarms {
     pub logit_scale: Option<f64>,
 }
 
-/// The keys of `--alarm`, and what their values are.
+/// The keys of alarms, and what their values are.
 const KEYS: [(&str, &str); 5] = [
     ("dead-experts", "a number of steps without a token, from 1, as dead-experts=100"),
     ("drop", "a fraction of at least 0 and below 1, as drop=0.3"),
@@ -41,14 +41,14 @@ const KEYS: [(&str, &str); 5] = [
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum AlarmError {
     /// Not `key=value`.
-    #[error("--alarm: wanted key=value, as dead-experts=100, found `{found}`")]
+    #[error("wanted key=value, as dead-experts=100, found `{found}`")]
     Form {
         /// The text.
         found: String,
     },
     /// A key that no alarm has.
     #[error(
-        "--alarm: unknown key `{key}`{}; there are {}",
+        "unknown key `{key}`{}; there are {}",
         if nearest.is_empty() { String::new() } else { format!(" (nearest: {})", nearest.join(", ")) },
         KEYS.map(|(key, _)| key).join(", ")
     )]
@@ -59,7 +59,7 @@ pub enum AlarmError {
         nearest: Vec<String>,
     },
     /// A value that its key does not take.
-    #[error("--alarm: wanted for {key} {wanted}, found `{found}`")]
+    #[error("wanted for {key} {wanted}, found `{found}`")]
     Value {
         /// The key.
         key: &'static str,
@@ -69,13 +69,13 @@ pub enum AlarmError {
         found: String,
     },
     /// A key that is given twice.
-    #[error("--alarm: wanted {key} once, found it twice")]
+    #[error("wanted {key} once, found it twice")]
     Twice {
         /// The key.
         key: &'static str,
     },
     /// An alarm that this model can never give.
-    #[error("--alarm {key}: this model never gives it: {why}")]
+    #[error("{key}: this model never gives it: {why}")]
     Never {
         /// The key.
         key: &'static str,

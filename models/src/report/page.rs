@@ -14,7 +14,7 @@ const MAX_EVALS: usize = 300;
 const MAX_DOTS: usize = 60;
 
 /// Makes text safe inside an element and inside a quoted attribute.
-pub(super) fn escape(text: &str) -> String {
+pub(crate) fn escape(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
     for c in text.chars() {
         match c {

@@ -2,7 +2,7 @@
 
 /// One axis.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Scale {
+pub(crate) struct Scale {
     from: f64,
     to: f64,
     log: bool,
@@ -12,7 +12,7 @@ pub(super) struct Scale {
 
 impl Scale {
     /// An axis over [from, to] onto pixels. An empty range is widened, so that a constant is drawn as a line.
-    pub(super) fn new(range: (f64, f64), log: bool, pixels: (f64, f64)) -> Self {
+    pub(crate) fn new(range: (f64, f64), log: bool, pixels: (f64, f64)) -> Self {
         let (mut from, mut to) = range;
         if to - from <= f64::EPSILON * to.abs().max(from.abs()) {
             let room = if to == 0.0 { 1.0 } else { to.abs() * 0.1 };
@@ -22,7 +22,7 @@ impl Scale {
     }
 
     /// Widens a linear axis to the next ticks, a logarithmic one by a little.
-    pub(super) fn rounded(self, ticks: usize) -> Self {
+    pub(crate) fn rounded(self, ticks: usize) -> Self {
         if self.log {
             let room = (self.to / self.from).powf(0.04);
             return Self { from: self.from / room, to: self.to * room, ..self };
@@ -31,7 +31,7 @@ impl Scale {
         Self { from: (self.from / step).floor() * step, to: (self.to / step).ceil() * step, ..self }
     }
 
-    pub(super) fn pixel(&self, value: f64) -> f64 {
+    pub(crate) fn pixel(&self, value: f64) -> f64 {
         let share = if self.log {
             (value.max(self.from) / self.from).ln() / (self.to / self.from).ln()
         } else {
@@ -41,7 +41,7 @@ impl Scale {
     }
 
     /// About `count` round values inside the axis, with their text.
-    pub(super) fn ticks(&self, count: usize) -> Vec<(f64, String)> {
+    pub(crate) fn ticks(&self, count: usize) -> Vec<(f64, String)> {
         let values = if self.log { self.log_ticks(count) } else { self.linear_ticks(count) };
         let step = values.windows(2).map(|w| w[1] - w[0]).fold(f64::INFINITY, f64::min);
         let largest = values.iter().fold(0.0, |largest: f64, value| largest.max(value.abs()));
@@ -82,7 +82,7 @@ impl Scale {
 }
 
 /// 1, 2 or 5 times a power of ten, such that `span` has at most about `count` of them.
-pub(super) fn round_step(span: f64, count: usize) -> f64 {
+pub(crate) fn round_step(span: f64, count: usize) -> f64 {
     let raw = span / count.max(1) as f64;
     let ten = 10f64.powf(raw.log10().floor());
     let times = [1.0, 2.0, 5.0, 10.0].into_iter().find(|times| times * ten >= raw * 0.999);
@@ -109,7 +109,7 @@ fn tick_text(value: f64, step: f64, largest: f64) -> String {
 }
 
 /// Three or four digits and a unit: 0.0123, 1.62, 12.3k, 1.12M, 3e-4.
-pub(super) fn short(value: f64) -> String {
+pub(crate) fn short(value: f64) -> String {
     if !value.is_finite() {
         return "not finite".to_owned();
     }
@@ -140,7 +140,7 @@ fn trim(text: String) -> String {
 }
 
 /// 1,234,567.
-pub(super) fn grouped(value: u64) -> String {
+pub(crate) fn grouped(value: u64) -> String {
     let digits = value.to_string();
     let mut text = String::new();
     for (at, digit) in digits.chars().enumerate() {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use moebius::checkpoint::CheckpointError;
 
 use super::CONFIG_FILE;
-use crate::config::ConfigError;
+use crate::config::{ConfigError, Moments};
 use crate::data::DataError;
 use crate::distill::DistillError;
 use crate::metrics::MetricsError;
@@ -75,6 +75,20 @@ pub enum TrainingError {
         path: PathBuf,
         /// The settings that differ, with both values.
         difference: String,
+    },
+    /// The checkpoint keeps its moments in another way.
+    #[error(
+        "{}: the checkpoint has train.moments = {found}, this run {wanted}: a run goes on with the moments it has, \
+         so resume it with --moments {found}",
+        path.display()
+    )]
+    OtherMoments {
+        /// The checkpoint.
+        path: PathBuf,
+        /// This run's way.
+        wanted: Moments,
+        /// The checkpoint's way.
+        found: Moments,
     },
     /// The checkpoint was made with another tokenizer.
     #[error("{}: the checkpoint was made with tokenizer {found}, this run has {wanted}", path.display())]

@@ -19,7 +19,7 @@ pub fn memory(engine: &Engine, config: &Config) -> moebius::Result<Memory> {
 /// As [`Engine::memory`].
 pub fn memory_of(engine: &Engine, config: &Config, lesson: Option<&Distilling<'_>>) -> moebius::Result<Memory> {
     let (graph, loss, options) = super::step::parts_of(config, lesson)?;
-    engine.memory(&training_step_with(graph, loss, options)?)
+    engine.training_memory(&training_step_with(graph, loss, options)?)
 }
 
 /// The largest batch up to the configuration's of which a training step takes at most `free` bytes; 0 if there is none.
@@ -57,6 +57,18 @@ pub(super) fn largest_batch_of(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rounded_copies_are_made_where_they_stay() {
+        let engine = Engine::cpu(Some(1)).unwrap();
+        let mut config = Config::preset("tiny-pr-moe").unwrap();
+        config.set("model.dtype=bf16").unwrap();
+        let (graph, loss, options) = crate::training::parts(&config).unwrap();
+        let step = training_step_with(graph, loss, options).unwrap();
+        let (alone, all) = (engine.memory(&step).unwrap(), memory(&engine, &config).unwrap());
+        assert!(step.inputs().iter().any(|(name, _)| name.starts_with("rounded/")));
+        assert_eq!(alone, all);
+    }
 
     #[test]
     fn the_largest_batch_fits_and_the_next_does_not() {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
-use moebius::checkpoint::{Checkpoint, Checkpoints, Dtype, Snapshot, Tensor, TensorInfo, TrainState};
+use moebius::checkpoint::{Checkpoint, Checkpoints, Snapshot, Tensor, TensorInfo, TrainState};
 use serde::{Deserialize, Serialize};
 
 use super::{Event, Observer, Run, TrainingError, parameter_infos};
@@ -28,10 +28,14 @@ impl Run {
     pub(super) fn load(&mut self, checkpoint: &mut Checkpoint) -> Result<(), TrainingError> {
         let state = checkpoint.state.clone();
         let path = checkpoint.path().to_owned();
+        let written = Config::from_toml(&state.config, "the checkpoint's configuration")?;
         if state.config_hash != self.config.model_hash() {
-            let written = Config::from_toml(&state.config, "the checkpoint's configuration")?;
             let difference = self.config.model_difference(&written)?;
             return Err(TrainingError::OtherConfig { path, difference });
+        }
+        let (wanted, found) = (self.config.train.moments, written.train.moments);
+        if wanted != found {
+            return Err(TrainingError::OtherMoments { path, wanted, found });
         }
         if state.tokenizer_hash != self.tokenizer_hash {
             let (wanted, found) = (self.tokenizer_name.clone(), state.tokenizer);
@@ -66,8 +70,11 @@ impl Run {
     }
 
     fn infos(&self, names: &[String]) -> Vec<TensorInfo> {
-        let shape = |name: &String| self.session.ty(name).map_or_else(Vec::new, |t| t.shape.to_vec());
-        names.iter().map(|name| TensorInfo::new(name, Dtype::F32, shape(name))).collect()
+        let info = |name: &String| {
+            let ty = self.session.ty(name)?;
+            Some(TensorInfo::new(name, ty.dtype.into(), ty.shape.to_vec()))
+        };
+        names.iter().filter_map(info).collect()
     }
 
     pub(super) fn save(&mut self, observer: &mut Observer<'_>) -> Result<(), TrainingError> {

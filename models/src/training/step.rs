@@ -24,6 +24,7 @@ impl Config {
             eps: train.eps as f32,
             weight_decay: train.weight_decay as f32,
             clip: train.clip as f32,
+            moments: train.moments,
         }
     }
 }

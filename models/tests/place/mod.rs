@@ -52,14 +52,27 @@ pub fn kill_until_it_ends(
     stream: u32,
     args: impl Fn(bool) -> Vec<String>,
 ) -> u32 {
+    kill_until_it_ends_with(place, out, (attempts, 400.0), stream, |begun| {
+        let args = args(begun);
+        place.command(&args.iter().map(String::as_str).collect::<Vec<_>>())
+    })
+}
+
+/// [`kill_until_it_ends`] with a whole command instead of its arguments, and moments of up to so many milliseconds.
+pub fn kill_until_it_ends_with(
+    place: &Place,
+    out: &str,
+    (attempts, longest): (u64, f32),
+    stream: u32,
+    command: impl Fn(bool) -> Command,
+) -> u32 {
     let seed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().subsec_nanos();
     let mut kills = 0;
     for attempt in 0..200u64 {
-        let args = args(place.path(out).join("config.toml").exists());
-        let args: Vec<&str> = args.iter().map(String::as_str).collect();
-        let mut child = place.command(&args).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut command = command(place.path(out).join("config.toml").exists());
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         if attempt < attempts {
-            let wait = philox::uniform([seed, stream], 0, attempt) * 400.0;
+            let wait = philox::uniform([seed, stream], 0, attempt) * longest;
             std::thread::sleep(Duration::from_millis(5 + wait as u64));
             let _ = child.kill();
         }

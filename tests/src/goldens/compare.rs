@@ -7,6 +7,15 @@ use moebius_ir::Tensor;
 
 use super::set::{Problem, Set};
 
+/// How far roundings move a tensor.
+#[derive(Clone, Copy, Debug)]
+pub struct Roundings<'a> {
+    /// Of the inputs to a narrower dtype: each element, where the tensor wanted was made of others.
+    pub inputs: Option<&'a [f64]>,
+    /// Of what is computed: the element moved furthest.
+    pub values: f64,
+}
+
 /// A case being compared. Tensors are named without the case; each must be used before [`Case::finish`].
 pub struct Case<'a> {
     set: &'a Set,
@@ -87,47 +96,47 @@ impl<'a> Case<'a> {
     /// # Errors
     /// [`Problem::Tensor`].
     pub fn close(&mut self, name: &str, got: &[f64], tolerance: f64) -> Result<(), Problem> {
-        self.close_beside(name, got, &[], tolerance)
-    }
-
-    /// Compares a result in bf16, as [`Case::close`] but for two things. `moved`, if there is any, is how far the same computation
-    /// in f32 is moved by rounding its inputs to bf16: an element may be as much further away from a tensor of f32, as no
-    /// computation with those inputs could undo it; where that was needed, a note says so. And gradients of
-    /// `….weight` and `….bias` are relative to the largest magnitude in both: a bias is one more column of the weight,
-    /// whose input is 1, and where little is left of its sum over all tokens, its roundings are as large as theirs.
-    ///
-    /// # Errors
-    /// [`Problem::Tensor`].
-    pub fn close_in_bf16(
-        &mut self,
-        name: &str,
-        got: &[f64],
-        moved: Option<&[f64]>,
-        tolerance: f64,
-    ) -> Result<(), Problem> {
-        let beside = name.strip_suffix(".bias").and_then(|map| self.optional(&format!("{map}.weight")));
-        let beside: &[f64] = beside.map_or(&[], |weight| &weight.data);
         let wanted = &self.tensor(name)?.data;
-        let size = size(wanted).max(size(beside));
-        let Some(moved) = moved.filter(|m| m.len() == wanted.len() && got.len() == wanted.len()) else {
-            return self.close_beside(name, got, beside, tolerance);
-        };
-        if too_far(got, wanted, size, tolerance).is_none() {
-            return self.close_beside(name, got, beside, tolerance);
-        }
-        let left: Vec<f64> = got.iter().zip(wanted).zip(moved).map(|((g, w), m)| nearer(*g, *w, m.abs())).collect();
-        let most = moved.iter().fold(0.0f64, |most, m| most.max(m.abs()));
-        self.note(format!("{name} moved by up to {:.1e} of {size:.1e} by rounded inputs alone", most / size));
-        self.close_beside(name, &left, beside, tolerance)
-    }
-
-    fn close_beside(&mut self, name: &str, got: &[f64], beside: &[f64], tolerance: f64) -> Result<(), Problem> {
-        let wanted = &self.tensor(name)?.data;
-        let size = size(wanted).max(size(beside));
+        let size = size(wanted);
         self.worst = self.worst.max(worst(got, wanted, size).map_or(0.0, |(_, error)| error));
         if let Some(wrong) = too_far(got, wanted, size, tolerance) {
             self.wrong(format!("{name}: {wrong}"));
         }
+        Ok(())
+    }
+
+    /// As [`Case::close`], of a result that roundings move, if they are known: `beside` says how far. An element may be as much
+    /// further away as other inputs move it. And where roundings alone move the tensor by more than half the tolerance, it may be
+    /// as far away as they move two computations. A note says where either was needed.
+    ///
+    /// # Errors
+    /// [`Problem::Tensor`].
+    pub fn close_but_for(
+        &mut self,
+        name: &str,
+        got: &[f64],
+        beside: Roundings<'_>,
+        tolerance: f64,
+    ) -> Result<(), Problem> {
+        let wanted = &self.tensor(name)?.data;
+        let size = size(wanted);
+        if got.len() != wanted.len() || too_far(got, wanted, size, tolerance).is_none() {
+            return self.close(name, got, tolerance);
+        }
+        let mut left = got.to_vec();
+        if let Some(moved) = beside.inputs.filter(|moved| moved.len() == got.len()) {
+            left = got.iter().zip(wanted).zip(moved).map(|((g, w), m)| nearer(*g, *w, m.abs())).collect();
+            let most = moved.iter().fold(0.0f64, |most, m| most.max(m.abs()));
+            self.note(format!("{name} moved by up to {:.1e} of {size:.1e} by rounded inputs alone", most / size));
+        }
+        let moved = beside.values / size;
+        if too_far(&left, wanted, size, tolerance).is_none() || too_far(&left, wanted, size, 2.0 * moved).is_some() {
+            return self.close(name, &left, tolerance);
+        }
+        let error = worst(&left, wanted, size).map_or(0.0, |(_, error)| error);
+        self.note(format!(
+            "{name} off by {error:.1e} of {size:.1e}, where roundings alone move it by up to {moved:.1e}"
+        ));
         Ok(())
     }
 

@@ -1,21 +1,16 @@
 //! Cases of `layer` and `ep`: whole MoE layers, forward and every gradient, on one rank or as each of several ranks in turn.
 
-use moebius_ir::DType;
-
-use super::compare::{Case, difference};
+use super::compare::{Case, Roundings, difference};
 use super::machine::Machine;
-use super::rank::{Results, Run, rank};
+use super::rank::{Run, rank};
 use super::set::{Fields, Problem};
 
 /// Compares a case of one rank.
 pub(super) fn check(case: &mut Case<'_>, fields: &Fields<'_>, machine: &Machine, run: Run) -> Result<(), Problem> {
-    let (dtype, tolerance) = run.dtype(fields)?;
-    let close = |case: &mut Case<'_>, name: &str, got: &[f64], moved: Option<&[f64]>| match dtype {
-        DType::Bf16 => case.close_in_bf16(name, got, moved, tolerance),
-        DType::F32 | DType::F16 | DType::I32 | DType::U32 | DType::Bool => case.close(name, got, tolerance),
-    };
-    let Results { values, moved, capacity, .. } = rank(case, "", fields, fields.count("experts")?, machine, run)?;
-    for (name, got) in &values {
+    let (_, tolerance) = run.dtype(fields)?;
+    let results = rank(case, "", fields, fields.count("experts")?, machine, run)?;
+    let values = &results.values;
+    for (name, got) in values {
         match name.as_str() {
             "loss" => {
                 // It is a sum over all elements of the result, so its size is not that of the terms.
@@ -27,13 +22,13 @@ pub(super) fn check(case: &mut Case<'_>, fields: &Fields<'_>, machine: &Machine,
                 }
             }
             "exp_counts" => case.close(name, got, 0.0)?,
-            _ => close(case, name, got, moved.as_ref().map(|values| values[name].as_slice()))?,
+            _ => case.close_but_for(name, got, results.roundings(name), tolerance)?,
         }
     }
     if let Some(wrong) = difference(&values["l_aux"], &[fields.number("l_aux")?], tolerance) {
         case.wrong(format!("l_aux of the index: {wrong}"));
     }
-    same_capacity(case, fields, "", capacity)
+    same_capacity(case, fields, "", results.capacity)
 }
 
 /// Compares a case of several expert-parallel ranks, each run by itself on its tokens with all experts: capacity from a rank's
@@ -45,11 +40,7 @@ pub(super) fn check_ranks(
     machine: &Machine,
     run: Run,
 ) -> Result<(), Problem> {
-    let (dtype, tolerance) = run.dtype(fields)?;
-    let close = |case: &mut Case<'_>, name: &str, got: &[f64], moved: Option<&[f64]>| match dtype {
-        DType::Bf16 => case.close_in_bf16(name, got, moved, tolerance),
-        DType::F32 | DType::F16 | DType::I32 | DType::U32 | DType::Bool => case.close(name, got, tolerance),
-    };
+    let (_, tolerance) = run.dtype(fields)?;
     let (world, local) = (fields.count("world")?, fields.count("local_experts")?);
     if world == 0 || local == 0 {
         let found = format!("{world} and {local}");
@@ -61,7 +52,7 @@ pub(super) fn check_ranks(
         case.same(&format!("rank{number}: tokens"), &x.ty.shape.rows(), &fields.count("tokens_per_rank")?);
         ranks.push(rank(case, &format!("rank{number}/"), fields, world * local, machine, run)?);
     }
-    let sum = |of_ranks: &[&Vec<f64>]| {
+    let sum = |of_ranks: &[&[f64]]| {
         let mut sum: Vec<f64> = vec![0.0; of_ranks.first().map_or(0, |one| one.len())];
         for one in of_ranks {
             sum.iter_mut().zip(*one).for_each(|(s, v)| *s += v);
@@ -81,14 +72,16 @@ pub(super) fn check_ranks(
                 // Gradients of the experts' biases were not stored in every set, those of weights always.
                 (_, Some(_)) if name.ends_with(".bias") && case.optional(&at).is_none() => {}
                 (_, Some(_)) => {
-                    let all: Vec<&Vec<f64>> = ranks.iter().map(|rank| &rank.values[name]).collect();
-                    let moved: Option<Vec<&Vec<f64>>> =
-                        ranks.iter().map(|rank| rank.moved.as_ref().map(|values| &values[name])).collect();
-                    close(case, &at, &sum(&all), moved.map(|all| sum(&all)).as_deref())?;
+                    let all: Vec<&[f64]> = ranks.iter().map(|rank| rank.values[name].as_slice()).collect();
+                    let of_ranks: Vec<Roundings<'_>> = ranks.iter().map(|rank| rank.roundings(name)).collect();
+                    let inputs: Option<Vec<&[f64]>> = of_ranks.iter().map(|of_rank| of_rank.inputs).collect();
+                    let inputs = inputs.map(|all| sum(&all));
+                    let values = of_ranks.iter().map(|of_rank| of_rank.values).sum();
+                    case.close_but_for(&at, &sum(&all), Roundings { inputs: inputs.as_deref(), values }, tolerance)?;
                 }
                 // Those of the dense network are per rank and were not stored in every set.
                 (_, None) if name.starts_with("grad.mlp.") && case.optional(&at).is_none() => {}
-                (_, None) => close(case, &at, got, rank.moved.as_ref().map(|values| values[name].as_slice()))?,
+                (_, None) => case.close_but_for(&at, got, rank.roundings(name), tolerance)?,
             }
         }
         same_capacity(case, fields, &format!("rank{number}/"), capacity)?;

@@ -3,13 +3,15 @@
 use std::collections::HashMap;
 
 use moebius_ir::{DType, Tensor, TensorType, gradients};
-use moebius_models::config::{ComputeDtype, ModelConfig, Order};
+use moebius_models::config::{ComputeDtype, ModelConfig};
 use moebius_models::gpt::Pass;
-use moebius_models::gpt::router::{self, Source};
+use moebius_models::gpt::router;
 
-use super::compare::Case;
+use super::compare::{Case, Roundings};
 use super::machine::{Machine, Sheet, output};
-use super::moe::{Names, inner_width, layer};
+use super::moe::{Names, Part, inner_width, layer};
+use super::rounding;
+use super::routes::Routes;
 use super::rules::{Capacity, Function, Given, model};
 use super::set::{Fields, Problem, Set};
 use crate::families::oracle;
@@ -49,39 +51,13 @@ impl Run {
     }
 }
 
-/// Where the choices of a rank's tokens went.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct Routes {
-    /// The expert of every choice, `[N,k]`.
-    pub(super) expert: Vec<f64>,
-    /// Whether it found a slot, `[N,k]`.
-    pub(super) kept: Vec<bool>,
-}
-
-impl Routes {
-    /// Choices that went to another expert, or found a slot in one of the two only.
-    fn differing(&self, other: &Routes) -> usize {
-        let pairs = self.expert.iter().zip(&other.expert).zip(self.kept.iter().zip(&other.kept));
-        pairs.filter(|((a, b), (c, d))| a != b || c != d).count()
-    }
-
-    /// f32 `[N,E]`: 1 for the expert of a choice that was kept, else 0.
-    fn priority(&self, tokens: usize, experts: usize) -> Tensor {
-        let mut data = vec![0.0; tokens * experts];
-        let k = self.expert.len() / tokens.max(1);
-        for (c, (expert, _)) in self.expert.iter().zip(&self.kept).enumerate().filter(|(_, (_, kept))| **kept) {
-            data[c / k * experts + *expert as usize] = 1.0;
-        }
-        Tensor::f32([tokens, experts], data)
-    }
-}
-
 /// What came out for one rank.
 pub(super) struct Results {
     /// Results and gradients by the names of the case.
     pub(super) values: HashMap<String, Vec<f64>>,
     /// In [`Run::InBf16`] how far rounding the inputs alone moves each value: [`Run::OfBf16`] less the case as it is stored.
-    pub(super) moved: Option<HashMap<String, Vec<f64>>>,
+    moved: Option<HashMap<String, Vec<f64>>>,
+    roundings: HashMap<String, f64>,
     /// Where the tokens went.
     pub(super) routes: Routes,
     /// Slots of an expert, or without dropping the choices of the fullest one (spec 1.1, 1.2): before ranks agree on one.
@@ -91,6 +67,12 @@ pub(super) struct Results {
 }
 
 impl Results {
+    /// How far roundings move the value of this name ([`rounding::moves`]).
+    pub(super) fn roundings(&self, name: &str) -> Roundings<'_> {
+        let inputs = self.moved.as_ref().and_then(|moved| moved.get(name)).map(Vec::as_slice);
+        Roundings { inputs, values: self.roundings.get(name).copied().unwrap_or_default() }
+    }
+
     /// A difference between the routes and those of the rules. Numbers so close that f32 may order them otherwise decide nothing.
     fn against_rules(&self) -> Option<String> {
         let rules = Routes {
@@ -153,15 +135,25 @@ fn by_rules(sheet: &Sheet, config: &ModelConfig, capacity: Option<usize>, expert
     })
 }
 
-/// Results and gradients of a rank; `forced` are routes instead of the router's own.
-fn compute(
+/// The graph of a rank with its results and gradients as outputs.
+struct Built {
+    sheet: Sheet,
+    config: ModelConfig,
+    capacity: Option<usize>,
+    parts: Vec<Part>,
+}
+
+/// Outputs of [`Built::sheet`] that have the names of the case.
+const TOLD: [&str; 4] = ["out", "l_aux", "exp_counts", "loss"];
+
+/// The graph of a rank; `forced` are routes instead of the router's own.
+fn build(
     case: &Case<'_>,
     prefix: &str,
     fields: &Fields<'_>,
     experts: usize,
-    machine: &Machine,
     (run, forced): (Run, Option<&Routes>),
-) -> Result<Results, Problem> {
+) -> Result<Built, Problem> {
     let (dtype, _) = run.dtype(fields)?;
     let x = case.tensor(&format!("{prefix}x"))?;
     let weights = case.tensor(&format!("{prefix}R"))?;
@@ -192,11 +184,8 @@ fn compute(
     let capacity = router::capacity(&config, training, tokens, experts);
     let mut pass = Pass { training, noise: given.noise(), ..Pass::default() };
     if let Some(routes) = forced {
-        let choices: Vec<i32> = routes.expert.iter().map(|&e| e as i32).collect();
-        pass.choices = Some(sheet.input("choices", Tensor::i32([tokens, function.k()], &choices))?);
-        // Whoever was kept comes first, whatever decided that.
-        pass.noise.priority = Source::Given(sheet.input("kept", routes.priority(tokens, experts))?);
-        config.router.get_or_insert_default().order = Some(Order::Random);
+        let (choices, kept) = routes.forced(&mut sheet, &mut config, tokens, experts)?;
+        (pass.choices, pass.noise.priority) = (Some(choices), kept);
     }
     let rounded = |name: &str| {
         let mut tensor = weight(set, name)?;
@@ -221,13 +210,8 @@ fn compute(
     let mut wrt = vec![x];
     wrt.extend(made.parts.iter().map(|part| part.value));
     let grads = gradients(g, loss, &wrt)?;
-    let told = [
-        ("out", y),
-        ("l_aux", made.statistics.load_balancing_loss),
-        ("exp_counts", made.statistics.counts),
-        ("loss", loss),
-    ];
-    for (name, value) in told {
+    let told = [y, made.statistics.load_balancing_loss, made.statistics.counts, loss];
+    for (name, value) in TOLD.into_iter().zip(told) {
         sheet.output(name, value)?;
     }
     sheet.output("expert_index", made.statistics.expert_index)?;
@@ -235,23 +219,42 @@ fn compute(
     for (i, grad) in grads.iter().enumerate() {
         sheet.output(&format!("gradient {i}"), *grad)?;
     }
-    let mut got = machine.run(&sheet)?;
-    let mut values = HashMap::new();
-    for (name, _) in told {
-        values.insert(name.to_owned(), output(&got, name)?.to_vec());
+    Ok(Built { sheet, config, capacity, parts: made.parts })
+}
+
+impl Built {
+    /// What there is for each output of the sheet, under the names of the case.
+    fn named(&self, outputs: &HashMap<String, Vec<f64>>) -> Result<HashMap<String, Vec<f64>>, Problem> {
+        let mut named = HashMap::new();
+        for name in TOLD {
+            named.insert(name.to_owned(), output(outputs, name)?.to_vec());
+        }
+        named.insert("grad_x".into(), output(outputs, "gradient 0")?.to_vec());
+        for (i, part) in self.parts.iter().enumerate() {
+            let of_all = output(outputs, &format!("gradient {}", i + 1))?;
+            named.extend(part.split(of_all).into_iter().map(|(name, part)| (format!("grad.{name}"), part)));
+        }
+        Ok(named)
     }
-    values.insert("grad_x".into(), output(&got, "gradient 0")?.to_vec());
-    for (i, part) in made.parts.iter().enumerate() {
-        let of_all = got.remove(&format!("gradient {}", i + 1)).unwrap_or_default();
-        values.extend(part.split(&of_all).into_iter().map(|(name, part)| (format!("grad.{name}"), part)));
-    }
-    let routes = Routes {
-        expert: output(&got, "expert_index")?.to_vec(),
-        kept: output(&got, "choice_slot")?.iter().map(|&slot| slot >= 0.0).collect(),
-    };
+}
+
+/// Results and gradients of a rank.
+fn compute(
+    case: &Case<'_>,
+    prefix: &str,
+    fields: &Fields<'_>,
+    experts: usize,
+    machine: &Machine,
+    (run, forced): (Run, Option<&Routes>),
+) -> Result<Results, Problem> {
+    let built = build(case, prefix, fields, experts, (run, forced))?;
+    let got = machine.run(&built.sheet)?;
+    let values = built.named(&got)?;
+    let routes = Routes::taken(&got)?;
     let fullest = values["exp_counts"].iter().fold(0.0f64, |most, &count| most.max(count)) as usize;
-    let by_rules = by_rules(&sheet, &config, capacity, experts);
-    Ok(Results { values, moved: None, routes, capacity: capacity.unwrap_or(fullest), by_rules })
+    let by_rules = by_rules(&built.sheet, &built.config, built.capacity, experts);
+    let capacity = built.capacity.unwrap_or(fullest);
+    Ok(Results { values, moved: None, roundings: HashMap::new(), routes, capacity, by_rules })
 }
 
 /// Results and gradients of the rank whose tensors begin with `prefix`, with `experts` in all.
@@ -271,7 +274,14 @@ pub(super) fn rank(
     if let Some(wrong) = results.against_rules() {
         case.wrong(format!("{prefix}routes: {wrong}"));
     }
+    // With these routes given: a token that goes elsewhere is no matter of rounding.
+    let roundings = |case: &Case<'_>, routes: &Routes| {
+        let given = build(case, prefix, fields, experts, (run, Some(routes)))?;
+        let moves = given.named(&rounding::moves(&given.sheet)?)?;
+        Ok::<_, Problem>(moves.into_iter().map(|(name, m)| (name, m.into_iter().fold(0.0, f64::max))).collect())
+    };
     if run != Run::InBf16 {
+        results.roundings = roundings(case, &results.routes)?;
         return Ok(results);
     }
     let stored = compute(case, prefix, fields, experts, machine, (Run::AsStored, None))?;
@@ -287,6 +297,7 @@ pub(super) fn rank(
         case.note(format!("{prefix}routes of f32 replayed, as {differing} of {all} choices differ for tokens in bf16"));
         results = forced(case, run)?;
     }
+    results.roundings = roundings(case, &results.routes)?;
     let mut moved = forced(case, Run::OfBf16)?.values;
     for (name, values) in &mut moved {
         values.iter_mut().zip(&stored.values[name]).for_each(|(rounded, stored)| *rounded -= stored);

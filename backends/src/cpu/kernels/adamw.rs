@@ -23,6 +23,48 @@ pub struct AdamW {
     pub step: u32,
 }
 
+/// What a step takes from its scalars.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rates {
+    scale: f32,
+    keep: f32,
+    rate: f32,
+    root: f32,
+    beta: [f32; 2],
+    gain: [f32; 2],
+    eps: f32,
+}
+
+impl Rates {
+    /// `None` for a step that changes nothing.
+    pub(super) fn of(step: &AdamW) -> Option<Rates> {
+        let AdamW { lr, beta1, beta2, eps, weight_decay, grad_scale, step } = *step;
+        if !grad_scale.is_finite() || !lr.is_finite() || step == 0 {
+            return None;
+        }
+        let t = f64::from(step);
+        Some(Rates {
+            scale: grad_scale,
+            keep: (1.0 - f64::from(lr) * f64::from(weight_decay)) as f32,
+            rate: (f64::from(lr) / (1.0 - f64::from(beta1).powf(t))) as f32,
+            root: (1.0 / (1.0 - f64::from(beta2).powf(t)).sqrt()) as f32,
+            beta: [beta1, beta2],
+            gain: [1.0 - beta1, 1.0 - beta2],
+            eps,
+        })
+    }
+
+    /// Parameter and moments of one element after the step.
+    #[inline(always)]
+    pub(super) fn moved(&self, param: f32, grad: f32, [m, v]: [f32; 2]) -> (f32, [f32; 2]) {
+        let g = grad * self.scale;
+        let m = self.beta[0] * m + self.gain[0] * g;
+        let v = self.beta[1] * v + self.gain[1] * (g * g);
+        let denominator = v.sqrt() * self.root + self.eps;
+        (self.keep * param - self.rate * (m / denominator), [m, v])
+    }
+}
+
 /// Updates one tensor in place. With g = grad_scale grad and t = step:
 /// p -= lr weight_decay p; m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2;
 /// p -= lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps).
@@ -44,15 +86,7 @@ pub fn adamw<T: Element, G: Element, R: Element>(
     assert!(grad.len() == len && m.len() == len && v.len() == len);
     assert!(rounded.is_empty() || rounded.len() == len);
     let keeps = !rounded.is_empty();
-    let AdamW { lr, beta1, beta2, eps, weight_decay, grad_scale, step } = *step;
-    if !grad_scale.is_finite() || !lr.is_finite() || step == 0 {
-        return;
-    }
-    let t = f64::from(step);
-    let keep = (1.0 - f64::from(lr) * f64::from(weight_decay)) as f32;
-    let rate = (f64::from(lr) / (1.0 - f64::from(beta1).powf(t))) as f32;
-    let root = (1.0 / (1.0 - f64::from(beta2).powf(t)).sqrt()) as f32;
-    let (gain1, gain2) = (1.0 - beta1, 1.0 - beta2);
+    let Some(rates) = Rates::of(step) else { return };
     let (param, m, v, rounded) = (Shared::new(param), Shared::new(m), Shared::new(v), Shared::new(rounded));
     tasks(len.div_ceil(TASK), len, |task| {
         let (from, count) = (task * TASK, TASK.min(len - task * TASK));
@@ -65,11 +99,9 @@ pub fn adamw<T: Element, G: Element, R: Element>(
             #[inline(always)]
             || {
                 for i in 0..count {
-                    let g = grad[i].to_f32() * grad_scale;
-                    m[i] = beta1 * m[i] + gain1 * g;
-                    v[i] = beta2 * v[i] + gain2 * (g * g);
-                    let denominator = v[i].sqrt() * root + eps;
-                    param[i] = T::from_f32(keep * param[i].to_f32() - rate * (m[i] / denominator));
+                    let (p, moments) = rates.moved(param[i].to_f32(), grad[i].to_f32(), [m[i], v[i]]);
+                    param[i] = T::from_f32(p);
+                    [m[i], v[i]] = moments;
                 }
                 for (r, p) in rounded.iter_mut().zip(&*param) {
                     *r = R::from_f32(p.to_f32());

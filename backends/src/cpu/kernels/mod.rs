@@ -1,6 +1,7 @@
 //! Kernels over plain slices, one file per op.
 
 pub mod adamw;
+pub mod adamw_narrow;
 pub mod assign;
 pub mod attention;
 pub mod attention_cached;

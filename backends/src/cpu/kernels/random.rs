@@ -3,17 +3,17 @@
 //! A number is a pure function of (key, stream, index of the element), so any part of a tensor can be made anywhere, in
 //! any order. Rounds and transforms are the language's own functions; here are only the loops around them.
 
-use moebius_ir::philox;
+use moebius_ir::{moments, philox};
 
 /// Blocks generated together, so that the rounds vectorise.
 const BLOCKS: usize = 16;
 /// Words of those blocks.
 const WORDS: usize = 4 * BLOCKS;
 
-/// Philox4x32-10 of [`BLOCKS`] consecutive blocks; word w of block b is `[w][b]`.
+/// Philox4x32-10 of [`BLOCKS`] consecutive blocks, whose counters end in `upper`; word w of block b is `[w][b]`.
 #[inline(always)]
-fn philox_blocks(key: [u32; 2], stream: u32, first: u64) -> [[u32; BLOCKS]; 4] {
-    let mut c = [[0; BLOCKS], [0; BLOCKS], [stream; BLOCKS], [0; BLOCKS]];
+fn philox_blocks(key: [u32; 2], upper: [u32; 2], first: u64) -> [[u32; BLOCKS]; 4] {
+    let mut c = [[0; BLOCKS], [0; BLOCKS], [upper[0]; BLOCKS], [upper[1]; BLOCKS]];
     for b in 0..BLOCKS {
         let block = first.wrapping_add(b as u64);
         c[0][b] = block as u32;
@@ -33,7 +33,7 @@ fn philox_blocks(key: [u32; 2], stream: u32, first: u64) -> [[u32; BLOCKS]; 4] {
 #[inline(always)]
 fn fill<U: Copy>(
     key: [u32; 2],
-    stream: u32,
+    upper: [u32; 2],
     first: u64,
     out: &mut [U],
     make: impl Fn(&[[u32; BLOCKS]; 4]) -> [U; WORDS],
@@ -42,7 +42,7 @@ fn fill<U: Copy>(
     let mut skip = (first % 4) as usize;
     let mut out = out;
     while !out.is_empty() {
-        let values = make(&philox_blocks(key, stream, block));
+        let values = make(&philox_blocks(key, upper, block));
         let count = out.len().min(WORDS - skip);
         let (now, later) = out.split_at_mut(count);
         now.copy_from_slice(&values[skip..skip + count]);
@@ -67,26 +67,32 @@ fn interleave<U: Copy + Default>(values: &[[U; BLOCKS]; 4]) -> [U; WORDS] {
 /// Elements `first..first + out.len()` of the raw u32 sequence.
 #[inline(always)]
 pub fn bits(key: [u32; 2], stream: u32, first: u64, out: &mut [u32]) {
-    fill(key, stream, first, out, interleave);
+    fill(key, [stream, 0], first, out, interleave);
+}
+
+/// The words that round the moments of elements `first..first + out.len()` in a step: [`moebius_ir::moments::words`].
+#[inline(always)]
+pub fn moment_words(stream: u32, step: u32, first: u64, out: &mut [u32]) {
+    fill(moments::KEY, [stream, step], first, out, interleave);
 }
 
 /// Elements `first..first + out.len()` of the uniform sequence: multiples of 2^-24 in [0, 1).
 #[inline(always)]
 pub fn uniform(key: [u32; 2], stream: u32, first: u64, out: &mut [f32]) {
-    fill(key, stream, first, out, uniforms);
+    fill(key, [stream, 0], first, out, uniforms);
 }
 
 /// Elements `first..first + out.len()` of the standard normal sequence, |z| < 5.8.
 #[inline(always)]
 pub fn normal(key: [u32; 2], stream: u32, first: u64, out: &mut [f32]) {
-    fill(key, stream, first, out, normals);
+    fill(key, [stream, 0], first, out, normals);
 }
 
 /// Elements `first..first + out.len()` of the standard Gumbel sequence: -ln(-ln u), u an odd multiple of 2^-24 in
 /// (0, 1).
 #[inline(always)]
 pub fn gumbel(key: [u32; 2], stream: u32, first: u64, out: &mut [f32]) {
-    fill(key, stream, first, out, gumbels);
+    fill(key, [stream, 0], first, out, gumbels);
 }
 
 #[inline(always)]
@@ -137,6 +143,9 @@ mod tests {
                 let mut words = vec![0; len];
                 bits(key, stream, first, &mut words);
                 assert!(words.iter().copied().eq(indices().map(|i| philox::bits(key, stream, i))));
+                moment_words(stream, 5, first, &mut words);
+                let of_element = |i: u64| moments::words(stream, 5, i / 4)[(i % 4) as usize];
+                assert!(words.iter().copied().eq(indices().map(of_element)));
                 type Fill = fn([u32; 2], u32, u64, &mut [f32]);
                 type One = fn([u32; 2], u32, u64) -> f32;
                 let all: [(Fill, One); 3] =

@@ -1,17 +1,22 @@
 //! Launches of the optimizer's ops.
 
+use moebius_ir::moments::eight;
 use moebius_ir::ops::Adamw;
-use moebius_ir::{DType, Graph, Node};
+use moebius_ir::{DType, Graph, Moments, Node};
 
-use super::args::Launch;
+use super::args::{Args, Launch};
 use super::{Lowered, by_float};
+use crate::cpu::element::Element;
 use crate::cpu::kernels::adamw::{AdamW, adamw};
+use crate::cpu::kernels::adamw_narrow::{adamw_8bit, adamw_bf16};
 use crate::cpu::kernels::global_norm::{global_norm_workspace, sum_of_squares};
 
 pub(super) fn lower_adamw(graph: &Graph, node: &Node, op: &Adamw) -> Lowered {
     let n = graph.ty(node.operands[0]).elements();
     let op = op.clone();
-    let rounded = node.operands.get(7).map(|&v| graph.ty(v).dtype);
+    // Results come in the order of the operands that they replace.
+    let copy = op.rounded_at() - 4;
+    let rounded = node.operands.get(op.rounded_at()).map(|&v| graph.ty(v).dtype);
     by_float!(graph.ty(node.operands[1]).dtype, G => Launch::new(0, move |a| {
         let step = AdamW {
             lr: a.operand(4, 1)[0],
@@ -22,13 +27,25 @@ pub(super) fn lower_adamw(graph: &Graph, node: &Node, op: &Adamw) -> Lowered {
             step: a.operand::<f32>(5, 1)[0] as u32,
             grad_scale: a.operand(6, 1)[0],
         };
-        let (param, grad, moments) = (a.result(0, n), a.operand::<G>(1, n), [a.result(1, n), a.result(2, n)]);
         match rounded {
-            Some(DType::F16) => adamw::<f32, G, half::f16>(param, grad, moments, a.result(3, n), &step),
-            Some(_sixteen_bits) => adamw::<f32, G, half::bf16>(param, grad, moments, a.result(3, n), &step),
-            None => adamw::<f32, G, f32>(param, grad, moments, &mut [], &step),
+            Some(DType::F16) => run::<G, half::f16>(a, &op, n, a.result(copy, n), &step),
+            Some(_sixteen_bits) => run::<G, half::bf16>(a, &op, n, a.result(copy, n), &step),
+            None => run::<G, f32>(a, &op, n, &mut [], &step),
         }
     }))
+}
+
+fn run<G: Element, R: Element>(a: &Args<'_>, op: &Adamw, n: usize, rounded: &mut [R], step: &AdamW) {
+    let (param, grad) = (a.result(0, n), a.operand::<G>(1, n));
+    match op.moments {
+        Moments::F32 => adamw::<f32, G, R>(param, grad, [a.result(1, n), a.result(2, n)], rounded, step),
+        Moments::Eight => {
+            let (words, blocks) = (n.div_ceil(4), n.div_ceil(eight::BLOCK));
+            let moments = ([a.result(1, words), a.result(2, words)], a.result(3, 2 * blocks));
+            adamw_8bit(param, grad, moments, rounded, step, op.stream);
+        }
+        Moments::Bf16 => adamw_bf16(param, grad, [a.result(1, n), a.result(2, n)], rounded, step, op.stream),
+    }
 }
 
 pub(super) fn lower_global_norm(graph: &Graph, node: &Node) -> Lowered {

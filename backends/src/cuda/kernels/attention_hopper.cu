@@ -40,13 +40,14 @@ __device__ __forceinline__ void held(u32 (&to)[16], const float (&sum)[32]) {
     for (int i = 0; i < 16; i++) to[i] = pack(sum[2 * i], sum[2 * i + 1], T());
 }
 
-__device__ __forceinline__ void begin(Room& room) {
+/// Makes the barriers; `arrivals` give a stage back.
+__device__ __forceinline__ void begin(Room& room, int arrivals) {
     if (threadIdx.x == 0) {
         barrier_init(&room.own, 1);
         for (int i = 0; i < STAGES; i++) {
-            // Every lane that loads; every warp that computes.
+            // Every lane that loads.
             barrier_init(&room.full[i], 32);
-            barrier_init(&room.empty[i], COMPUTING / 32);
+            barrier_init(&room.empty[i], arrivals);
         }
         barriers_ready();
     }
@@ -119,7 +120,7 @@ attention_hopper(const __grid_constant__ TensorMap qkv_map, T* out, float* lse, 
     // The last queries have the most keys to see: they start first.
     int from = (int)(s.causal ? gridDim.x - 1 - blockIdx.x : blockIdx.x) * OWN;
     int end = s.causal ? min(from + OWN, s.tokens) : s.tokens;
-    begin(room);
+    begin(room, COMPUTING / 32);
     if (threadIdx.x >= COMPUTING) {
         if (threadIdx.x == COMPUTING) load_own(room, qkv_map, nullptr, h * HEAD, 0, from, b);
         load_others(room, qkv_map, qkv_map, {0, end, 0, 0}, b,
@@ -203,7 +204,8 @@ __device__ __forceinline__ void grads(const TensorMap& qkv_map, const TensorMap&
     // Queries before a block see none of its keys, nor do those of a block see keys behind it.
     Walk walk = {OF_KEYS && s.causal ? from : 0, !OF_KEYS && s.causal ? min(from + OWN, s.tokens) : s.tokens,
                  OF_KEYS ? head * sharing : head, OF_KEYS ? head * sharing + sharing - 1 : head};
-    begin(room);
+    // A lane that read of a stage by itself gives it back by itself; what only products read, a warp does.
+    begin(room, OF_KEYS ? COMPUTING : COMPUTING / 32);
     if (threadIdx.x >= COMPUTING) {
         if (threadIdx.x == COMPUTING)
             load_own(room, qkv_map, OF_KEYS ? &qkv_map : &dout_map, OF_KEYS ? key : head * HEAD,
@@ -268,9 +270,7 @@ __device__ __forceinline__ void grads(const TensorMap& qkv_map, const TensorMap&
                 products_end();
                 products_wait<0>();
             }
-            // What every lane read of the stage comes before the arrival of one.
-            __syncwarp();
-            if (lane == 0) arrive(&room.empty[turn.stage]);
+            if (OF_KEYS || lane == 0) arrive(&room.empty[turn.stage]);
             turn.next();
         }
     }

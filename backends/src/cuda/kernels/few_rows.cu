@@ -1,7 +1,7 @@
 // Products c = a b + bias of few rows, where reading b is the work: dense and batched, or M-grouped by `offsets`. Every element
 // of b is read once for each MOST rows, 16 bytes at a time where ALIGNED; plain f32 arithmetic.
 //
-// b is stored [k, n], or [n, k] if TRANSPOSED. MOST is 1, 2, 4 or 8. k is cut into chunks, one for each block along y: with
+// T is b's type, TA that of a and TC that of c. b is stored [k, n], or [n, k] if TRANSPOSED. MOST is 1, 2, 4 or 8. k is cut into chunks, one for each block along y: with
 // more than one their f32 results are `partial`, and few_rows_finish adds them up in order. The order of a sum depends on k, the
 // chunk and the layout alone, neither on the row's place nor on the number of rows.
 
@@ -33,7 +33,7 @@ struct Few {
     i64 total;
     int m, n, k, chunk;
     int experts;
-    /// The bias is f32 although T is not.
+    /// The bias is f32 although c is not.
     int wide_bias;
 };
 
@@ -66,7 +66,7 @@ __device__ __forceinline__ Vector load(const T* from, int count) {
 
 /// Gives `end(row, column, sum)` the products of rows 0..rows of a, at most ROWS, and the columns of the block over k0..k1.
 template <int ROWS, typename End>
-__device__ __forceinline__ void few(float* room, const T* a, const T* b, const Few& p, int rows, int k0, int k1, End end) {
+__device__ __forceinline__ void few(float* room, const TA* a, const T* b, const Few& p, int rows, int k0, int k1, End end) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #if TRANSPOSED
     const int steps = AHEAD / ACROSS, step = 32 * VECTOR;
@@ -88,7 +88,7 @@ __device__ __forceinline__ void few(float* room, const T* a, const T* b, const F
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
                 int at = k + step * u, there = whole ? VECTOR : k1 - at;
-                const T* row = a + min(r, rows - 1) * p.a_row;
+                const TA* row = a + min(r, rows - 1) * p.a_row;
 #if TOGETHER
                 Vector x = load(row + at, there);
 #else
@@ -161,7 +161,7 @@ __device__ __forceinline__ void few(float* room, const T* a, const T* b, const F
 
 /// Blocks along z: for each product of a batch, groups of MOST rows; with `offsets` one for each slot, of which only those at
 /// the start of MOST rows of an expert have work, and those of unused slots, which become 0.
-KERNEL few_rows(const T* a, const T* b, const int* offsets, const void* bias, float* partial, T* c, Few p) {
+KERNEL few_rows(const TA* a, const T* b, const int* offsets, const void* bias, float* partial, TC* c, Few p) {
     __shared__ float room[ROOM];
     __shared__ int of_slot;
     i64 batch;
@@ -185,10 +185,10 @@ KERNEL few_rows(const T* a, const T* b, const int* offsets, const void* bias, fl
         i64 at = batch * p.c_batch + (row0 + row) * p.c_row + column * p.c_column;
         if (bias && batch >= 0 && blockIdx.y == 0) {
             i64 i = batch * p.bias_batch + (row0 + row) * p.bias_row + column * p.bias_column;
-            v += p.wide_bias ? ((const float*)bias)[i] : to_float(((const T*)bias)[i]);
+            v += p.wide_bias ? ((const float*)bias)[i] : to_float(((const TC*)bias)[i]);
         }
         if (partial) partial[blockIdx.y * p.total + at] = v;
-        else c[at] = from_float<T>(v);
+        else c[at] = from_float<TC>(v);
     };
     if (batch < 0) {
         // c_batch is 0 where there are offsets.
@@ -210,11 +210,11 @@ KERNEL few_rows(const T* a, const T* b, const int* offsets, const void* bias, fl
 }
 
 /// The results of the chunks together.
-KERNEL few_rows_finish(const float* partial, i64 total, int chunks, T* c) {
+KERNEL few_rows_finish(const float* partial, i64 total, int chunks, TC* c) {
     i64 at = (i64)blockIdx.x * THREADS + threadIdx.x;
     if (at >= total) return;
     float sum = partial[at];
 #pragma unroll 8
     for (int i = 1; i < chunks; i++) sum += partial[i * total + at];
-    c[at] = from_float<T>(sum);
+    c[at] = from_float<TC>(sum);
 }

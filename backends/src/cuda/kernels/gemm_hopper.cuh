@@ -12,6 +12,8 @@
 #define ROWS 256
 #define DEPTH 64
 #define STAGES 4
+/// Tiles that are found ahead.
+#define FOUND 2
 #define THREADS 384
 #define MOST_EXPERTS 1024
 /// Row tiles that are done one after another for the same columns.
@@ -28,10 +30,18 @@ struct Stage {
     u16 x[ROWS * DEPTH];
 };
 
+/// What is to be done: rows row0.. of columns column0.., over blocks of k from k0 on. No more if there are no rows.
+struct Tile {
+    int expert, row0, rows, column0, k0, k;
+};
+
 struct Room {
     Stage stages[STAGES];
     uint4 pieces[2][2][PIECE * 8];
     u64 full[STAGES], empty[STAGES];
+    /// The tiles that the warp which loads has found, and those that the others have taken.
+    Tile found[FOUND];
+    u64 tile_full[FOUND], tile_empty[FOUND];
     /// Tiles of the cluster before those of each segment, and all of them.
     int before[MOST_EXPERTS + 2];
     /// Where each segment begins, and the end of the last.
@@ -44,11 +54,6 @@ struct Sizes {
     int experts;
     /// The most rows of a tile: a multiple of STEP, at most ROWS.
     int most;
-};
-
-/// What is to be done: rows row0.. of columns column0.., over blocks of k from k0 on.
-struct Tile {
-    int expert, row0, rows, column0, k0, k;
 };
 
 /// How many segments there are: behind the last expert's the unused slots are one of their own, whose rows become 0.
@@ -98,16 +103,6 @@ struct Turn : Round<STAGES> {
 #define X_STEP (X_ALONG_K ? ALONG_K : ACROSS_K)
 #define W_STEP (W_ALONG_K ? ALONG_K : ACROSS_K)
 
-/// The tile after the present one; it is looked for while products run.
-struct Next {
-    int at, all;
-    u32 rank;
-    Tile tile;
-    __device__ __forceinline__ void look(const Room& room, const Sizes& s) {
-        if (at < all) tile = find(room, s, at, rank);
-    }
-};
-
 /// Who a thread is among those that compute.
 struct Place {
     int thread = threadIdx.x % 128, group = threadIdx.x / 128 - 1, warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
@@ -143,7 +138,7 @@ __device__ __forceinline__ void store(Room& room, const Sizes& s, const Tile& t,
 }
 
 template <int N, typename End>
-__device__ __forceinline__ void compute(Room& room, const Sizes& s, const Tile t, Next& next, Turn& turn, const End& end) {
+__device__ __forceinline__ void compute(Room& room, const Sizes& s, const Tile t, Turn& turn, const End& end) {
     Place place;
     int thread = place.thread, group = place.group, lane = place.lane;
     float sum[N / 2];
@@ -190,14 +185,12 @@ __device__ __forceinline__ void compute(Room& room, const Sizes& s, const Tile t
         products_end();                                                                                                \
         products_wait<0>();                                                                                            \
     }
-        next.look(room, s);
         products_wait<0>();
         STEPS(1) STEPS(2) STEPS(3) STEPS(4)
         if (whole > 0 && lane < 2) arrive_at(&room.empty[(turn.stage + STAGES - 1) % STAGES], lane);
         if (lane < 2) arrive_at(&room.empty[turn.stage], lane);
         turn.next();
     } else {
-        if (K_GROUPED) next.look(room, s);
         products_wait<0>();
         if (whole > 0 && lane < 2) arrive_at(&room.empty[(turn.stage + STAGES - 1) % STAGES], lane);
     }
@@ -225,6 +218,7 @@ __device__ __forceinline__ void products(const TensorMap& x_map, const TensorMap
             // Every warp that computes, in both blocks.
             barrier_init(&room.empty[i], 16);
         }
+        for (int i = 0; i < FOUND; i++) barrier_init(&room.tile_full[i], 1), barrier_init(&room.tile_empty[i], 8);
         barriers_ready();
     }
     if (threadIdx.x < 32) {
@@ -254,8 +248,15 @@ __device__ __forceinline__ void products(const TensorMap& x_map, const TensorMap
     if (threadIdx.x < 128) {
         fewer_registers<40>();
         if (threadIdx.x == 0) {
-            for (int at = first; at < all; at += step) {
-                Tile t = find(room, s, at, rank);
+            Round<FOUND> slot;
+            for (int at = first;; at += step) {
+                Tile t = {};
+                if (at < all) t = find(room, s, at, rank);
+                barrier_wait(&room.tile_empty[slot.stage], slot.parity ^ 1);
+                room.found[slot.stage] = t;
+                arrive(&room.tile_full[slot.stage]);
+                slot.next();
+                if (at >= all) break;
                 int boxes = ceil_div(ceil_div(t.rows, STEP) * STEP, X_BOX);
                 u32 bytes = COLUMNS * DEPTH * 2 + boxes * X_BOX * DEPTH * 2;
                 for (int k = 0; k < t.k; k += DEPTH) {
@@ -280,19 +281,21 @@ __device__ __forceinline__ void products(const TensorMap& x_map, const TensorMap
         }
     } else {
         more_registers<232>();
-        Tile t;
-        if (first < all) t = find(room, s, first, rank);
-        for (int at = first; at < all; at += step) {
-            Next next = {at + step, all, rank, t};
+        Round<FOUND> slot;
+        while (true) {
+            barrier_wait(&room.tile_full[slot.stage], slot.parity);
+            Tile t = room.found[slot.stage];
+            __syncwarp();
+            if (threadIdx.x % 32 == 0) arrive(&room.tile_empty[slot.stage]);
+            slot.next();
+            if (t.rows == 0) break;
             switch (ceil_div(t.rows, STEP) * STEP) {
-#define CASE(N) case N: compute<N>(room, s, t, next, turn, end); break;
+#define CASE(N) case N: compute<N>(room, s, t, turn, end); break;
                 CASE(64) CASE(128) CASE(192) CASE(256)
 #if X_ALONG_K
                 CASE(16) CASE(32) CASE(48) CASE(80) CASE(96) CASE(112) CASE(144) CASE(160) CASE(176) CASE(208) CASE(224) CASE(240)
 #endif
             }
-            if (!K_GROUPED) next.look(room, s);
-            t = next.tile;
         }
     }
     __syncwarp();

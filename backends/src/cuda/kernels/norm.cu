@@ -3,6 +3,7 @@
 // PER_LANE: elements that a thread has at a time; PIECES: how often, so that THREADS of them cover a row.
 
 #define THREADS 128
+#define FINISH_THREADS 1024
 
 #define EACH_OF(j) _Pragma("unroll") for (int j = 0; j < PER_LANE; j++)
 
@@ -53,83 +54,67 @@ KERNEL rms_norm(const T* x, const float* gamma, int d, float eps, T* y, float* r
     if (threadIdx.x == 0) rstd[blockIdx.x] = r;
 }
 
-/// dx of layer_norm; of rms_norm where mean is null.
-KERNEL norm_grad(const T* x, const float* gamma, const float* mean, const float* rstd, const T* dy, int d, T* dx) {
-    __shared__ float room[THREADS / 32];
-    i64 row = (i64)blockIdx.x * d;
-    float m = mean ? mean[blockIdx.x] : 0.0f, r = rstd[blockIdx.x];
-    Part own(x + row, d), cotangent(dy + row, d);
-    float sum_g = 0.0f, sum_gh = 0.0f;
-    EACH_PIECE(i, at) {
-        auto weight = load_vector<PER_LANE>(gamma + at);
-        EACH_OF(j) {
-            float h = (to_float(own.pieces[i].at[j]) - m) * r, g = __fmul_rn(to_float(cotangent.pieces[i].at[j]), weight.at[j]);
+/// dx of layer_norm, and the sums over a chunk of rows that dgamma and dbeta are made of; of rms_norm where mean is null. A block
+/// goes through the rows of its chunk; a thread has the same columns of each.
+KERNEL norm_grad(const T* x, const float* gamma, const float* mean, const float* rstd, const T* dy, int rows, int d, int chunk,
+                 T* dx, float* partial_gamma, float* partial_beta) {
+    // Two rows' sums take turns, so that one barrier for each row is enough.
+    __shared__ float2 room[2][THREADS / 32];
+    int from = blockIdx.x * chunk, to = min(from + chunk, rows);
+    Vector<float, PER_LANE> weights[PIECES];
+    EACH_PIECE(i, at) weights[i] = load_vector<PER_LANE>(gamma + at);
+    float of_gamma[PIECES][PER_LANE] = {}, of_beta[PIECES][PER_LANE] = {};
+    Part next_x(x + (i64)from * d, d), next_dy(dy + (i64)from * d, d);
+    for (int row = from; row < to; row++) {
+        Part own = next_x, cotangent = next_dy;
+        // The next row is on its way meanwhile.
+        i64 next = (i64)min(row + 1, to - 1) * d;
+        next_x = Part(x + next, d), next_dy = Part(dy + next, d);
+        float m = mean ? mean[row] : 0.0f, r = rstd[row], sum_g = 0.0f, sum_gh = 0.0f;
+        EACH_PIECE(i, at) EACH_OF(j) {
+            float h = (to_float(own.pieces[i].at[j]) - m) * r, of_y = to_float(cotangent.pieces[i].at[j]);
+            float g = __fmul_rn(of_y, weights[i].at[j]);
             sum_g += g, sum_gh += g * h;
+            of_gamma[i][j] += of_y * h, of_beta[i][j] += of_y;
         }
-    }
-    float mean_gh = block_sum<THREADS>(sum_gh, room) / (float)d;
-    float mean_g = mean ? block_sum<THREADS>(sum_g, room) / (float)d : 0.0f;
-    EACH_PIECE(i, at) {
-        auto weight = load_vector<PER_LANE>(gamma + at);
-        EACH_OF(j) {
-            float h = (to_float(own.pieces[i].at[j]) - m) * r, g = __fmul_rn(to_float(cotangent.pieces[i].at[j]), weight.at[j]);
-            own.pieces[i].at[j] = from_float<T>(r * (g - mean_g - h * mean_gh));
-        }
-        store_vector<PER_LANE>(dx + row + at, own.pieces[i]);
-    }
-}
-
-/// The sums over a chunk of rows that dgamma and (with a mean) dbeta are made of: a thread for each column of 32 and each fourth
-/// row, whose sums are then added in order.
-KERNEL norm_weights(const T* x, const float* mean, const float* rstd, const T* dy, int rows, int d, int chunk,
-                    float* partial_gamma, float* partial_beta) {
-    const int WARPS = THREADS / 32;
-    __shared__ float gammas[WARPS][32 * PER_LANE], betas[WARPS][32 * PER_LANE];
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column0 = blockIdx.x * 32 * PER_LANE, column = column0 + lane * PER_LANE;
-    int from = blockIdx.y * chunk, to = min(from + chunk, rows);
-    float of_gamma[PER_LANE] = {}, of_beta[PER_LANE] = {};
-    if (column < d) {
-#pragma unroll 4
-        for (int r = from + warp; r < to; r += WARPS) {
-            i64 at = (i64)r * d + column;
-            float m = mean ? mean[r] : 0.0f, s = rstd[r];
-#if PER_LANE > 1
-            auto gs = load_vector<PER_LANE>(dy + at), xs = load_vector<PER_LANE>(x + at);
+        sum_g = warp_sum(sum_g), sum_gh = warp_sum(sum_gh);
+        float2* sums = room[row % 2];
+        if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = make_float2(sum_g, sum_gh);
+        __syncthreads();
+        float mean_g = 0.0f, mean_gh = 0.0f;
 #pragma unroll
-            for (int j = 0; j < PER_LANE; j++) {
-                float g = to_float(gs.at[j]);
-                of_gamma[j] += g * ((to_float(xs.at[j]) - m) * s);
-                of_beta[j] += g;
+        for (int w = 0; w < THREADS / 32; w++) mean_g += sums[w].x, mean_gh += sums[w].y;
+        mean_g = mean ? mean_g / (float)d : 0.0f, mean_gh /= (float)d;
+        EACH_PIECE(i, at) {
+            EACH_OF(j) {
+                float h = (to_float(own.pieces[i].at[j]) - m) * r, g = __fmul_rn(to_float(cotangent.pieces[i].at[j]), weights[i].at[j]);
+                own.pieces[i].at[j] = from_float<T>(r * (g - mean_g - h * mean_gh));
             }
-#else
-            float g = to_float(dy[at]);
-            of_gamma[0] += g * ((to_float(x[at]) - m) * s);
-            of_beta[0] += g;
-#endif
+            store_vector<PER_LANE>(dx + (i64)row * d + at, own.pieces[i]);
         }
     }
-#pragma unroll
-    for (int j = 0; j < PER_LANE; j++) gammas[warp][lane * PER_LANE + j] = of_gamma[j], betas[warp][lane * PER_LANE + j] = of_beta[j];
-    __syncthreads();
-    for (int c = threadIdx.x; c < 32 * PER_LANE && column0 + c < d; c += THREADS) {
-        float gamma = 0.0f, beta = 0.0f;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) gamma += gammas[w][c], beta += betas[w][c];
-        partial_gamma[(i64)blockIdx.y * d + column0 + c] = gamma;
-        if (mean) partial_beta[(i64)blockIdx.y * d + column0 + c] = beta;
+    EACH_PIECE(i, at) EACH_OF(j) {
+        partial_gamma[(i64)blockIdx.x * d + at + j] = of_gamma[i][j];
+        if (mean) partial_beta[(i64)blockIdx.x * d + at + j] = of_beta[i][j];
     }
 }
 
-/// The chunks together, in order.
-KERNEL norm_weights_finish(const float* partial_gamma, const float* partial_beta, int chunks, int d, float* dgamma,
-                           float* dbeta) {
-    int column = blockIdx.x * THREADS + threadIdx.x;
-    if (column >= d) return;
+/// The chunks together: a warp for each 32nd, in order, then the warps. A block for 32 columns.
+KERNEL norm_weights(const float* partial_gamma, const float* partial_beta, int chunks, int d, float* dgamma, float* dbeta) {
+    const int WARPS = FINISH_THREADS / 32;
+    __shared__ float gammas[WARPS][32], betas[WARPS][32];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = blockIdx.x * 32 + lane;
     float of_gamma = 0.0f, of_beta = 0.0f;
-    for (int c = 0; c < chunks; c++) {
-        of_gamma += partial_gamma[(i64)c * d + column];
-        if (dbeta) of_beta += partial_beta[(i64)c * d + column];
-    }
+    if (column < d)
+#pragma unroll 4
+        for (int c = warp; c < chunks; c += WARPS) {
+            of_gamma += partial_gamma[(i64)c * d + column];
+            if (dbeta) of_beta += partial_beta[(i64)c * d + column];
+        }
+    gammas[warp][lane] = of_gamma, betas[warp][lane] = of_beta;
+    __syncthreads();
+    if (warp > 0 || column >= d) return;
+    for (int w = 1; w < WARPS; w++) of_gamma += gammas[w][lane], of_beta += betas[w][lane];
     dgamma[column] = of_gamma;
     if (dbeta) dbeta[column] = of_beta;
 }

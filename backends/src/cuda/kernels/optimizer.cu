@@ -5,8 +5,6 @@
 #define BLOCK_ELEMENTS 8192
 /// Their sums, that a block adds up where there are many.
 #define BLOCK_PARTS 2048
-/// Elements of one block of AdamW, and fours of neighbours of a thread.
-#define STEP_ELEMENTS 4096
 
 /// Elements of one load.
 #define VECTOR (16 / (int)sizeof(T))
@@ -57,32 +55,13 @@ KERNEL norm_of_parts(const double* partial, i64 parts, float* norm) {
     if (threadIdx.x == 0) *norm = (float)sqrt(sum);
 }
 
-/// What a step takes from its scalars.
-struct Rule { float scale, keep, rate, root, beta1, beta2, eps; };
-
-__device__ __forceinline__ void step_of(const Rule& r, float grad, float& param, float& m, float& v) {
-    float g = grad * r.scale;
-    m = r.beta1 * m + (1.0f - r.beta1) * g, v = r.beta2 * v + (1.0f - r.beta2) * (g * g);
-    param = r.keep * param - r.rate * (m / (sqrtf(v) * r.root + r.eps));
-}
-
 /// One step of AdamW in place; nothing changes where lr or the scale is not finite or the step is below 1. Every tensor begins
 /// at a multiple of 16 bytes. `rounded`, if it is not null, is kept equal to param, rounded.
 KERNEL adamw(float* param, const T* grad, float* m, float* v, const float* lr, const float* step, const float* grad_scale,
              float beta1, float beta2, float eps, float weight_decay, i64 n, ROUNDED* rounded) {
-    __shared__ float keep, rate, root;
-    __shared__ int skip;
-    float scale = *grad_scale;
-    if (threadIdx.x == 0) {
-        float l = *lr, t = *step;
-        skip = !(fabsf(l) < INF_F) || !(fabsf(scale) < INF_F) || !(t >= 1.0f);
-        keep = (float)(1.0 - (double)l * (double)weight_decay);
-        rate = (float)((double)l / (1.0 - pow((double)beta1, (double)t)));
-        root = (float)(1.0 / sqrt(1.0 - pow((double)beta2, (double)t)));
-    }
-    __syncthreads();
-    if (skip) return;
-    Rule rule = {scale, keep, rate, root, beta1, beta2, eps};
+    __shared__ Rates rates;
+    Rule rule = {*grad_scale, beta1, beta2, eps};
+    if (!begin_step(rule, rates, lr, step, weight_decay)) return;
     for (int at = 4 * threadIdx.x; at < STEP_ELEMENTS; at += 4 * THREADS) {
         i64 i = (i64)blockIdx.x * STEP_ELEMENTS + at;
         if (i + 4 <= n) {

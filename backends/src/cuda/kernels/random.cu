@@ -1,20 +1,5 @@
-// Philox4x32-10, as ir/src/philox.rs: the same bits as on the CPU, for which the compiler must not join products and sums.
+// The random numbers of ir/src/philox.rs: the same bits as on the CPU, for which the compiler must not join products and sums.
 // DISTRIBUTION: 0 uniform, 1 normal, 2 gumbel, 3 the words themselves. U is float, or u32 for the words.
-
-struct Words { u32 w[4]; };
-
-__device__ Words philox(u32 key0, u32 key1, u64 block, u32 stream) {
-    u32 c0 = (u32)block, c1 = (u32)(block >> 32), c2 = stream, c3 = 0;
-    for (int round = 0; round < 10; round++) {
-        u64 p0 = (u64)c0 * 0xd2511f53u, p1 = (u64)c2 * 0xcd9e8d57u;
-        u32 next0 = (u32)(p1 >> 32) ^ c1 ^ key0, next2 = (u32)(p0 >> 32) ^ c3 ^ key1;
-        c0 = next0, c1 = (u32)p1, c2 = next2, c3 = (u32)p0;
-        key0 += 0x9e3779b9u, key1 += 0xbb67ae85u;
-    }
-    Words words;
-    words.w[0] = c0, words.w[1] = c1, words.w[2] = c2, words.w[3] = c3;
-    return words;
-}
 
 #define UNIT (1.0f / 16777216.0f)
 
@@ -61,7 +46,7 @@ __device__ float gumbel(u32 word) {
 KERNEL random_numbers(const u32* key, u32 stream, i64 elements, U* out) {
     u64 block = (u64)blockIdx.x * blockDim.x + threadIdx.x;
     if ((i64)(block * 4) >= elements) return;
-    Words words = philox(key[0], key[1], block, stream);
+    Words words = philox(key[0], key[1], block, stream, 0);
     U numbers[4];
     for (int pair = 0; pair < 4; pair += 2) {
         u32 a = words.w[pair], b = words.w[pair + 1];

@@ -36,15 +36,16 @@ pub(super) struct Operands {
 
 /// How k is cut.
 #[derive(Debug, PartialEq, Eq)]
-struct Chunks {
-    count: usize,
+pub(super) struct Chunks {
+    pub(super) count: usize,
     /// Elements of one.
-    length: usize,
+    pub(super) length: usize,
 }
 
-/// Chunks of k for `tiles` blocks without them, when a block takes `step` elements of k with one load of each thread.
-fn chunks(tiles: usize, k: usize, step: usize) -> Chunks {
-    let wanted = ENOUGH_BLOCKS.div_ceil(tiles.max(1)).min(k.div_ceil(LEAST_LOADS * step)).max(1);
+/// Chunks of k for `tiles` blocks without them, of which `enough` keep a GPU busy, when a block takes `step` elements of k at a
+/// time.
+pub(super) fn chunks(tiles: usize, k: usize, step: usize, enough: usize) -> Chunks {
+    let wanted = enough.div_ceil(tiles.max(1)).min(k.div_ceil(LEAST_LOADS * step)).max(1);
     let length = k.div_ceil(wanted).next_multiple_of(step);
     Chunks { count: if length == 0 { 1 } else { k.div_ceil(length) }, length }
 }
@@ -54,9 +55,9 @@ pub(super) fn groups(batch: usize, rows: usize) -> usize {
     batch.saturating_mul(rows.div_ceil(MOST_ROWS))
 }
 
-/// The launch of `batch` products; for `experts` their number, of one product whose rows are slots.
+/// The launch of `batch` products of factors of these dtypes; for `experts` their number, of one product whose rows are slots.
 pub(super) fn launch(
-    dtype: DType,
+    [of_a, of_b]: [DType; 2],
     product: &Product,
     few: Few,
     batch: usize,
@@ -75,6 +76,8 @@ pub(super) fn launch(
     };
     // Of c, which is row-major in the product's own sense.
     let [c_row, c_column] = if few == Few::Rows { [p.n, 1] } else { [1, p.n] };
+    let (few_dtype, dtype) = if few == Few::Rows { (of_a, of_b) } else { (of_b, of_a) };
+    let result = if of_a == of_b { of_a } else { DType::F32 };
     let vector = 16 / dtype.bytes();
     let transposed = b.column != 1;
     let (line, width) = if transposed { (b.column, p.k) } else { (b.row, n) };
@@ -87,7 +90,7 @@ pub(super) fn launch(
         true => (warps * if most > 2 { 2 } else { 1 }, warps, 32 * vector),
         false => (8 * vector, 8 * vector, 4 * warps),
     };
-    let chunks = chunks(n.div_ceil(of_rule) * batch, p.k, step);
+    let chunks = chunks(n.div_ceil(of_rule) * batch, p.k, step, ENOUGH_BLOCKS);
     let total = batch * m * n;
     let mut scratch = Scratch::default();
     let partial = if chunks.count > 1 { scratch.take(4 * chunks.count * total) } else { Arg::Null };
@@ -105,10 +108,12 @@ pub(super) fn launch(
     }
     let source = Source::new("few_rows.cu", &[], TEXT)
         .define("T", float(dtype)?)
+        .define("TA", float(few_dtype)?)
+        .define("TC", float(result)?)
         .define("WIDE", u8::from(dtype == DType::F32))
         .define("TRANSPOSED", u8::from(transposed))
         .define("ALIGNED", u8::from(aligned))
-        .define("TOGETHER", u8::from(together && aligned && transposed))
+        .define("TOGETHER", u8::from(together && aligned && transposed && few_dtype == dtype))
         .define("MOST", most);
     let Operands { a, b, offsets, bias } = operands;
     let [a, b] = if few == Few::Rows { [a, b] } else { [b, a] };
@@ -132,15 +137,15 @@ mod tests {
         for tiles in [1, 16, 64, 263, 264, 6000] {
             for k in [1, 127, 128, 129, 1000, 1024, 4096, 50_257] {
                 for step in [32, 128, 256] {
-                    let c = chunks(tiles, k, step);
+                    let c = chunks(tiles, k, step, ENOUGH_BLOCKS);
                     assert!(c.count * c.length >= k && (c.count - 1) * c.length < k, "{tiles} {k} {step}: {c:?}");
                     assert!(c.length.is_multiple_of(step));
                     assert!(c.count == 1 || c.length >= LEAST_LOADS * step / 2, "{tiles} {k} {step}: {c:?}");
                 }
             }
         }
-        assert_eq!(chunks(16, 1024, 32), Chunks { count: 8, length: 128 });
-        assert_eq!(chunks(264, 4096, 32), Chunks { count: 1, length: 4096 });
-        assert_eq!(chunks(3, 0, 32), Chunks { count: 1, length: 0 });
+        assert_eq!(chunks(16, 1024, 32, ENOUGH_BLOCKS), Chunks { count: 8, length: 128 });
+        assert_eq!(chunks(264, 4096, 32, ENOUGH_BLOCKS), Chunks { count: 1, length: 4096 });
+        assert_eq!(chunks(3, 0, 32, ENOUGH_BLOCKS), Chunks { count: 1, length: 0 });
     }
 }

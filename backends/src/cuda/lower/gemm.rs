@@ -5,6 +5,7 @@ use moebius_ir::{DType, Graph, Node, Shape};
 
 use super::few_rows::{self, Few, Operands};
 use super::hopper::{self, End, Segments};
+use super::split;
 use super::{Lowered, dtype, float, int, shapes};
 use crate::cuda::chip::Chip;
 use crate::cuda::launch::{Action, Arg, Launch, kernel};
@@ -23,10 +24,6 @@ const FEW: usize = 8;
 const FEW_LONG: usize = 16;
 /// From here on k is long.
 const LONG: usize = 256;
-/// From here on sums are very long.
-const VERY_LONG: usize = 2048;
-/// Tiles that leave most of a GPU idle.
-const FEW_TILES: usize = 48;
 /// The most blocks along z of a grid.
 const MOST_Z: usize = 65_535;
 /// The most experts of one product, as in the kernel.
@@ -55,12 +52,9 @@ fn tile(batch: usize, m: usize, n: usize) -> usize {
 }
 
 /// Whether `batch` products of m rows and n columns over k are done by the kernels for few rows, and which side is the few.
-fn few(dtype: DType, batch: usize, m: usize, n: usize, k: usize) -> Option<Few> {
+fn few(batch: usize, m: usize, n: usize, k: usize) -> Option<Few> {
     let fits = |side: usize| few_rows::groups(batch, side) <= MOST_Z;
-    // Without tensor cores, a small result of very long sums is too little work for tiles, which do not cut sums.
-    let few_tiles =
-        dtype == DType::F32 && k >= VERY_LONG && m.div_ceil(TILE).saturating_mul(n.div_ceil(TILE)) <= FEW_TILES;
-    let is = |side: usize| (side <= FEW_LONG && k >= LONG) || (few_tiles && side <= TILE);
+    let is = |side: usize| side <= FEW_LONG && k >= LONG;
     if (m <= FEW || is(m)) && fits(m) {
         Some(Few::Rows)
     } else if is(n) && fits(n) {
@@ -118,7 +112,7 @@ fn bias(graph: &Graph, node: &Node, i: usize) -> Result<(Arg, bool), String> {
     if i >= node.operands.len() {
         return Ok((Arg::Null, false));
     }
-    let (own, of_bias) = (dtype(graph, node, 0), dtype(graph, node, i));
+    let (own, of_bias) = (graph.ty(node.results[0]).dtype, dtype(graph, node, i));
     if of_bias != DType::F32 && of_bias != own {
         return Err(format!("a bias of {own} or f32, not {of_bias}"));
     }
@@ -155,8 +149,12 @@ pub(super) fn lower_matmul(graph: &Graph, node: &Node, op: &Matmul, chip: Chip) 
         wide_bias,
     };
     let operands = Operands { a: Arg::Operand(0), b: Arg::Operand(1), offsets: Arg::Null, bias: bias.clone() };
-    if let Some(side) = few(dtype(graph, node, 0), batch, m, n, k) {
-        return few_rows::launch(dtype(graph, node, 0), &product, side, batch, None, operands);
+    let dtypes = [0, 1].map(|i| dtype(graph, node, i));
+    if let Some(side) = few(batch, m, n, k) {
+        return few_rows::launch(dtypes, &product, side, batch, None, operands);
+    }
+    if dtypes.contains(&DType::F32) {
+        return split::launch(dtypes, &product, batch, &operands);
     }
     if batch == 1 {
         let launch = hopper::launch(chip, dtype(graph, node, 0), &product, Segments::None, &operands)?;
@@ -192,8 +190,8 @@ pub(super) fn lower_expert_matmul(graph: &Graph, node: &Node, op: &ExpertMatmul,
     };
     // The columns of experts are never the short side: their rows may be many.
     let operands = Operands { a: Arg::Operand(0), b: Arg::Operand(1), offsets: Arg::Operand(2), bias: bias.clone() };
-    if few(dtype(graph, node, 0), 1, m, usize::MAX, k) == Some(Few::Rows) {
-        return few_rows::launch(dtype(graph, node, 0), &product, Few::Rows, 1, Some(experts), operands);
+    if few(1, m, usize::MAX, k) == Some(Few::Rows) {
+        return few_rows::launch([dtype(graph, node, 0); 2], &product, Few::Rows, 1, Some(experts), operands);
     }
     let segments = Segments::Rows(experts);
     let launch = hopper::launch(chip, dtype(graph, node, 0), &product, segments, &operands)?;
@@ -281,15 +279,11 @@ mod tests {
 
     #[test]
     fn few_rows_or_columns_have_kernels_of_their_own() {
-        let half = |batch, m, n, k| few(DType::Bf16, batch, m, n, k);
-        assert_eq!((half(1, 1, 1024, 1024), half(4, 8, 8, 3)), (Some(Few::Rows), Some(Few::Rows)));
-        assert_eq!((half(1, 16, 900, 256), half(1, 16, 900, 255)), (Some(Few::Rows), None));
-        assert_eq!((half(1, 2048, 2, 1024), half(1, 2048, 17, 1024)), (Some(Few::Columns), None));
+        assert_eq!((few(1, 1, 1024, 1024), few(4, 8, 8, 3)), (Some(Few::Rows), Some(Few::Rows)));
+        assert_eq!((few(1, 16, 900, 256), few(1, 16, 900, 255)), (Some(Few::Rows), None));
+        assert_eq!((few(1, 2048, 2, 1024), few(1, 2048, 17, 1024)), (Some(Few::Columns), None));
         // More blocks than a grid has.
-        assert_eq!((half(65_536, 4, 64, 64), half(65_535, 8, 64, 64)), (None, Some(Few::Rows)));
-        // As the gradient of a router's weights.
-        assert_eq!((few(DType::F32, 1, 32, 1024, 8192), half(1, 32, 1024, 8192)), (Some(Few::Rows), None));
-        assert_eq!(few(DType::F32, 1, 32, 8192, 8192), None);
+        assert_eq!((few(65_536, 4, 64, 64), few(65_535, 8, 64, 64)), (None, Some(Few::Rows)));
     }
 
     #[test]

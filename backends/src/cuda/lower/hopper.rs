@@ -27,9 +27,13 @@ const LEAST_COLUMNS: usize = 64;
 /// Row lengths are multiples of this: 16 bytes.
 const ALIGNED: usize = 8;
 const THREADS: u32 = 384;
-/// Bytes of shared memory: four stages, the pieces of the result, the barriers, the segments, and what aligns them.
-const SHARED: usize =
-    4 * (COLUMNS + 256) * DEPTH * 2 + 2 * 2 * 32 * 64 * 2 + 2 * 4 * 8 + 2 * (MOST_EXPERTS + 2) * 4 + 1024;
+/// Bytes of shared memory: four stages, the pieces of the result, the barriers, two tiles found ahead, the segments, and what aligns them.
+const SHARED: usize = 4 * (COLUMNS + 256) * DEPTH * 2
+    + 2 * 2 * 32 * 64 * 2
+    + 2 * 4 * 8
+    + 2 * (24 + 16)
+    + 2 * (MOST_EXPERTS + 2) * 4
+    + 1024;
 
 /// What cuts a product into segments.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -15,6 +15,7 @@ mod norm;
 mod optimizer;
 mod reduce;
 mod sparse;
+mod split;
 mod wgmma;
 
 use moebius_ir::{DType, Graph, Node, NodeId, Op};

@@ -5,7 +5,7 @@ use moebius_ir::{Graph, Node};
 
 use super::Lowered;
 use crate::cuda::launch::{Action, Arg, Launch, kernel};
-use crate::cuda::source::Source;
+use crate::cuda::source::{PHILOX, Source};
 use crate::views::{Copy, copies};
 
 const TEXT: &str = include_str!("../kernels/movement.cu");
@@ -61,7 +61,7 @@ pub(super) fn lower_random(graph: &Graph, node: &Node, op: &Random) -> Lowered {
         Distribution::Gumbel => (2, "float"),
         Distribution::Bits => (3, "u32"),
     };
-    let source = Source::new("random.cu", &[], RANDOM).define("DISTRIBUTION", which).define("U", element).exact();
+    let source = Source::new("random.cu", &[PHILOX], RANDOM).define("DISTRIBUTION", which).define("U", element).exact();
     let blocks = elements.div_ceil(4 * THREADS);
     let args = vec![Arg::Operand(0), Arg::U32(op.stream), Arg::size(elements), Arg::Result(0)];
     Ok(Launch::one(source, "random_numbers", [blocks, 1, 1], THREADS as u32, args))

@@ -9,8 +9,10 @@ use crate::cuda::source::{Source, VECTORS};
 const TEXT: &str = include_str!("../kernels/norm.cu");
 const SOFTMAX: &str = include_str!("../kernels/softmax.cu");
 const THREADS: usize = 128;
-/// Rows whose parts of dgamma one thread adds up.
-const CHUNK: usize = 64;
+/// Rows that a block of the gradient goes through.
+const CHUNK: usize = 16;
+/// Threads of a block that joins their sums, as in the kernel.
+const FINISH_THREADS: u32 = 1024;
 
 /// The rows of the node's first operand, and its columns.
 fn sizes(graph: &Graph, node: &Node) -> Result<(usize, usize), String> {
@@ -73,17 +75,13 @@ fn lower_grad(graph: &Graph, node: &Node, mean: Option<usize>, rstd: usize, dy: 
     let gamma = scratch.take(4 * chunks * d);
     let beta = if has_mean { scratch.take(4 * chunks * d) } else { Arg::Null };
     let dbeta = if has_mean { Arg::Result(2) } else { Arg::Null };
-    let columns = d.div_ceil(THREADS);
-    let of_lanes = d.div_ceil(32 * per_lane(dtype(graph, node, 0), d));
-    let x = Arg::Operand(0);
-    let of_x = vec![x.clone(), Arg::Operand(1), mean.clone(), rstd.clone(), dy.clone(), width.clone(), Arg::Result(0)];
+    let operands = [Arg::Operand(0), Arg::Operand(1), mean, rstd, dy];
     let sizes = [Arg::I32(rows as i32), width.clone(), Arg::I32(CHUNK as i32)];
-    let of_weights = [&[x, mean, rstd, dy][..], &sizes, &[gamma.clone(), beta.clone()]].concat();
+    let of_rows = [&operands[..], &sizes, &[Arg::Result(0), gamma.clone(), beta.clone()]].concat();
     let of_chunks = vec![gamma, beta, Arg::I32(int(chunks, "chunks")?), width, Arg::Result(1), dbeta];
     let actions = vec![
-        by_row(source.clone(), "norm_grad", rows, of_x),
-        kernel(source.clone(), "norm_weights", [of_lanes, chunks, 1], THREADS as u32, of_weights),
-        kernel(source, "norm_weights_finish", [columns, 1, 1], THREADS as u32, of_chunks),
+        by_row(source.clone(), "norm_grad", chunks, of_rows),
+        kernel(source, "norm_weights", [d.div_ceil(32), 1, 1], FINISH_THREADS, of_chunks),
     ];
     Ok(Launch::of(actions).with_scratch(scratch.bytes()))
 }

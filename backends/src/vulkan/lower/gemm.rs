@@ -76,8 +76,8 @@ pub(super) struct Places {
     pub(super) c: At,
 }
 
-/// The product as an action.
-pub(super) fn gemm(limits: Limits, ty: DType, p: &Product, places: &Places) -> Result<Action, String> {
+/// The product of matrices of these dtypes as an action; the result's is the third one.
+pub(super) fn gemm(limits: Limits, types: [DType; 3], p: &Product, places: &Places) -> Result<Action, String> {
     let strides = [
         ("a_row", p.a.row),
         ("a_column", p.a.column),
@@ -96,12 +96,12 @@ pub(super) fn gemm(limits: Limits, ty: DType, p: &Product, places: &Places) -> R
     let shader = tiled(limits, "gemm", tile, [p.a.column == 1, p.b.row == 1]);
     let shader = strides.iter().fold(shader, |shader, &(name, value)| shader.number(name, value));
     shader
-        .buffer("a", ty, places.a)
-        .buffer("b", ty, places.b)
+        .buffer("a", types[0], places.a)
+        .buffer("b", types[1], places.b)
         .buffer("bias", places.bias.1, places.bias.0)
         .buffer("add", DType::F32, places.add)
         .buffer("sum", DType::F32, places.sum)
-        .buffer("c", ty, places.c)
+        .buffer("c", types[2], places.c)
         .grid([p.n.div_ceil(tile), p.m.div_ceil(tile), p.batch])
 }
 
@@ -127,7 +127,8 @@ pub(super) fn lower_matmul(graph: &Graph, node: &Node, op: &Matmul, limits: Limi
     };
     let (bias, null) = (bias(graph, node, 2), At::Null);
     let places = Places { a: At::Operand(0), b: At::Operand(1), bias, add: null, sum: null, c: At::Result(0) };
-    Ok(Launch::of(vec![gemm(limits, dtype(graph, node, 0), &product, &places)?]))
+    let types = [dtype(graph, node, 0), dtype(graph, node, 1), super::dtype_of_result(graph, node, 0)];
+    Ok(Launch::of(vec![gemm(limits, types, &product, &places)?]))
 }
 
 /// E, if the kernels can count it.

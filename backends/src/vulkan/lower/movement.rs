@@ -71,6 +71,7 @@ pub(super) fn lower_random(graph: &Graph, node: &Node, op: &Random, limits: Limi
         Distribution::Bits => "let even = a; let odd = b;",
     };
     let shader = Shader::file(limits, "random", THREADS)
+        .with("philox")
         .replace("NUMBERS", numbers)
         .buffer("key", DType::U32, At::Operand(0))
         .buffer("out", ty.dtype, At::Result(0))

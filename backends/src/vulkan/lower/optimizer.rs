@@ -1,7 +1,8 @@
 //! Launches of the optimizer's ops.
 
+use moebius_ir::moments::eight;
 use moebius_ir::ops::Adamw;
-use moebius_ir::{DType, Graph, Node};
+use moebius_ir::{DType, Graph, Moments, Node};
 
 use super::{Lowered, dtype};
 use crate::vulkan::launch::{At, Launch, Scratch};
@@ -43,12 +44,21 @@ pub(super) fn lower_global_norm(graph: &Graph, node: &Node, limits: Limits) -> L
 
 pub(super) fn lower_adamw(graph: &Graph, node: &Node, op: &Adamw, limits: Limits) -> Lowered {
     let n = graph.ty(node.operands[0]).elements();
-    let (rounded, of_rounded) =
-        if op.rounded { (At::Result(3), dtype(graph, node, 7)) } else { (At::Null, DType::F32) };
+    let (rounded, of_rounded) = if op.rounded {
+        (At::Result(op.rounded_at() - 4), dtype(graph, node, op.rounded_at()))
+    } else {
+        (At::Null, DType::F32)
+    };
     // The device has no f64 to take powers in; logarithms of numbers close to 1 lose nothing in f32.
     let ln = |x: f32| f64::from(x).ln() as f32;
-    // Parameter, moments and the rounded copy are results in the storage of operands 0, 2, 3 and 7.
-    let shader = Shader::file(limits, "adamw", THREADS)
+    let (name, each) = match op.moments {
+        Moments::F32 => ("adamw", THREADS),
+        Moments::Bf16 => ("adamw_bf16", 4 * THREADS),
+        Moments::Eight => ("adamw_8bit", eight::BLOCK),
+    };
+    // Parameter, moments, their scales and the rounded copy are results in the storage of the operands that they replace.
+    let shader = Shader::file(limits, name, THREADS)
+        .with("adamw_rule")
         .number("n", n)
         .float("beta1", op.beta1)
         .float("beta2", op.beta2)
@@ -58,11 +68,25 @@ pub(super) fn lower_adamw(graph: &Graph, node: &Node, op: &Adamw, limits: Limits
         .float("weight_decay", op.weight_decay)
         .buffer("param", DType::F32, At::Result(0))
         .buffer("grad", dtype(graph, node, 1), At::Operand(1))
-        .buffer("m", DType::F32, At::Result(1))
-        .buffer("v", DType::F32, At::Result(2))
         .buffer("lr", DType::F32, At::Operand(4))
         .buffer("steps", DType::F32, At::Operand(5))
         .buffer("scale", DType::F32, At::Operand(6))
         .buffer("rounded", of_rounded, rounded);
-    Ok(Launch::of(vec![shader.line(n.div_ceil(THREADS))?]))
+    let [m, v] = [At::Result(1), At::Result(2)];
+    let shader = match op.moments {
+        Moments::F32 => shader.buffer("m", DType::F32, m).buffer("v", DType::F32, v),
+        Moments::Bf16 => {
+            let shader = shader.with("philox").number("stream", op.stream as usize);
+            shader.moved("m", 2, m).moved("v", 2, v)
+        }
+        Moments::Eight => {
+            let shader = shader.with("philox").number("stream", op.stream as usize);
+            let shader = shader.buffer("m", DType::U32, m).buffer("v", DType::U32, v);
+            shader.buffer("scales", DType::F32, At::Result(3))
+        }
+    };
+    Ok(Launch::of(vec![shader.line(n.div_ceil(each))?]))
 }
+
+// A workgroup has a block of codes.
+const _: () = assert!(THREADS == eight::BLOCK);

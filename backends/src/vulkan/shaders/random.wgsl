@@ -1,30 +1,7 @@
-// Philox4x32-10, as ir/src/philox.rs: the same bits as on the CPU. DISTRIBUTION: 0 uniform, 1 normal, 2 gumbel, 3 the words
-// themselves. A thread makes one block of four numbers.
+// Random numbers, as ir/src/philox.rs: the same bits as on the CPU. A thread makes one block of four numbers; NUMBERS stands for the
+// statements that make two of them, `even` and `odd`, of the words `a` and `b`.
 
 const UNIT: f32 = 5.9604644775390625e-8f;
-
-// High and low word of a product.
-fn product(a: u32, b: u32) -> vec2<u32> {
-    let a0 = a & 0xffffu;
-    let a1 = a >> 16u;
-    let b0 = b & 0xffffu;
-    let b1 = b >> 16u;
-    let middle = a1 * b0 + (a0 * b0 >> 16u);
-    let other = a0 * b1 + (middle & 0xffffu);
-    return vec2<u32>(a1 * b1 + (middle >> 16u) + (other >> 16u), a * b);
-}
-
-fn philox(key: vec2<u32>, block: u32) -> vec4<u32> {
-    var c = vec4<u32>(block, 0u, p.stream, 0u);
-    var k = key;
-    for (var round = 0u; round < 10u; round++) {
-        let p0 = product(c.x, 0xd2511f53u);
-        let p1 = product(c.z, 0xcd9e8d57u);
-        c = vec4<u32>(p1.x ^ c.y ^ k.x, p1.y, p0.x ^ c.w ^ k.y, p0.y);
-        k = k + vec2<u32>(0x9e3779b9u, 0xbb67ae85u);
-    }
-    return c;
-}
 
 fn unit(word: u32) -> f32 { return f32(word >> 8u) * UNIT; }
 
@@ -88,7 +65,7 @@ fn gumbel(word: u32) -> f32 { return -ln_of(-ln_of(f32((word >> 8u) | 1u) * UNIT
 fn kernel(group: u32, thread: u32) {
     let block = group * THREADS + thread;
     if (block * 4u >= p.elements) { return; }
-    let words = philox(vec2<u32>(get_key(0u), get_key(1u)), block);
+    let words = philox(vec2<u32>(get_key(0u), get_key(1u)), block, vec2<u32>(p.stream, 0u));
     for (var pair = 0u; pair < 4u; pair += 2u) {
         let a = words[pair];
         let b = words[pair + 1u];

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, Parser, Subcommand};
+use moebius_models::config::Moments;
 
 /// Train, evaluate and sample sparse-expert language models (PR-MoE) on any machine.
 #[derive(Parser)]
@@ -16,10 +17,11 @@ Examples:
   moebius train --data book.txt --out runs/book     train it on your own text, byte by byte
   moebius distill --teacher runs/book --layers 3    train a shallower student that follows it
   moebius generate --model runs/book --prompt \"Once\" --tokens 200
+  moebius study pyramid --scale cpu                 do MoE layers help most near the output? tables, plots, a verdict
   moebius inspect --preset 350m-pr-moe-32-64        size, FLOPs and memory of a paper's model
 
 Exit codes: 0 done, 1 failed, 2 wrong use, 3 ended by an alarm (--alarm-exit) with a checkpoint, 130 stopped by
-Ctrl-C with a checkpoint."
+Ctrl-C: training after the step, with a checkpoint; `generate` after the token."
 )]
 pub(crate) struct Cli {
     #[command(subcommand)]
@@ -32,6 +34,8 @@ pub(crate) enum Command {
     Train(TrainArgs),
     /// Train a student that follows a trained teacher for a part of the run
     Distill(DistillArgs),
+    /// Train the few models that a claim of the DeepSpeed-MoE paper is about, and write tables, plots and verdicts
+    Study(StudyArgs),
     /// Mean loss and bits per byte of a trained model on a text
     Eval(EvalArgs),
     /// Continue a text with a trained model
@@ -92,13 +96,17 @@ pub(crate) struct TrainArgs {
     /// Compute the inside of each block again in the backward pass instead of keeping it: less memory, more time
     #[arg(long)]
     pub(crate) recompute: bool,
+    /// How the optimizer keeps its moments: f32, or rounded stochastically in bf16 (half the memory) or 8bit (a quarter) [default: the
+    /// preset's]
+    #[arg(long, value_name = "KIND")]
+    pub(crate) moments: Option<Moments>,
     /// Warn once when a router leaves its limits, as in `dead-experts=100,drop=0.3`; keys: dead-experts (steps without a
     /// token), drop (at most, fraction of choices), entropy (at least, nats per token), coefficient (LOW..HIGH),
-    /// logit-scale (at most)
+    /// logit-scale (at most) [default: train.alarm]
     #[arg(long, value_name = "KEY=LIMIT,...")]
     pub(crate) alarm: Option<String>,
     /// End the run at an alarm, with a checkpoint and exit code 3
-    #[arg(long, requires = "alarm")]
+    #[arg(long)]
     pub(crate) alarm_exit: bool,
     /// Change one setting, as in `--set train.batch=8 --set model.experts=[4,8]`
     #[arg(long, value_name = "KEY=VALUE")]
@@ -138,6 +146,50 @@ pub(crate) struct DistillArgs {
     pub(crate) cache_top: Option<usize>,
     #[command(flatten)]
     pub(crate) train: TrainArgs,
+}
+
+#[derive(Args)]
+pub(crate) struct StudyArgs {
+    /// Which study
+    #[arg(value_name = "NAME", value_parser = moebius_models::study::NAMES)]
+    pub(crate) name: String,
+    /// Size of the models: seconds on two cores, minutes on two cores, minutes on a large GPU
+    #[arg(long, value_enum, default_value = "cpu")]
+    pub(crate) scale: ScaleName,
+    /// Parent folder: runs are in DIR/runs, shared by the studies there; tables, plots and report in DIR/NAME
+    #[arg(long, value_name = "DIR", default_value = "studies")]
+    pub(crate) out: PathBuf,
+    /// Text, read as bytes: 90 % to train on, 5 % to validate on, 5 % for the test [default: the built-in Tiny Shakespeare]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) data: Option<PathBuf>,
+    /// Runs of each arm, with seeds from 1 on [default: 3, smoke 2]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub(crate) seeds: Option<usize>,
+    /// Tune learning rate and auxiliary coefficient first, by the same short grid for every arm on a seed of its own
+    #[arg(long)]
+    pub(crate) tune: bool,
+    /// Stop after this time with a checkpoint, as 90s, 9m or 1h; the same command goes on
+    #[arg(long = "for", value_name = "TIME")]
+    pub(crate) time: Option<String>,
+    /// Keep the checkpoints of finished runs
+    #[arg(long)]
+    pub(crate) keep_checkpoints: bool,
+    /// Device to compute on: auto, cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    pub(crate) device: String,
+    /// Change one setting of every arm, as in `--set train.steps=200`
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum ScaleName {
+    /// Very small models, to see that everything works; the losses mean nothing
+    Smoke,
+    /// Half a million active parameters, Tiny Shakespeare
+    Cpu,
+    /// 20 million active parameters, 50 million bytes a run; meant for enwik8
+    Gpu,
 }
 
 #[derive(Args)]

@@ -11,6 +11,7 @@ use moebius_models::gpt::DecodingError;
 use moebius_models::health::AlarmError;
 use moebius_models::report::ReportError;
 use moebius_models::routes::RouteError;
+use moebius_models::study::StudyError;
 use moebius_models::tokenizer::TokenizerError;
 use moebius_models::trained::FindError;
 use moebius_models::training::TrainingError;
@@ -70,8 +71,10 @@ pub(crate) enum Failure {
     /// Training was ended by an alarm; everything is said and saved.
     #[error("ended by an alarm")]
     Alarmed,
-    /// What `--alarm` asks for.
     #[error(transparent)]
+    Study(#[from] StudyError),
+    /// What `--alarm` asks for.
+    #[error("--alarm: {0}")]
     Alarm(#[from] AlarmError),
 }
 
@@ -96,6 +99,7 @@ impl Failure {
             | Failure::NoModel(_)
             | Failure::Distill(_)
             | Failure::Alarm(_)
+            | Failure::Study(_)
             | Failure::Broken { .. } => note!("moebius: {}", with_causes(self)),
         }
         ExitCode::from(self.code())
@@ -116,7 +120,7 @@ impl Failure {
         match self {
             Failure::Config(_) | Failure::Usage(_) | Failure::Alarm(_) => true,
             Failure::Training(e) => match e {
-                TrainingError::Config(_) => true,
+                TrainingError::Config(_) | TrainingError::OtherMoments { .. } => true,
                 TrainingError::Distill(e) => is_wrong_lesson(e),
                 TrainingError::Engine(_)
                 | TrainingError::Graph(_)
@@ -134,6 +138,7 @@ impl Failure {
                 | TrainingError::AllDamaged { .. } => false,
             },
             Failure::Distill(e) => is_wrong_lesson(e),
+            Failure::Study(e) => is_wrong_study(e),
             Failure::Engine(e) => matches!(e, moebius::Error::NoSuchDevice { .. }),
             // A model that has no routes to record, as opposed to a file that does not fit.
             Failure::Routes(e) => matches!(e, RouteError::ExpertsChoose | RouteError::Dense { .. }),
@@ -165,6 +170,11 @@ fn is_wrong_lesson(error: &DistillError) -> bool {
             | DistillError::Inheritance { .. }
             | DistillError::Number { .. }
     )
+}
+
+/// Whether a study is asked for that cannot be, as opposed to one that went wrong.
+fn is_wrong_study(error: &StudyError) -> bool {
+    matches!(error, StudyError::Unknown { .. } | StudyError::Seeds { .. } | StudyError::Config { .. })
 }
 
 /// An error's message and those of its causes, as far as they say something new.

@@ -1,6 +1,7 @@
 //! `moebius generate`.
 
 use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use moebius::Session;
 use moebius_models::generate::{Generator, Sampling};
@@ -9,7 +10,7 @@ use moebius_models::tokenizer::Tokenizer;
 
 use crate::cli::GenerateArgs;
 use crate::failure::Failure;
-use crate::model;
+use crate::{model, stop};
 
 pub(crate) fn run(args: &GenerateArgs) -> Result<(), Failure> {
     let sampling = Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
@@ -25,19 +26,23 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<(), Failure> {
     let mut generator = Generator::frozen(&mut model.session, &model.config.model, tap)?;
     model.load()?;
     crate::text::notes(model.session.engine());
-    stream(&mut model.session, &mut generator, &model.tokenizer, &args.prompt, args.tokens, &sampling)?;
-    Ok(generator.finish()?)
+    // From here on Ctrl-C ends the text after a whole token, and a file of routes is one of the text so far.
+    let stop = stop::asked("stopping after this token");
+    let asked = (args.prompt.as_str(), args.tokens);
+    let whole = stream(&mut model.session, &mut generator, &model.tokenizer, asked, &sampling, &stop)?;
+    generator.finish()?;
+    if whole { Ok(()) } else { Err(Failure::Stopped) }
 }
 
-/// Prints `prompt` and then each token as it is chosen.
+/// Prints a prompt and then each of so many tokens as it is chosen, as long as nobody asks to `stop`. Whether nobody did.
 pub(crate) fn stream(
     session: &mut Session,
     generator: &mut Generator,
     tokenizer: &Tokenizer,
-    prompt: &str,
-    tokens: usize,
+    (prompt, tokens): (&str, usize),
     sampling: &Sampling,
-) -> Result<(), Failure> {
+    stop: &AtomicBool,
+) -> Result<bool, Failure> {
     let io = |source| Failure::Io { operation: "write to standard output", path: "-".into(), source };
     let mut stdout = std::io::stdout().lock();
     let ids: Vec<i32> = tokenizer.encode(prompt)?.into_iter().map(|id| id as i32).collect();
@@ -54,21 +59,24 @@ pub(crate) fn stream(
         Err(error) => Err(io(error)),
     };
     if !put(prompt)? {
-        return Ok(());
+        return Ok(true);
     }
     let mut decoder = tokenizer.stream();
     let mut logits = generator.take(session, &ids)?;
-    for index in 0..tokens {
+    let mut chosen = 0;
+    while chosen < tokens && !stop.load(Ordering::Relaxed) {
         // A vocabulary padded beyond the tokenizer's has ids that stand for no text.
-        let id = sampling.choose(&logits[..known.min(logits.len())], index as u64);
+        let id = sampling.choose(&logits[..known.min(logits.len())], chosen as u64);
+        chosen += 1;
         let text = decoder.push(id as u32)?;
         if !put(&text)? {
-            return Ok(());
+            return Ok(true);
         }
-        if index + 1 < tokens {
+        if chosen < tokens {
             logits = generator.take(session, &[id as i32])?;
         }
     }
     let rest = decoder.finish()?;
-    put(&format!("{rest}\n")).map(drop)
+    put(&format!("{rest}\n"))?;
+    Ok(chosen == tokens)
 }

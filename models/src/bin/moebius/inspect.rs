@@ -1,7 +1,7 @@
 //! `moebius inspect`: what a model is and what it takes, without allocating it.
 
 use moebius::Engine;
-use moebius_models::config::Config;
+use moebius_models::config::{Config, Moments};
 use moebius_models::training;
 use serde_json::json;
 
@@ -70,6 +70,7 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
             "weight_bytes": bytes.weights,
             "compute_weight_bytes": bytes.compute_weights,
             "gradient_bytes": bytes.gradients,
+            "moments": config.train.moments,
             "optimizer_bytes": bytes.optimizer,
             "batch": batch,
             "sequence": config.model.sequence,
@@ -142,7 +143,12 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
     } else {
         println!("  gradients    {:>10}", text::bytes(bytes.gradients as f64));
     }
-    println!("  optimizer    {:>10}", text::bytes(bytes.optimizer as f64));
+    match config.train.moments {
+        Moments::F32 => println!("  optimizer    {:>10}", text::bytes(bytes.optimizer as f64)),
+        other @ (Moments::Bf16 | Moments::Eight) => {
+            println!("  optimizer    {:>10}  (moments in {other})", text::bytes(bytes.optimizer as f64))
+        }
+    }
     if accumulators > 0 {
         println!("  activations  {:>10}  (the device's arena)", text::bytes(activations as f64));
     } else {

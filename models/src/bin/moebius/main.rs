@@ -15,6 +15,8 @@ mod inspect;
 mod model;
 mod progress;
 mod routes;
+mod stop;
+mod study;
 mod text;
 mod train;
 mod verify;
@@ -31,6 +33,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Train(args) => train::run(&args),
         Command::Distill(args) => distill::run(&args),
+        Command::Study(args) => study::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Inspect(args) => inspect::run(&args),

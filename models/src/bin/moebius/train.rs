@@ -1,8 +1,7 @@
 //! `moebius train`.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use moebius::Engine;
 use moebius::checkpoint::Checkpoints;
@@ -19,8 +18,9 @@ use moebius_models::training::{
 };
 
 use crate::cli::TrainArgs;
-use crate::failure::{Failure, INTERRUPTED};
+use crate::failure::Failure;
 use crate::progress::{Caching, Progress};
+use crate::stop;
 use crate::text::{self, note};
 
 /// Trained when neither a preset nor a file is named.
@@ -51,23 +51,10 @@ pub(crate) struct Job {
 /// Trains, plainly or by a course.
 pub(crate) fn train(args: &TrainArgs, job: &Job, config: Config, course: Option<&mut Course>) -> Result<(), Failure> {
     let Job { command, engine, out, tokenizer } = job;
-    let alarms = args.alarm.as_deref().map(Alarms::parse).transpose()?.unwrap_or_default();
-    alarms.check(&config.model)?;
+    let (alarms, ends) = alarms(args, &config)?;
     let corpus = corpus(args, &config, tokenizer)?;
 
-    let stop = Arc::new(AtomicBool::new(false));
-    let asked = Arc::clone(&stop);
-    // The first Ctrl-C (or SIGTERM, or a terminal that is closed) ends the run after the step; a second one ends the
-    // program at once.
-    let handler = ctrlc::set_handler(move || {
-        if asked.swap(true, Ordering::Relaxed) {
-            std::process::exit(INTERRUPTED.into());
-        }
-        note!("\nstopping after this step (press Ctrl-C again to stop at once) ...");
-    });
-    if let Err(error) = handler {
-        note!("moebius: warning: Ctrl-C will not save a checkpoint: {error}");
-    }
+    let stop = stop::asked("stopping after this step");
 
     let parameters = config.parameters();
     note!(
@@ -108,7 +95,7 @@ pub(crate) fn train(args: &TrainArgs, job: &Job, config: Config, course: Option<
         opened => opened?,
     };
     early.iter().for_each(|line| note!("{line}"));
-    run.watch(alarms, args.alarm_exit);
+    run.watch(alarms, ends);
     text::notes(engine);
     let (arena, state) = run.memory();
     note!(
@@ -150,17 +137,30 @@ pub(crate) fn train(args: &TrainArgs, job: &Job, config: Config, course: Option<
             Err(Failure::Stopped)
         }
         Ending::Alarmed => {
+            let alarm = args.alarm.as_deref().map(|alarm| format!(" --alarm {}", shown(Path::new(alarm))));
             note!(
                 "ended by an alarm after step {}, with a checkpoint; to go on in spite of it:\n  moebius {command} --resume --out \
-                 {} --alarm {} --alarm-exit",
+                 {}{}{}",
                 run.steps_done(),
                 shown(out),
-                args.alarm.as_deref().map_or_else(String::new, |alarm| shown(Path::new(alarm)))
+                alarm.unwrap_or_default(),
+                if args.alarm_exit { " --alarm-exit" } else { "" }
             );
             Err(Failure::Alarmed)
         }
-        Ending::Done => finish(&mut run, tokenizer, out),
+        Ending::Done => finish(&mut run, tokenizer, out, &stop),
     }
+}
+
+/// The limits to watch and whether leaving one ends the run: those of the command line, else those of the configuration.
+fn alarms(args: &TrainArgs, config: &Config) -> Result<(Alarms, bool), Failure> {
+    let text = args.alarm.as_deref().or(config.train.alarm.as_deref());
+    if args.alarm_exit && text.is_none() {
+        return Err(Failure::Usage("--alarm-exit: wanted an alarm (--alarm or train.alarm), found none".into()));
+    }
+    let alarms = text.map(Alarms::parse).transpose()?.unwrap_or_default();
+    alarms.check(&config.model)?;
+    Ok((alarms, args.alarm_exit || config.train.alarm_exit == Some(true)))
 }
 
 /// An error in the middle of a run, with what is left of the run.
@@ -239,6 +239,9 @@ pub(crate) fn configuration(args: &TrainArgs, out: &Path, other: Option<Config>)
         config.train.accumulate = count;
     }
     config.train.recompute |= args.recompute;
+    if let Some(moments) = args.moments {
+        config.train.moments = moments;
+    }
     for setting in &args.set {
         config.set(setting)?;
     }
@@ -318,7 +321,7 @@ fn write_report(
     Ok(report::write_report(&out.join(REPORT_FILE), &facts, &out.join(METRICS_FILE))?)
 }
 
-fn finish(run: &mut Run, tokenizer: &Tokenizer, out: &Path) -> Result<(), Failure> {
+fn finish(run: &mut Run, tokenizer: &Tokenizer, out: &Path, stop: &AtomicBool) -> Result<(), Failure> {
     if let Some(e) = run.last_evaluation() {
         println!(
             "trained {} steps in {}: validation loss {:.4} nats per token, {:.4} bits per byte",
@@ -333,7 +336,8 @@ fn finish(run: &mut Run, tokenizer: &Tokenizer, out: &Path) -> Result<(), Failur
         Ok(mut generator) => {
             println!("\nA sample:\n");
             let sampling = Sampling::default();
-            crate::generate::stream(run.session(), &mut generator, tokenizer, SAMPLE_PROMPT, SAMPLE_TOKENS, &sampling)?;
+            let asked = (SAMPLE_PROMPT, SAMPLE_TOKENS);
+            crate::generate::stream(run.session(), &mut generator, tokenizer, asked, &sampling, stop)?;
         }
         // The training is done and saved all the same.
         Err(why @ GenerateError::Decoding(DecodingError::FutureTokens)) => println!("\nNo sample: {why}"),

@@ -7,7 +7,7 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64_with_seed};
 
 use super::CacheError;
 use crate::config::Config;
-use crate::data::{DataError, Stream};
+use crate::data::Stream;
 use crate::distill::{DistillError, Settings, Teacher};
 use crate::tokenizer::Tokenizer;
 
@@ -63,7 +63,7 @@ impl Identity {
             teacher: teacher.config().model.name.clone(),
             teacher_model: teacher.config().model_hash(),
             teacher_weights: teacher.hash()?.to_owned(),
-            data: data_hash(text)?,
+            data: text.hash()?,
             tokenizer: tokenizer.fingerprint(),
             vocabulary: config.model.vocab,
             sequence: config.model.sequence,
@@ -116,19 +116,6 @@ impl Identity {
         header.extend_from_slice(&text);
         header
     }
-}
-
-fn data_hash(text: &Stream) -> Result<String, DataError> {
-    let mut hash = Xxh3::new();
-    let mut ids = vec![0i32; text.len().min(1 << 16)];
-    let mut at = 0;
-    while at < text.len() {
-        let count = ids.len().min(text.len() - at);
-        text.read(at, &mut ids[..count])?;
-        hash.update(bytemuck::cast_slice(&ids[..count]));
-        at += count;
-    }
-    Ok(format!("{:032x}", hash.digest128()))
 }
 
 fn head_hash(fixed: &[u8], text: &[u8]) -> u64 {

@@ -52,6 +52,56 @@ fn matmul() -> Vec<Case> {
     cases
 }
 
+/// One factor of 16 bits, the other and the result f32; the second of two cases has them the other way round.
+fn mixed() -> Vec<Case> {
+    let mut cases = Vec::new();
+    let sizes: [(&[usize], usize, usize, usize); 6] = [
+        (&[], 1, 40, 264),
+        (&[], 70, 2, 264),
+        (&[], 33, 65, 17),
+        (&[], 72, 136, 520),
+        (&[], 64, 88, 520),
+        (&[2], 20, 70, 33),
+    ];
+    for (outer, m, n, k) in sizes {
+        for (ta, tb) in [(false, false), (false, true), (true, false), (true, true)] {
+            for wide in [0, 1] {
+                let name = format!("{outer:?} {m}x{n}x{k}, factor {wide} f32, transposed {ta} {tb}");
+                cases.push(case("matmul", name, Class::Sum, &[DType::Bf16, DType::F16], move |s| {
+                    let with = |tail: [usize; 2]| [outer, &tail].concat();
+                    let dtype = |i| if i == wide { DType::F32 } else { s.dtype };
+                    let dtypes = [dtype(0), dtype(1)];
+                    let x = s.float_as(dtypes[0], with(if ta { [k, m] } else { [m, k] }), |x| x)?;
+                    let w = s.float_as(dtypes[1], with(if tb { [n, k] } else { [k, n] }), |x| x)?;
+                    let bias = if ta { None } else { Some(s.float_as(DType::F32, [n], |x| x)?) };
+                    let y = s.graph.matmul_with(x, w, bias, ta, tb)?;
+                    s.out(y)
+                }));
+            }
+        }
+    }
+    cases
+}
+
+/// Infinities, of which products of parts of numbers would make NaN.
+fn infinities() -> Vec<Case> {
+    vec![case("matmul", "infinities".to_owned(), Class::Sum, WIDE_AND_NARROW, move |s| {
+        let (m, n, k) = (70, 66, 40);
+        let at = |i: usize| match i % 97 {
+            3 => f64::INFINITY,
+            50 => f64::NEG_INFINITY,
+            _ => 1.0 + (i % 7) as f64 / 4.0,
+        };
+        // A row has one of them at most, and nothing is 0, so that no sum is NaN in the reference.
+        let rows = (0..m * k).map(|i| if i % k == 5 { at(i / k) } else { at(0) + (i % 5) as f64 }).collect();
+        let dtype = s.dtype;
+        let x = s.input(Role::Feed, TensorType::new(dtype, [m, k]), rows, false)?;
+        let w = s.float([k, n], |x| x.abs() + 0.25)?;
+        let y = s.graph.matmul(x, w)?;
+        s.aux(y)
+    })]
+}
+
 /// Large enough for the tiles that a GPU uses only where there are many of them.
 fn large() -> Vec<Case> {
     [(false, false), (true, true)]
@@ -209,5 +259,8 @@ fn cross_entropy() -> Vec<Case> {
 }
 
 pub(super) fn cases() -> Vec<Case> {
-    [matmul(), large(), attention(), embedding(), cross_entropy()].into_iter().flatten().collect()
+    [matmul(), mixed(), infinities(), large(), attention(), embedding(), cross_entropy()]
+        .into_iter()
+        .flatten()
+        .collect()
 }
