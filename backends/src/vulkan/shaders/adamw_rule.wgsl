@@ -11,23 +11,23 @@ fn one_minus_e_to(x: f32) -> f32 {
 var<private> keep: f32;
 var<private> rate: f32;
 var<private> root: f32;
-var<private> scale: f32;
+var<private> clip: f32;
 var<private> number: f32;
 
 // Reads the scalars. False for a step that changes nothing: where lr or the scale is not finite or the step is below 1.
 fn begin_step() -> bool {
     let lr = get_lr(0u);
     number = get_steps(0u);
-    scale = get_scale(0u);
+    clip = get_scale(0u);
     keep = 1.0f - lr * p.weight_decay;
     rate = lr / one_minus_e_to(number * p.ln_beta1);
     root = 1.0f / sqrt(one_minus_e_to(number * p.ln_beta2));
-    return is_finite(lr) && is_finite(scale) && number >= 1.0f;
+    return is_finite(lr) && is_finite(clip) && number >= 1.0f;
 }
 
 // The new moments of element i.
 fn moments(i: u32, m: f32, v: f32) -> vec2<f32> {
-    let g = get_grad(i) * scale;
+    let g = get_grad(i) * clip;
     return vec2<f32>(p.beta1 * m + (1.0f - p.beta1) * g, p.beta2 * v + (1.0f - p.beta2) * (g * g));
 }
 
