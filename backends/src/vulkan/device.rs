@@ -10,6 +10,7 @@ use super::limits::Limits;
 use super::loader::{self, Choice, Loader};
 use super::memory::{Block, HostMemory, Region};
 use super::pipelines::Pipelines;
+use crate::cache::Cache;
 
 /// The least version of Vulkan: the first with timeline semaphores.
 const VERSION: u32 = vk::API_VERSION_1_2;
@@ -86,8 +87,8 @@ fn spelled(version: u32) -> String {
 }
 
 impl Device {
-    /// The device that is wanted; with the validation layer if `validated`.
-    pub(crate) fn open(choice: &Choice, validated: bool) -> Result<Device> {
+    /// The device that is wanted, with its kernels kept in `cache`; with the validation layer if `validated`.
+    pub(crate) fn open(choice: &Choice, validated: bool, cache: Cache) -> Result<Device> {
         let loader = loader::load(validated)?;
         let shown = loader.choose(choice)?;
         let (physical, name, instance) = (shown.physical, shown.name, &loader.instance);
@@ -201,7 +202,7 @@ impl Device {
             total,
             memories,
             most_bytes: maintenance.max_memory_allocation_size,
-            pipelines: Pipelines::new(&properties, preserve),
+            pipelines: Pipelines::new(&properties, preserve, cache),
             clock: (clock_bits >= 36).then(|| f64::from(l.timestamp_period) * 1e-9),
             budget,
             names: loader.names.then(|| ash::ext::debug_utils::Device::new(instance, &handle)),

@@ -22,6 +22,11 @@ pub enum VulkanError {
         /// What the system's loader of libraries said.
         why: String,
     },
+    /// The loader is there and finds no driver.
+    #[error(
+        "no Vulkan driver: the loader found none (a GPU's driver brings one; for a processor there is mesa-vulkan-drivers)"
+    )]
+    NoDriver,
     /// No device of this number or name.
     #[error("no Vulkan device {wanted}: there is {}", listed(there))]
     NoDevice {

@@ -101,7 +101,10 @@ impl Loader {
             .enabled_extension_names(&extensions)
             .enabled_layer_names(&layers);
         // SAFETY: the names outlive the call.
-        let instance = unsafe { entry.create_instance(&info, None) }.map_err(failed("vkCreateInstance"))?;
+        let instance = match unsafe { entry.create_instance(&info, None) } {
+            Err(vk::Result::ERROR_INCOMPATIBLE_DRIVER) => return Err(VulkanError::NoDriver),
+            made => made.map_err(failed("vkCreateInstance"))?,
+        };
         let mut messages = None;
         if validated && debug {
             let kept: Box<Messages> = Box::default();

@@ -24,6 +24,7 @@ use std::sync::Arc;
 
 use moebius_ir::{Fences, Graph, NodeId, Plan};
 
+use crate::cache::Cache;
 use crate::{Backend, Executable, Result, Store, lowering};
 
 pub use error::VulkanError;
@@ -47,11 +48,22 @@ pub struct ShaderText {
     pub text: String,
 }
 
+impl ShaderText {
+    /// Its words in SPIR-V, as a device is given them.
+    ///
+    /// # Errors
+    /// [`VulkanError::Shader`].
+    pub fn translate(&self) -> Result<Vec<u32>, VulkanError> {
+        let failed = |log| VulkanError::Shader { shader: self.title.clone(), log };
+        spirv::compile(&self.text, true).map_err(failed)
+    }
+}
+
 impl Vulkan {
     /// How many devices the loader shows.
     ///
     /// # Errors
-    /// [`VulkanError::NoLoader`], [`VulkanError::Driver`].
+    /// [`VulkanError::NoLoader`], [`VulkanError::NoDriver`], [`VulkanError::Driver`].
     pub fn count() -> Result<usize, VulkanError> {
         Ok(loader::load(false)?.devices()?.len())
     }
@@ -61,7 +73,7 @@ impl Vulkan {
     /// # Errors
     /// [`VulkanError::NoDevice`], [`VulkanError::OldDevice`] and those of [`Vulkan::count`].
     pub fn open(choice: &Choice) -> Result<Vulkan, VulkanError> {
-        Ok(Vulkan { device: Arc::new(device::Device::open(choice, false)?), checks: false })
+        Vulkan::with(choice, false, Cache::of_user("pipeline"))
     }
 
     /// The device with the validation layer between, where that is installed: what it objects to is then an error of the next run.
@@ -69,7 +81,11 @@ impl Vulkan {
     /// # Errors
     /// As [`Vulkan::open`].
     pub fn open_validated(choice: &Choice) -> Result<Vulkan, VulkanError> {
-        Ok(Vulkan { device: Arc::new(device::Device::open(choice, Vulkan::has_validation())?), checks: false })
+        Vulkan::with(choice, Vulkan::has_validation(), Cache::of_user("pipeline"))
+    }
+
+    fn with(choice: &Choice, validated: bool, cache: Cache) -> Result<Vulkan, VulkanError> {
+        Ok(Vulkan { device: Arc::new(device::Device::open(choice, validated, cache)?), checks: false })
     }
 
     /// Whether the validation layer is installed.
@@ -167,5 +183,64 @@ impl Backend for Vulkan {
 
     fn new_store(&self) -> Box<dyn Store> {
         Box::new(memory::VulkanStore::new(Arc::clone(&self.device)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use moebius_ir::{Role, TensorType};
+
+    use super::*;
+
+    /// Twice the numbers 0, 1, 2, .. by a device whose kernels are kept in this folder; what the device notes.
+    fn doubled(folder: &std::path::Path) -> Vec<String> {
+        let vulkan = Vulkan::with(&Choice::Best, false, Cache::at(folder)).unwrap();
+        let mut graph = Graph::new();
+        let x = graph.input("x", TensorType::f32([300]), Role::Feed).unwrap();
+        let y = graph.add(x, x).unwrap();
+        graph.output("y", y).unwrap();
+        let plan = vulkan.plan(moebius_ir::passes::optimise(&graph).unwrap()).unwrap();
+        let mut instance = vulkan.compile(plan).unwrap().instantiate().unwrap();
+        let mut store = vulkan.new_store();
+        for turn in 0..3 {
+            let bytes: Vec<u8> = (0..300).flat_map(|i| ((i + turn) as f32).to_le_bytes()).collect();
+            instance.write("x", &bytes).unwrap();
+            instance.run(store.as_mut()).unwrap();
+            let mut out = vec![0; 1200];
+            instance.read("y", &mut out).unwrap();
+            let wanted: Vec<u8> = (0..300).flat_map(|i| (2.0 * (i + turn) as f32).to_le_bytes()).collect();
+            assert_eq!(out, wanted);
+        }
+        vulkan.take_notes()
+    }
+
+    #[test]
+    #[expect(clippy::print_stderr, reason = "a test that did nothing should say so")]
+    fn a_damaged_kernel_on_disk_is_told_and_made_anew() {
+        if !Vulkan::count().is_ok_and(|n| n > 0) {
+            eprintln!("no Vulkan device: nothing is run");
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(doubled(folder.path()), Vec::<String>::new());
+        let files: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|f| f.unwrap().path()).collect();
+        assert_eq!(files.len(), 1, "{files:?}");
+        let whole = std::fs::read(&files[0]).unwrap();
+        // Whole, it is taken without a word.
+        assert_eq!(doubled(folder.path()), Vec::<String>::new());
+        std::fs::write(&files[0], &whole[..whole.len() - 1]).unwrap();
+        let notes = doubled(folder.path());
+        assert!(notes.len() == 1 && notes[0].contains("damaged"), "{notes:?}");
+        assert_eq!(doubled(folder.path()), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_device_that_is_not_there_is_a_typed_error() {
+        for choice in [Choice::Number(1000), Choice::Named("no such device".into())] {
+            let Err(error) = Vulkan::open(&choice) else { panic!("{choice:?}") };
+            let known =
+                matches!(error, VulkanError::NoLoader { .. } | VulkanError::NoDriver | VulkanError::NoDevice { .. });
+            assert!(known && !error.to_string().is_empty(), "{error}");
+        }
     }
 }

@@ -33,17 +33,11 @@ pub(crate) struct Pipelines {
 
 impl Pipelines {
     /// `preserve`: the device can promise to keep infinities and NaN.
-    pub(crate) fn new(properties: &vk::PhysicalDeviceProperties, preserve: bool) -> Pipelines {
+    pub(crate) fn new(properties: &vk::PhysicalDeviceProperties, preserve: bool, cache: Cache) -> Pipelines {
         let p = properties;
         let uuid: String = p.pipeline_cache_uuid.iter().map(|b| format!("{b:02x}")).collect();
         let identity = format!("vulkan {:x} {:x} {:x} {uuid}", p.vendor_id, p.device_id, p.driver_version);
-        Pipelines {
-            made: Mutex::new(HashMap::new()),
-            spare: Mutex::new(Vec::new()),
-            preserve,
-            cache: Cache::of_user("pipeline"),
-            identity,
-        }
+        Pipelines { made: Mutex::new(HashMap::new()), spare: Mutex::new(Vec::new()), preserve, cache, identity }
     }
 
     /// Nothing may use them any more.
