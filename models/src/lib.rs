@@ -5,6 +5,7 @@
 //! - [`training`], [`evaluation`] and [`generate`] run those graphs on a [`moebius::Session`].
 //! - [`distill`] teaches a student by a trained model, live or from a cache.
 //! - [`study`] trains the few models that a claim of the paper is about, and says what it found.
+//! - [`timed`] measures training steps one by one.
 //! - [`verify`] compares a device with the reference, op by op and layer by layer.
 
 pub mod config;
@@ -18,6 +19,7 @@ pub mod metrics;
 pub mod report;
 pub mod routes;
 pub mod study;
+pub mod timed;
 pub mod tokenizer;
 pub mod trained;
 pub mod training;

@@ -301,14 +301,9 @@ impl Lab {
         let (teacher, config) = self.student();
         let folder = self.place.path("kept");
         let settings = Settings {
-            teacher: self.place.path("teacher"),
-            teacher_hash: String::new(),
-            stop_step: 0,
-            kd_weight: 1.0,
             kd_temperature: 2.0,
-            lm_weight: 1.0,
-            init_from_teacher: false,
             cache: cache.map(|top| CacheSettings { folder: folder.join(top.to_string()), top }),
+            ..Settings::default()
         };
         (Course::new(teacher, &config, &Tokenizer::Bytes, stop, settings).unwrap(), config)
     }

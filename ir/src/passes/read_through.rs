@@ -26,13 +26,13 @@ pub fn read_through(graph: &Graph) -> Result<Graph> {
         let types = |out: &Graph, operands: &[Value]| {
             node.op.infer(&operands.iter().map(|&v| out.ty(v).clone()).collect::<Vec<_>>())
         };
-        let wanted = types(out, &operands).ok();
+        let mut wanted = None;
         for i in 0..operands.len() {
             let Some(source) = behind(out, &node.op, operands[i]) else { continue };
             let mut other = operands.clone();
             other[i] = source;
             // The last operand of full shape, or of f32, has to stay as it is.
-            if types(out, &other).ok() == wanted {
+            if types(out, &other).ok() == *wanted.get_or_insert_with(|| types(out, &operands).ok()) {
                 operands = other;
             }
         }

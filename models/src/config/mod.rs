@@ -442,7 +442,8 @@ impl Config {
     }
 }
 
-fn hash<T: Serialize>(value: &T) -> String {
+/// A hash of the JSON form of a value.
+pub(crate) fn hash<T: Serialize>(value: &T) -> String {
     // Structs of numbers, strings and lists: JSON has a form for all of them.
     let json = serde_json::to_string(value).expect("a configuration has a JSON form");
     format!("{:032x}", xxhash_rust::xxh3::xxh3_128(json.as_bytes()))

@@ -36,6 +36,22 @@ pub struct Settings {
     pub cache: Option<CacheSettings>,
 }
 
+impl Default for Settings {
+    /// Both terms alike, at temperature 1, with the teacher in memory; for a [`Course`] to fill in the rest.
+    fn default() -> Settings {
+        Settings {
+            teacher: PathBuf::new(),
+            teacher_hash: String::new(),
+            stop_step: 0,
+            kd_weight: 1.0,
+            kd_temperature: 1.0,
+            lm_weight: 1.0,
+            init_from_teacher: false,
+            cache: None,
+        }
+    }
+}
+
 /// A cache of the teacher's log-probabilities.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -4,20 +4,21 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use moebius::{Engine, Session, Trainer};
+use moebius::{Engine, Session};
 use serde::{Deserialize, Serialize};
 
 use super::result::{read_json, write_json};
+use super::train::remove;
 use super::{Arm, StudyError, Text, Training};
-use crate::config::{Config, ModelConfig};
+use crate::config::{Config, ModelConfig, hash};
 use crate::data::Batches;
 use crate::distill::cache::{Build, CacheReader, Identity, build};
 use crate::distill::{CacheSettings, Course, DistillError, Settings, Stop, Teacher};
 use crate::generate::Generator;
 use crate::gpt::{self, Distilling, Lesson};
 use crate::routes::RouteTap;
+use crate::timed::{TimedStep, median};
 use crate::tokenizer::Tokenizer;
-use crate::training;
 
 /// Steps, or tokens, that warm a device up and are not counted.
 const WARM_UP: usize = 3;
@@ -63,8 +64,7 @@ impl Timings {
 /// A hash of what is timed, and on which device.
 pub(super) fn key(engine: &Engine, arms: &[(&Arm, Config)], counts: (usize, usize)) -> String {
     let arms: Vec<_> = arms.iter().map(|(arm, c)| (&c.model, c.train.batch, format!("{:?}", arm.training))).collect();
-    let json = serde_json::json!(["by turn", engine.describe(), arms, counts]).to_string();
-    format!("{:032x}", xxhash_rust::xxh3::xxh3_128(json.as_bytes()))
+    hash(&serde_json::json!(["by turn", engine.describe(), arms, counts]))
 }
 
 /// How a student is taught while it is timed.
@@ -80,14 +80,7 @@ struct Way {
     kind: Kind,
     config: Config,
     teacher: Option<usize>,
-    session: Session,
-    trainer: Trainer,
-    times: Vec<f64>,
-}
-
-fn median(times: &mut [f64]) -> f64 {
-    times.sort_by(f64::total_cmp);
-    times.get(times.len() / 2).copied().unwrap_or(f64::NAN)
+    step: TimedStep,
 }
 
 /// What is kept of a teacher for the steps that are timed.
@@ -99,16 +92,8 @@ fn cache_of(
     batches: &Batches,
     (folder, wanted, stop): (&Path, u64, &AtomicBool),
 ) -> Result<CacheReader, StudyError> {
-    let settings = Settings {
-        teacher: teacher.path().to_owned(),
-        teacher_hash: String::new(),
-        stop_step: 0,
-        kd_weight: 1.0,
-        kd_temperature: 1.0,
-        lm_weight: 1.0,
-        init_from_teacher: false,
-        cache: Some(CacheSettings { folder: folder.to_owned(), top: CACHE_TOP }),
-    };
+    let settings =
+        Settings { cache: Some(CacheSettings { folder: folder.to_owned(), top: CACHE_TOP }), ..Settings::default() };
     let mut course = Course::new(teacher, config, &Tokenizer::Bytes, Stop::Fraction(1.0), settings)?;
     let settings = course.settings().clone();
     let teacher = course.teacher()?;
@@ -179,24 +164,21 @@ pub(super) fn measure(
             if stop.load(Ordering::Relaxed) {
                 return Ok(None);
             }
-            let seconds = one(way, batches, reader.as_ref())?;
+            let seconds = way.step.run(batches, reader.as_ref())?;
             if step >= WARM_UP {
-                way.times.push(seconds);
+                way.step.times.push(seconds);
             }
         }
     }
     drop(readers);
-    if folder.exists() {
-        let fail = |source| StudyError::Io { operation: "remove", path: folder.clone(), source };
-        std::fs::remove_dir_all(&folder).map_err(fail)?;
-    }
+    remove(&folder)?;
 
     let mut measured = Vec::new();
-    let turns: Vec<Vec<f64>> = ways.iter().map(|way| way.times.iter().map(|s| s * 1e3).collect()).collect();
-    for way in &mut ways {
-        let plan = way.trainer.program().plan();
+    let turns: Vec<Vec<f64>> = ways.iter().map(|way| way.step.times.iter().map(|s| s * 1e3).collect()).collect();
+    for Way { kind, step, .. } in &mut ways {
+        let plan = step.trainer.program().plan();
         let bytes = (plan.state_bytes() + plan.arena_bytes()) as u64;
-        measured.push((way.kind, median(&mut way.times) * 1e3, bytes));
+        measured.push((*kind, median(std::mem::take(&mut step.times)) * 1e3, bytes));
     }
     // Their memory is the generators'.
     drop(ways);
@@ -231,10 +213,6 @@ fn way(
     of_teacher: Option<&ModelConfig>,
     teacher: Option<Teacher>,
 ) -> Result<Way, StudyError> {
-    let mut config = config.clone();
-    // Every step is looked at, so that its time is its own.
-    config.train.log_every = 1;
-    let mut session = engine.session();
     let options = gpt::Distillation { temperature: 1.0, beta: 1.0 };
     let lesson = match (kind, of_teacher) {
         (Kind::Live, Some(model)) => Some(Lesson::Live(model)),
@@ -242,34 +220,11 @@ fn way(
         (Kind::Plain | Kind::Live | Kind::Cached, _) => None,
     };
     let lesson = lesson.map(|lesson| Distilling { lesson, options, lm_weight: 1.0 });
-    let trainer = training::trainer_of(engine, &mut session, &config, lesson.as_ref())?;
-    gpt::initialise(&config.model, config.train.seed, |p, values| session.write(&p.name, values))?;
+    let mut step = TimedStep::new(engine, config, lesson.as_ref())?;
     if let Some(mut teacher) = teacher {
-        teacher.load(&mut session)?;
+        teacher.load(&mut step.session)?;
     }
-    Ok(Way { kind, config, teacher: at, session, trainer, times: Vec::new() })
-}
-
-/// The seconds of a step.
-fn one(way: &mut Way, batches: &Batches, reader: Option<&CacheReader>) -> Result<f64, StudyError> {
-    let (train, model) = (&way.config.train, &way.config.model);
-    let n = train.batch * model.sequence;
-    let (mut ids, mut x, mut y) = (Vec::new(), vec![0; n], vec![0; n]);
-    let begun = Instant::now();
-    way.trainer.step_with(&mut way.session, |at, program| {
-        let batch = (at.step - 1) * train.accumulate as u64 + at.micro_batch as u64;
-        batches.fill(batch, &mut x, &mut y)?;
-        program.feed("tokens", &x)?;
-        program.feed("targets", &y)?;
-        if let Some(reader) = reader {
-            reader.feed(batch, &mut ids, program)?;
-        }
-        if gpt::is_noisy(model) {
-            program.feed(gpt::NOISE_KEY, &[0u32, 0])?;
-        }
-        Ok::<_, DistillError>(train.learning_rate as f32)
-    })?;
-    Ok(begun.elapsed().as_secs_f64())
+    Ok(Way { kind, config: config.clone(), teacher: at, step })
 }
 
 /// The median seconds of a generated token of each model, in turns as the steps.
@@ -298,5 +253,5 @@ fn decode(engine: &Engine, arms: &[(&Arm, Config)], tokens: usize) -> Result<Vec
             }
         }
     }
-    Ok(decoders.iter_mut().map(|decoder| median(&mut decoder.times)).collect())
+    Ok(decoders.into_iter().map(|decoder| median(decoder.times)).collect())
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use moebius::Engine;
 
 use super::{Point, RunResult, StudyError, StudyEvent};
-use crate::config::Config;
+use crate::config::{Config, hash};
 use crate::data::{Corpus, CorpusSpec, Source, Stream, Validation, Windows, default_cache_dir};
 use crate::distill::{Course, DistillError, Settings, Stop, Teacher};
 use crate::evaluation::{Evaluation, Evaluator};
@@ -106,8 +106,7 @@ impl Workshop<'_> {
     /// Hash of everything that makes a run: settings, text, teacher.
     pub(super) fn key(&self, wanted: &Wanted) -> String {
         let teacher = wanted.teacher.as_ref().map(|(teacher, stop)| format!("{} {stop}", self.key(teacher)));
-        let json = serde_json::json!([wanted.config.hash(), self.text.hash, teacher, wanted.tuning]).to_string();
-        format!("{:032x}", xxhash_rust::xxh3::xxh3_128(json.as_bytes()))
+        hash(&serde_json::json!([wanted.config.hash(), self.text.hash, teacher, wanted.tuning]))
     }
 
     pub(super) fn folder(&self, wanted: &Wanted) -> PathBuf {
@@ -223,16 +222,7 @@ impl Workshop<'_> {
             course.move_teacher(teacher);
             return Ok(course);
         }
-        let settings = Settings {
-            teacher: teacher.to_owned(),
-            teacher_hash: String::new(),
-            stop_step: 0,
-            kd_weight: 1.0,
-            kd_temperature: 1.0,
-            lm_weight: 1.0,
-            init_from_teacher: false,
-            cache: None,
-        };
+        let settings = Settings::default();
         Ok(Course::new(Teacher::open(teacher)?, student, &Tokenizer::Bytes, Stop::Fraction(stop), settings)?)
     }
 
@@ -276,7 +266,7 @@ impl Workshop<'_> {
 }
 
 /// Removes a folder, if it is there.
-fn remove(path: &Path) -> Result<(), StudyError> {
+pub(super) fn remove(path: &Path) -> Result<(), StudyError> {
     match std::fs::remove_dir_all(path) {
         Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
             Err(StudyError::Io { operation: "remove", path: path.to_owned(), source })

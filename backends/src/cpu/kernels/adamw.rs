@@ -85,15 +85,14 @@ pub fn adamw<T: Element, G: Element, R: Element>(
     let len = param.len();
     assert!(grad.len() == len && m.len() == len && v.len() == len);
     assert!(rounded.is_empty() || rounded.len() == len);
-    let keeps = !rounded.is_empty();
     let Some(rates) = Rates::of(step) else { return };
     let (param, m, v, rounded) = (Shared::new(param), Shared::new(m), Shared::new(v), Shared::new(rounded));
     tasks(len.div_ceil(TASK), len, |task| {
         let (from, count) = (task * TASK, TASK.min(len - task * TASK));
         // SAFETY: tasks have disjoint elements.
         let (param, m, v) = unsafe { (param.part(from, count), m.part(from, count), v.part(from, count)) };
-        // SAFETY: as above; without a copy the part is empty.
-        let rounded = unsafe { rounded.part(if keeps { from } else { 0 }, if keeps { count } else { 0 }) };
+        // SAFETY: as above.
+        let rounded = unsafe { rounded.part_if_any(from, count) };
         let grad = &grad[from..from + count];
         simd(
             #[inline(always)]

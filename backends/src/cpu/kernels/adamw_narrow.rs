@@ -27,7 +27,6 @@ pub fn adamw_bf16<G: Element, R: Element>(
     let len = param.len();
     assert!(grad.len() == len && m.len() == len && v.len() == len);
     assert!(rounded.is_empty() || rounded.len() == len);
-    let keeps = !rounded.is_empty();
     let Some(rates) = Rates::of(step) else { return };
     let number = step.step;
     let (param, m, v, rounded) = (Shared::new(param), Shared::new(m), Shared::new(v), Shared::new(rounded));
@@ -35,8 +34,8 @@ pub fn adamw_bf16<G: Element, R: Element>(
         let (from, count) = (task * TASK, TASK.min(len - task * TASK));
         // SAFETY: tasks have disjoint elements.
         let (param, m, v) = unsafe { (param.part(from, count), m.part(from, count), v.part(from, count)) };
-        // SAFETY: as above; without a copy the part is empty.
-        let rounded = unsafe { rounded.part(if keeps { from } else { 0 }, if keeps { count } else { 0 }) };
+        // SAFETY: as above.
+        let rounded = unsafe { rounded.part_if_any(from, count) };
         let grad = &grad[from..from + count];
         simd(
             #[inline(always)]
@@ -79,7 +78,6 @@ pub fn adamw_8bit<G: Element, R: Element>(
     let len = param.len();
     assert!(grad.len() == len && m.len() == len.div_ceil(4) && v.len() == len.div_ceil(4));
     assert!(scales.len() == 2 * len.div_ceil(BLOCK) && (rounded.is_empty() || rounded.len() == len));
-    let keeps = !rounded.is_empty();
     let Some(rates) = Rates::of(step) else { return };
     let number = step.step;
     let (param, rounded) = (Shared::new(param), Shared::new(rounded));
@@ -89,8 +87,8 @@ pub fn adamw_8bit<G: Element, R: Element>(
         let (words, blocks) = (count.div_ceil(4), count.div_ceil(BLOCK));
         // SAFETY: tasks have disjoint elements, which begin with a block.
         let (param, m, v) = unsafe { (param.part(from, count), m.part(from / 4, words), v.part(from / 4, words)) };
-        // SAFETY: as above; without a copy the part is empty.
-        let rounded = unsafe { rounded.part(if keeps { from } else { 0 }, if keeps { count } else { 0 }) };
+        // SAFETY: as above.
+        let rounded = unsafe { rounded.part_if_any(from, count) };
         // SAFETY: as above.
         let scales = unsafe { scales.part(2 * (from / BLOCK), 2 * blocks) };
         let grad = &grad[from..from + count];

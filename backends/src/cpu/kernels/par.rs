@@ -58,6 +58,17 @@ impl<'a, T> Shared<'a, T> {
         // SAFETY: inside the slice by the assertion, not aliased by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(from), len) }
     }
+
+    /// [`Shared::part`]; of a slice without elements the one without.
+    ///
+    /// # Safety
+    /// As there.
+    #[allow(clippy::mut_from_ref)]
+    #[inline(always)]
+    pub(crate) unsafe fn part_if_any(&self, from: usize, len: usize) -> &mut [T] {
+        // SAFETY: the caller's promise.
+        if self.len == 0 { &mut [] } else { unsafe { self.part(from, len) } }
+    }
 }
 
 /// Partial sums kept side by side, so that a sum vectorises and has one order.

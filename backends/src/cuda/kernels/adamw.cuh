@@ -29,3 +29,13 @@ __device__ __forceinline__ void step_of(const Rule& r, float grad, float& param,
     m = r.beta1 * m + (1.0f - r.beta1) * g, v = r.beta2 * v + (1.0f - r.beta2) * (g * g);
     param = r.keep * param - r.rate * (m / (sqrtf(v) * r.root + r.eps));
 }
+
+/// Stores four parameters, and their rounded copies if there are any.
+__device__ __forceinline__ void store_params(float* param, ROUNDED* rounded, i64 i, const Vector<float, 4>& ps) {
+    store_vector<4>(param + i, ps);
+    if (!rounded) return;
+    Vector<ROUNDED, 4> rs;
+#pragma unroll
+    for (int j = 0; j < 4; j++) rs.at[j] = from_float<ROUNDED>(ps.at[j]);
+    store_vector<4>(rounded + i, rs);
+}

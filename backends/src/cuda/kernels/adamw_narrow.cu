@@ -37,13 +37,7 @@ KERNEL adamw_bf16(float* param, const T* grad, bf16* m, bf16* v, const float* lr
             }
             store_vector<4>(m + i, ms);
             store_vector<4>(v + i, vs);
-            store_vector<4>(param + i, ps);
-            if (rounded) {
-                Vector<ROUNDED, 4> rs;
-#pragma unroll
-                for (int j = 0; j < 4; j++) rs.at[j] = from_float<ROUNDED>(ps.at[j]);
-                store_vector<4>(rounded + i, rs);
-            }
+            store_params(param, rounded, i, ps);
         } else {
 #pragma unroll
             for (int j = 0; j < 3; j++) {
@@ -188,13 +182,7 @@ KERNEL adamw_8bit(float* param, const T* grad, u32* m, u32* v, const float* lr, 
                 auto ps = load_vector<4>(param + i);
 #pragma unroll
                 for (int j = 0; j < 4; j++) quick_step_of(rule, to_float(g.at[j]), ps.at[j], new_m[j], new_v[j]);
-                store_vector<4>(param + i, ps);
-                if (rounded) {
-                    Vector<ROUNDED, 4> rs;
-#pragma unroll
-                    for (int j = 0; j < 4; j++) rs.at[j] = from_float<ROUNDED>(ps.at[j]);
-                    store_vector<4>(rounded + i, rs);
-                }
+                store_params(param, rounded, i, ps);
             } else {
 #pragma unroll
                 for (int j = 0; j < 4; j++) {

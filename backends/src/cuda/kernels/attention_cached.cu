@@ -36,7 +36,6 @@ struct Part {
     float greatest, sum, mixed[HEAD];
 };
 
-#define EACH_OF(j) _Pragma("unroll") for (int j = 0; j < PER_LANE; j++)
 /// Walks what a lane has of a head: its i-th piece is the PER_LANE elements from `at` on.
 #define EACH_PIECE(i, at)                                                                                              \
     _Pragma("unroll") for (int i = 0; i < PIECES; i++) if (int at = (i * GROUP + (int)threadIdx.x % GROUP) * PER_LANE; at < HEAD)

@@ -84,6 +84,13 @@ __device__ __forceinline__ int warp_sum(int x) {
     for (int step = 16; step > 0; step >>= 1) x += __shfl_xor_sync(WHOLE_WARP, x, step);
     return x;
 }
+/// The sum of what each of `chunks` chunks has for element `at` of `total`, in order.
+__device__ __forceinline__ float sum_of_chunks(const float* partial, i64 total, int chunks, i64 at) {
+    float sum = partial[at];
+#pragma unroll 8
+    for (int i = 1; i < chunks; i++) sum += partial[i * total + at];
+    return sum;
+}
 /// The largest; NaN if any is.
 __device__ __forceinline__ float warp_max(float x) {
     for (int step = 16; step > 0; step >>= 1) x = max_nan(x, __shfl_xor_sync(WHOLE_WARP, x, step));

@@ -212,9 +212,5 @@ KERNEL few_rows(const TA* a, const T* b, const int* offsets, const void* bias, f
 /// The results of the chunks together.
 KERNEL few_rows_finish(const float* partial, i64 total, int chunks, TC* c) {
     i64 at = (i64)blockIdx.x * THREADS + threadIdx.x;
-    if (at >= total) return;
-    float sum = partial[at];
-#pragma unroll 8
-    for (int i = 1; i < chunks; i++) sum += partial[i * total + at];
-    c[at] = from_float<TC>(sum);
+    if (at < total) c[at] = from_float<TC>(sum_of_chunks(partial, total, chunks, at));
 }

@@ -5,8 +5,6 @@
 #define THREADS 128
 #define FINISH_THREADS 1024
 
-#define EACH_OF(j) _Pragma("unroll") for (int j = 0; j < PER_LANE; j++)
-
 /// Walks what a thread has of a row: its i-th piece is the PER_LANE elements from `at` on.
 #define EACH_PIECE(i, at)                                                                                              \
     _Pragma("unroll") for (int i = 0; i < PIECES; i++) if (int at = (i * THREADS + threadIdx.x) * PER_LANE; at < d)

@@ -71,13 +71,7 @@ KERNEL adamw(float* param, const T* grad, float* m, float* v, const float* lr, c
             for (int j = 0; j < 4; j++) step_of(rule, to_float(g.at[j]), ps.at[j], ms.at[j], vs.at[j]);
             store_vector<4>(m + i, ms);
             store_vector<4>(v + i, vs);
-            store_vector<4>(param + i, ps);
-            if (rounded) {
-                Vector<ROUNDED, 4> rs;
-#pragma unroll
-                for (int j = 0; j < 4; j++) rs.at[j] = from_float<ROUNDED>(ps.at[j]);
-                store_vector<4>(rounded + i, rs);
-            }
+            store_params(param, rounded, i, ps);
         } else {
             for (; i < n; i++) {
                 step_of(rule, to_float(grad[i]), param[i], m[i], v[i]);

@@ -203,9 +203,5 @@ KERNEL split(const TA* a, const TB* b, const float* bias, float* partial, float*
 /// The sums of the chunks together, in order.
 KERNEL split_finish(const float* partial, i64 total, int chunks, float* c) {
     i64 at = (i64)blockIdx.x * THREADS + threadIdx.x;
-    if (at >= total) return;
-    float sum = partial[at];
-#pragma unroll 8
-    for (int i = 1; i < chunks; i++) sum += partial[i * total + at];
-    c[at] = sum;
+    if (at < total) c[at] = sum_of_chunks(partial, total, chunks, at);
 }

@@ -1,5 +1,8 @@
 // Elements that lie together, moved 16 bytes at a time where they are as many.
 
+/// Walks the elements that a lane has at a time, where a file defines how many.
+#define EACH_OF(j) _Pragma("unroll") for (int j = 0; j < PER_LANE; j++)
+
 /// `COUNT` elements in registers.
 template <typename Element, int COUNT> union Vector {
     Element at[COUNT];

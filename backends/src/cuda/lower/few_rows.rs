@@ -4,7 +4,7 @@ use moebius_ir::DType;
 
 use super::gemm::{Product, Strides};
 use super::{float, int};
-use crate::cuda::launch::{Arg, Launch, Scratch, kernel};
+use crate::cuda::launch::{Action, Arg, Launch, Scratch, kernel};
 use crate::cuda::source::Source;
 
 const TEXT: &str = include_str!("../kernels/few_rows.cu");
@@ -48,6 +48,18 @@ pub(super) fn chunks(tiles: usize, k: usize, step: usize, enough: usize) -> Chun
     let wanted = enough.div_ceil(tiles.max(1)).min(k.div_ceil(LEAST_LOADS * step)).max(1);
     let length = k.div_ceil(wanted).next_multiple_of(step);
     Chunks { count: if length == 0 { 1 } else { k.div_ceil(length) }, length }
+}
+
+/// The kernel of a file that adds up the chunks' results.
+pub(super) fn finish(
+    source: Source,
+    name: &'static str,
+    threads: usize,
+    (partial, total): (Arg, usize),
+    chunks: &Chunks,
+) -> Result<Action, String> {
+    let args = vec![partial, Arg::size(total), Arg::I32(int(chunks.count, "chunks")?), Arg::Result(0)];
+    Ok(kernel(source, name, [total.div_ceil(threads), 1, 1], threads as u32, args))
 }
 
 /// Blocks along z of `batch` products of `rows` rows.
@@ -122,8 +134,7 @@ pub(super) fn launch(
     let grid = [n.div_ceil(columns), chunks.count, z];
     let mut actions = vec![kernel(source.clone(), "few_rows", grid, THREADS as u32, args)];
     if chunks.count > 1 {
-        let args = vec![partial, Arg::size(total), Arg::I32(int(chunks.count, "chunks")?), Arg::Result(0)];
-        actions.push(kernel(source, "few_rows_finish", [total.div_ceil(THREADS), 1, 1], THREADS as u32, args));
+        actions.push(finish(source, "few_rows_finish", THREADS, (partial, total), &chunks)?);
     }
     Ok(Launch::of(actions).with_scratch(scratch.bytes()))
 }

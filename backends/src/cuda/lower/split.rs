@@ -2,7 +2,7 @@
 
 use moebius_ir::DType;
 
-use super::few_rows::{Operands, chunks};
+use super::few_rows::{Operands, chunks, finish};
 use super::gemm::{Product, Strides};
 use super::{float, int};
 use crate::cuda::launch::{Arg, Launch, Scratch, kernel};
@@ -64,8 +64,7 @@ pub(super) fn launch(
     let mut actions =
         vec![kernel(source.clone(), "split", [rows, columns, chunks.count * batch], THREADS as u32, args)];
     if chunks.count > 1 {
-        let args = vec![partial, Arg::size(total), Arg::I32(int(chunks.count, "chunks")?), Arg::Result(0)];
-        actions.push(kernel(source, "split_finish", [total.div_ceil(THREADS), 1, 1], THREADS as u32, args));
+        actions.push(finish(source, "split_finish", THREADS, (partial, total), &chunks)?);
     }
     Ok(Launch::of(actions).with_scratch(scratch.bytes()))
 }

@@ -10,6 +10,7 @@ use moebius_models::config::Config;
 use moebius_models::generate::Generator;
 use moebius_models::gpt;
 use moebius_models::routes::RouteTap;
+use moebius_models::timed::median;
 use moebius_models::training;
 use serde_json::{Value, json};
 
@@ -86,11 +87,6 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
         text::bytes(number("peak_rss_bytes"))
     );
     Ok(())
-}
-
-fn median(mut times: Vec<f64>) -> f64 {
-    times.sort_by(f64::total_cmp);
-    times.get(times.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 /// Numbers below `limit` that look random and are the same everywhere.

@@ -66,14 +66,12 @@ fn begin(args: &DistillArgs, engine: Engine) -> Result<(), Failure> {
         top: args.cache_top.unwrap_or(CACHE_TOP),
     });
     let settings = Settings {
-        teacher: path.clone(),
-        teacher_hash: String::new(),
-        stop_step: 0,
         kd_weight: args.kd_weight.unwrap_or(1.0),
         kd_temperature: args.kd_temp.unwrap_or(1.0),
         lm_weight: args.lm_weight.unwrap_or(1.0),
         init_from_teacher: args.init_from_teacher,
         cache,
+        ..Settings::default()
     };
     let mut course = Course::new(teacher, &config, &tokenizer, stop, settings)?;
     train::train(train, &Job { command: "distill", engine, out, tokenizer }, config, Some(&mut course))

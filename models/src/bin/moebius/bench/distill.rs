@@ -4,18 +4,19 @@ use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
+use moebius::Engine;
 use moebius::checkpoint::{Checkpoints, Dtype, Snapshot, Tensor, TensorInfo, TrainState};
-use moebius::{Engine, Session, Trainer};
 use moebius_models::config::Config;
 use moebius_models::data::{Batches, Corpus, CorpusSpec, Source, Validation, default_cache_dir};
 use moebius_models::distill::cache::{Build, CacheReader, Identity, build};
-use moebius_models::distill::{CacheSettings, Course, DistillError, Settings, Stop, Teacher};
+use moebius_models::distill::{CacheSettings, Course, Settings, Stop, Teacher};
 use moebius_models::gpt::{self, Distilling, Lesson};
+use moebius_models::timed::{TimedStep, median};
 use moebius_models::tokenizer::Tokenizer;
-use moebius_models::training::{self, parameter_infos};
+use moebius_models::training::parameter_infos;
 use serde_json::{Value, json};
 
-use super::{WARM_UP, median};
+use super::WARM_UP;
 use crate::cli::BenchArgs;
 use crate::failure::Failure;
 use crate::text::{self, note};
@@ -29,22 +30,6 @@ struct Scratch(PathBuf);
 impl Drop for Scratch {
     fn drop(&mut self) {
         drop(std::fs::remove_dir_all(&self.0));
-    }
-}
-
-/// A trainer with a session of its own.
-struct Way {
-    session: Session,
-    trainer: Trainer,
-    times: Vec<f64>,
-}
-
-impl Way {
-    fn new(engine: &Engine, config: &Config, lesson: Option<&Distilling<'_>>) -> Result<Way, Failure> {
-        let mut session = engine.session();
-        let trainer = training::trainer_of(engine, &mut session, config, lesson)?;
-        gpt::initialise(&config.model, config.train.seed, |p, values| session.write(&p.name, values))?;
-        Ok(Way { session, trainer, times: Vec::new() })
     }
 }
 
@@ -81,24 +66,14 @@ pub(super) fn measure(args: &BenchArgs, config: &Config, engine: &Engine) -> Res
         return Err(Failure::Usage("bench distill: wanted --teacher NAME, a preset".into()));
     };
     let mut config = config.clone();
-    // Every step is looked at, so that its time is its own.
-    config.train.log_every = 1;
+    config.train.learning_rate = 3e-4;
     let of_teacher = Config::preset(name)?;
     of_teacher.validate()?;
     let steps = args.steps.unwrap_or(12).max(1);
     let scratch = Scratch(std::env::temp_dir().join(format!("moebius-bench-{}", std::process::id())));
     let teacher = untrained(&of_teacher, &scratch.0.join("teacher"))?;
     let cache = CacheSettings { folder: scratch.0.join("cache"), top: args.cache_top };
-    let settings = Settings {
-        teacher: PathBuf::new(),
-        teacher_hash: String::new(),
-        stop_step: 0,
-        kd_weight: 1.0,
-        kd_temperature: 1.0,
-        lm_weight: 1.0,
-        init_from_teacher: false,
-        cache: Some(cache.clone()),
-    };
+    let settings = Settings { cache: Some(cache.clone()), ..Settings::default() };
     let mut course = Course::new(teacher, &config, &Tokenizer::Bytes, Stop::Fraction(1.0), settings)?;
     let options = course.options();
     let settings = course.settings().clone();
@@ -125,32 +100,18 @@ pub(super) fn measure(args: &BenchArgs, config: &Config, engine: &Engine) -> Res
     let lesson = |lesson| Distilling { lesson, options, lm_weight: 1.0 };
     let live = lesson(Lesson::Live(&of_teacher.model));
     let mut ways = [
-        Way::new(engine, &config, None)?,
-        Way::new(engine, &config, Some(&lesson(Lesson::Cached(top))))?,
-        Way::new(engine, &config, Some(&live))?,
+        TimedStep::new(engine, &config, None)?,
+        TimedStep::new(engine, &config, Some(&lesson(Lesson::Cached(top))))?,
+        TimedStep::new(engine, &config, Some(&live))?,
     ];
     teacher.load(&mut ways[2].session)?;
     let n = config.train.batch * config.model.sequence;
-    let (mut ids, mut x, mut y) = (Vec::new(), vec![0; n], vec![0; n]);
     for step in 0..steps + WARM_UP {
         // In turns, so that whatever else the machine does is shared by all.
         for (i, way) in ways.iter_mut().enumerate() {
-            let begun = Instant::now();
-            way.trainer.step_with(&mut way.session, |at, program| {
-                let batch = (at.step - 1) * accumulate + at.micro_batch as u64;
-                batches.fill(batch, &mut x, &mut y)?;
-                program.feed("tokens", &x)?;
-                program.feed("targets", &y)?;
-                if WAYS[i] == "cached" {
-                    reader.feed(batch, &mut ids, program)?;
-                }
-                if gpt::is_noisy(&config.model) {
-                    program.feed(gpt::NOISE_KEY, &[0u32, 0])?;
-                }
-                Ok::<_, DistillError>(3e-4)
-            })?;
+            let seconds = way.run(&batches, (WAYS[i] == "cached").then_some(&reader))?;
             if step >= WARM_UP {
-                way.times.push(begun.elapsed().as_secs_f64());
+                way.times.push(seconds);
             }
         }
     }

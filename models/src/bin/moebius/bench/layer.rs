@@ -6,9 +6,9 @@ use std::time::Instant;
 use moebius::ir::ops::{Balance, Distribution, Order, ReduceFn};
 use moebius::ir::{DType, Graph, TensorType, Value, gradients};
 use moebius::{Engine, Program, Session};
+use moebius_models::timed::median;
 use serde_json::{Value as Json, json};
 
-use super::median;
 use crate::cli::{BenchArgs, Routing};
 use crate::failure::Failure;
 use crate::text;
