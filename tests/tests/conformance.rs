@@ -14,16 +14,6 @@ fn each(group: &str, check: impl Fn(&Case, DType, &[Device]) -> Result<(), Strin
     let (mut failures, devices) = (Vec::new(), devices());
     for case in cases::group(group).unwrap() {
         for &dtype in case.dtypes {
-            if let Ok(f) = std::env::var("CASE") {
-                if !case.title(dtype).contains(&f) {
-                    continue;
-                }
-            }
-            eprintln!(
-                "DEV {:?} {}",
-                std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis(),
-                case.title(dtype)
-            );
             if let Err(why) = check(&case, dtype, &devices) {
                 failures.push(format!("{}: {why}", case.title(dtype)));
             }

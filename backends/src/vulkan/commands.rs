@@ -21,15 +21,18 @@ impl Commands {
             .flags(vk::CommandPoolCreateFlags::RESET_COMMAND_BUFFER);
         // SAFETY: a live device.
         let pool = unsafe { device.handle.create_command_pool(&info, None) }.map_err(failed("vkCreateCommandPool"))?;
+        device.name_object(pool, || "commands of an instance".into());
         Ok(Commands { device: Arc::clone(device), pool })
     }
 
-    /// One more, which lives as long as this.
-    pub(super) fn take(&self) -> Result<vk::CommandBuffer> {
+    /// One more, which lives as long as this, for what the name says.
+    pub(super) fn take(&self, name: impl FnOnce() -> String) -> Result<vk::CommandBuffer> {
         let info = vk::CommandBufferAllocateInfo::default().command_pool(self.pool).command_buffer_count(1);
         // SAFETY: a live pool, which only its owner uses.
         let taken = unsafe { self.device.handle.allocate_command_buffers(&info) };
-        Ok(taken.map_err(failed("vkAllocateCommandBuffers"))?[0])
+        let taken = taken.map_err(failed("vkAllocateCommandBuffers"))?[0];
+        self.device.name_object(taken, name);
+        Ok(taken)
     }
 }
 
@@ -60,6 +63,7 @@ impl Sets {
         // SAFETY: a live device, here and below.
         let pool = unsafe { device.handle.create_descriptor_pool(&info, None) };
         let pool = pool.map_err(failed("vkCreateDescriptorPool"))?;
+        device.name_object(pool, || "buffers of the kernels of an instance".into());
         let mut sets = Sets { device: Arc::clone(device), pool, sets: Vec::with_capacity(kernels) };
         for step in program.launches() {
             for bound in &step.actions {
@@ -69,6 +73,10 @@ impl Sets {
                 // SAFETY: as above.
                 let set = unsafe { device.handle.allocate_descriptor_sets(&info) };
                 let set = set.map_err(failed("vkAllocateDescriptorSets"))?[0];
+                device.name_object(set, || {
+                    let op = program.plan.graph().node(step.node).op.name();
+                    format!("buffers of step {}, {op}", step.number)
+                });
                 let places: Vec<_> = buffers
                     .iter()
                     .map(|&at| {

@@ -217,6 +217,13 @@ impl Device {
             name,
         };
         device.name_object(device.timeline, || "timeline of submissions".into());
+        device.name_object(device.handle.handle(), || device.name.clone());
+        {
+            let queue = device.hold();
+            device.name_object(queue.handle, || "the queue".into());
+            device.name_object(queue.pool, || "commands that are waited for".into());
+            device.name_object(queue.once, || "what is waited for".into());
+        }
         Ok(device)
     }
 
@@ -224,7 +231,16 @@ impl Device {
     pub(crate) fn describe(&self) -> String {
         let gigabytes = self.total as f64 / 1e9;
         let halves = if self.limits.halves { "" } else { ", without floats of 16 bits" };
-        format!("{}, Vulkan {}, {gigabytes:.1} GB, {}{halves}", self.name, spelled(self.version), self.driver.trim())
+        let Limits { subgroup, shared, range, .. } = self.limits;
+        format!(
+            "{}, Vulkan {}, {gigabytes:.1} GB, {}, subgroups of {subgroup}, {} KiB shared by a workgroup, buffers of at most \
+             {:.1} GB{halves}",
+            self.name,
+            spelled(self.version),
+            self.driver.trim(),
+            shared >> 10,
+            range as f64 / 1e9
+        )
     }
 
     /// Bytes that are free now, as well as the driver knows.

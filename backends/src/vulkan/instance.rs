@@ -70,7 +70,7 @@ impl VulkanInstance {
                 let to = arena.region().after(at);
                 let one = || -> Result<Staging> {
                     let memory = HostMemory::new(device, bytes, || format!("feed {name:?}"))?;
-                    let copy = commands.take()?;
+                    let copy = commands.take(|| format!("copy of feed {name:?}"))?;
                     let from = memory.region();
                     let again = vk::CommandBufferUsageFlags::empty();
                     device.record(copy, again, |commands| device.copy(commands, from, to, bytes))?;
@@ -81,7 +81,7 @@ impl VulkanInstance {
             }
         }
         let states = vec![arena.region(); program.states.len()];
-        let whole = commands.take()?;
+        let whole = commands.take(|| "a whole plan".into())?;
         let (sets, recorded) = (None, false);
         Ok(VulkanInstance {
             sets,
@@ -326,6 +326,7 @@ impl Instance for VulkanInstance {
             vk::QueryPoolCreateInfo::default().query_type(vk::QueryType::TIMESTAMP).query_count(nodes.len() as u32 + 1);
         // SAFETY: a live device, here and below.
         let pool = unsafe { device.handle.create_query_pool(&info, None) }.map_err(failed("vkCreateQueryPool"))?;
+        device.name_object(pool, || "times of steps".into());
         let mut times = vec![0u64; nodes.len() + 1];
         let measured = device.now(&mut queue, |commands| {
             let mut at = 0;

@@ -20,12 +20,12 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// The least that is supported.
+    /// The least that is supported. A fused chain of the models reads and writes up to 17 buffers.
     pub const LEAST: Limits = Limits {
         halves: false,
         groups: 65_535,
         shared: 32 << 10,
-        buffers: 16,
+        buffers: 24,
         range: 128 << 20,
         processor: false,
         subgroup: 4,

@@ -188,7 +188,7 @@ impl Backend for Vulkan {
 
 #[cfg(test)]
 mod tests {
-    use moebius_ir::{Role, TensorType};
+    use moebius_ir::TensorType;
 
     use super::*;
 
@@ -196,7 +196,7 @@ mod tests {
     fn doubled(folder: &std::path::Path) -> Vec<String> {
         let vulkan = Vulkan::with(&Choice::Best, false, Cache::at(folder)).unwrap();
         let mut graph = Graph::new();
-        let x = graph.input("x", TensorType::f32([300]), Role::Feed).unwrap();
+        let x = graph.feed("x", TensorType::f32([300])).unwrap();
         let y = graph.add(x, x).unwrap();
         graph.output("y", y).unwrap();
         let plan = vulkan.plan(moebius_ir::passes::optimise(&graph).unwrap()).unwrap();

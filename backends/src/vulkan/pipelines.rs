@@ -89,12 +89,14 @@ impl Device {
                 Vec::new()
             }
         };
-        // SAFETY: a live device, here and below; what a driver kept is checked by a sum of ours, and by the driver against itself.
         let info = vk::PipelineCacheCreateInfo::default().initial_data(&kept);
-        let cache =
-            unsafe { self.handle.create_pipeline_cache(&info, None) }.map_err(failed("vkCreatePipelineCache"))?;
+        // SAFETY: a live device, here and below; what a driver kept is checked by a sum of ours, and by the driver against itself.
+        let cache = unsafe { self.handle.create_pipeline_cache(&info, None) };
+        let cache = cache.map_err(failed("vkCreatePipelineCache"))?;
+        let name = || source.title.clone();
+        self.name_object(cache, name);
         let made = self.layouts(source.buffers).and_then(|(buffers, layout)| {
-            let handle = self.compute_pipeline(&words, layout, cache);
+            let handle = self.compute_pipeline(&words, layout, cache, &name);
             if handle.is_err() {
                 // SAFETY: made above and used by nothing.
                 unsafe {
@@ -105,7 +107,9 @@ impl Device {
             Ok(Pipeline { handle: handle?, layout, buffers })
         });
         if let Ok(pipeline) = &made {
-            self.name_object(pipeline.handle, || source.title.clone());
+            self.name_object(pipeline.handle, name);
+            self.name_object(pipeline.layout, name);
+            self.name_object(pipeline.buffers, name);
             if kept.is_empty() {
                 self.keep(cache, key);
             }
@@ -157,11 +161,13 @@ impl Device {
         words: &[u32],
         layout: vk::PipelineLayout,
         cache: vk::PipelineCache,
+        name: &dyn Fn() -> String,
     ) -> Result<vk::Pipeline> {
         let info = vk::ShaderModuleCreateInfo::default().code(words);
         // SAFETY: a live device, here and below; the words are a valid module, as naga writes them.
         let module =
             unsafe { self.handle.create_shader_module(&info, None) }.map_err(failed("vkCreateShaderModule"))?;
+        self.name_object(module, name);
         let stage = vk::PipelineShaderStageCreateInfo::default()
             .stage(vk::ShaderStageFlags::COMPUTE)
             .module(module)

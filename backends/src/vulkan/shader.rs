@@ -322,6 +322,16 @@ impl Shader {
         if self.buffers.len() > limits.buffers {
             self.want(format!("at most {} buffers of a kernel, not {}", limits.buffers, self.buffers.len()));
         }
+        for at in &self.buffers {
+            if let At::Scratch { bytes, .. } = *at
+                && bytes > limits.range
+            {
+                self.wanted.get_or_insert(format!(
+                    "scratch memory of at most {} bytes in one piece, not {bytes}",
+                    limits.range
+                ));
+            }
+        }
         if self.numbers.len() * 4 > NUMBER_BYTES as usize {
             self.want(format!("at most {NUMBER_BYTES} bytes of numbers, not {}", self.numbers.len() * 4));
         }
