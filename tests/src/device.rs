@@ -73,14 +73,14 @@ fn gpus() -> Vec<Device> {
     Vec::new()
 }
 
-/// The best device with a Vulkan driver, if there is one, under the validation layer where that is installed: step by step with checks on
-/// its memory, and as one sequence of commands. Left out if another kind is asked for.
+/// The best device with a Vulkan driver, if there is one: step by step with checks on its memory, and as one sequence of commands. Left
+/// out if another kind is asked for. The validation layer is between in `tests/tests/vulkan.rs`.
 #[cfg(feature = "vulkan")]
 fn vulkan() -> Vec<Device> {
     if std::env::var("MOEBIUS_DEVICE").is_ok_and(|kind| kind != "vulkan") || !Vulkan::count().is_ok_and(|n| n > 0) {
         return Vec::new();
     }
-    let plain = Vulkan::open_validated(&Choice::Best).unwrap_or_else(|e| panic!("{e}"));
+    let plain = Vulkan::open(&Choice::Best).unwrap_or_else(|e| panic!("{e}"));
     // The same device, so that each kernel is compiled once.
     let checked = plain.checked().unwrap_or_else(|| panic!("no checks"));
     vec![Device { name: "vulkan, checked", backend: checked }, Device { name: "vulkan", backend: Arc::new(plain) }]

@@ -8,6 +8,7 @@ use ash::vk::{self, Handle};
 use super::error::{Result, VulkanError, failed};
 use super::limits::Limits;
 use super::loader::{self, Choice, Loader};
+use super::matrices::{Bf16Features, Matrices};
 use super::memory::{Block, HostMemory, Region};
 use super::pipelines::Pipelines;
 use crate::cache::Cache;
@@ -137,6 +138,13 @@ impl Device {
                 return Err(old(format!("at least {wanted}"), format!("{found} {what}")));
             }
         }
+        // SAFETY: a device of this instance.
+        let extensions = unsafe { instance.enumerate_device_extension_properties(physical) };
+        let extensions = extensions.map_err(failed("vkEnumerateDeviceExtensionProperties"))?;
+        let has = |name: &std::ffi::CStr| extensions.iter().any(|e| e.extension_name_as_c_str() == Ok(name));
+        let young = properties.api_version >= vk::API_VERSION_1_3;
+        let matrices =
+            if young { Matrices::of(loader, physical, subgroups.subgroup_size, has) } else { Matrices::default() };
         let limits = Limits {
             halves: int16 && v11.storage_buffer16_bit_access == vk::TRUE,
             groups: l.max_compute_work_group_count.into_iter().min().unwrap_or(0) as usize,
@@ -145,27 +153,38 @@ impl Device {
             range: l.max_storage_buffer_range as usize,
             processor: shown.kind == vk::PhysicalDeviceType::CPU,
             subgroup: subgroups.subgroup_size as usize,
+            matrices_bf16: matrices.bf16,
+            matrices_f16: matrices.f16,
         };
         let (family, clock_bits) =
             family(loader, physical).ok_or_else(|| old("a queue that computes".into(), "none".into()))?;
 
-        // SAFETY: a device of this instance.
-        let extensions = unsafe { instance.enumerate_device_extension_properties(physical) };
-        let extensions = extensions.map_err(failed("vkEnumerateDeviceExtensionProperties"))?;
-        let has = |name| extensions.iter().any(|e| e.extension_name_as_c_str() == Ok(name));
         let budget = has(ash::ext::memory_budget::NAME);
-        let wanted: Vec<_> = budget.then_some(ash::ext::memory_budget::NAME.as_ptr()).into_iter().collect();
+        let budgets = budget.then_some(ash::ext::memory_budget::NAME);
+        let wanted: Vec<_> = budgets.into_iter().chain(matrices.extensions()).map(|name| name.as_ptr()).collect();
         // Only what the kernels use.
         let mut v11 = vk::PhysicalDeviceVulkan11Features::default().storage_buffer16_bit_access(limits.halves);
-        let mut v12 = vk::PhysicalDeviceVulkan12Features::default().timeline_semaphore(true);
+        let mut v12 = vk::PhysicalDeviceVulkan12Features::default()
+            .timeline_semaphore(true)
+            .shader_float16(matrices.f16)
+            .vulkan_memory_model(matrices.any())
+            .vulkan_memory_model_device_scope(matrices.any());
+        let mut of_bf16 = Bf16Features::new(true);
+        let mut of_matrices = vk::PhysicalDeviceCooperativeMatrixFeaturesKHR::default().cooperative_matrix(true);
         let features = vk::PhysicalDeviceFeatures::default().shader_int16(limits.halves);
         let queues = [vk::DeviceQueueCreateInfo::default().queue_family_index(family).queue_priorities(&[1.0])];
-        let info = vk::DeviceCreateInfo::default()
+        let mut info = vk::DeviceCreateInfo::default()
             .queue_create_infos(&queues)
             .enabled_extension_names(&wanted)
             .enabled_features(&features)
             .push_next(&mut v11)
             .push_next(&mut v12);
+        if matrices.any() {
+            info = info.push_next(&mut of_matrices);
+        }
+        if matrices.bf16 {
+            info = info.push_next(&mut of_bf16);
+        }
         // SAFETY: a device of this instance, asked for what it was found to have.
         let handle = unsafe { instance.create_device(physical, &info, None) }.map_err(failed("vkCreateDevice"))?;
         // SAFETY: the queue was asked for above.
@@ -232,9 +251,15 @@ impl Device {
         let gigabytes = self.total as f64 / 1e9;
         let halves = if self.limits.halves { "" } else { ", without floats of 16 bits" };
         let Limits { subgroup, shared, range, .. } = self.limits;
+        let matrices = match (self.limits.matrices_bf16, self.limits.matrices_f16) {
+            (true, true) => ", cooperative matrices of bf16 and f16",
+            (true, false) => ", cooperative matrices of bf16",
+            (false, true) => ", cooperative matrices of f16",
+            (false, false) => "",
+        };
         format!(
             "{}, Vulkan {}, {gigabytes:.1} GB, {}, subgroups of {subgroup}, {} KiB shared by a workgroup, buffers of at most \
-             {:.1} GB{halves}",
+             {:.1} GB{halves}{matrices}",
             self.name,
             spelled(self.version),
             self.driver.trim(),

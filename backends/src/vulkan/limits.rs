@@ -15,8 +15,12 @@ pub struct Limits {
     pub range: usize,
     /// It is a processor, whose compiler takes long for what is unrolled.
     pub processor: bool,
-    /// Lanes that run in step. No kernel depends on it so far.
+    /// Lanes that run in step.
     pub subgroup: usize,
+    /// Subgroups of 32 lanes multiply matrices of bf16, 16 x 16, with sums in f32.
+    pub matrices_bf16: bool,
+    /// The same of f16.
+    pub matrices_f16: bool,
 }
 
 impl Limits {
@@ -29,5 +33,7 @@ impl Limits {
         range: 128 << 20,
         processor: false,
         subgroup: 4,
+        matrices_bf16: false,
+        matrices_f16: false,
     };
 }

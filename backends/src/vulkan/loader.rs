@@ -1,6 +1,7 @@
 //! The Vulkan loader, found when a device is asked for, and the devices it shows.
 
 use std::ffi::{CStr, c_void};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use ash::ext::debug_utils;
@@ -10,6 +11,9 @@ use super::error::{Result, VulkanError, failed};
 
 /// The layer that checks every call.
 const VALIDATION: &CStr = c"VK_LAYER_KHRONOS_validation";
+
+/// What it says when it has lost track of what was submitted.
+const GIVEN_UP: &str = "most likely a validation bug";
 
 /// What a validation layer said.
 type Messages = Mutex<Vec<String>>;
@@ -21,7 +25,9 @@ pub(crate) struct Loader {
     pub(crate) names: bool,
     /// What the validation layer said, if it is on.
     messages: Option<Box<Messages>>,
-    _entry: ash::Entry,
+    /// The layer has lost track.
+    unreliable: AtomicBool,
+    pub(crate) entry: ash::Entry,
 }
 
 /// A device as the loader shows it.
@@ -122,7 +128,7 @@ impl Loader {
             made.map_err(failed("vkCreateDebugUtilsMessengerEXT"))?;
             messages = Some(kept);
         }
-        Ok(Loader { instance, names, messages, _entry: entry })
+        Ok(Loader { instance, names, messages, unreliable: AtomicBool::new(false), entry })
     }
 
     /// Every device, in the driver's order.
@@ -158,8 +164,14 @@ impl Loader {
 
     /// What the validation layer said since this was last asked.
     pub(crate) fn take_messages(&self) -> Vec<String> {
-        let taken = |m: &Messages| std::mem::take(&mut *m.lock().unwrap_or_else(PoisonError::into_inner));
-        self.messages.as_deref().map_or_else(Vec::new, taken)
+        let Some(messages) = &self.messages else { return Vec::new() };
+        let taken = std::mem::take(&mut *messages.lock().unwrap_or_else(PoisonError::into_inner));
+        // Where a program stands still for seconds, the layer gives up following its submissions, and says that this is a bug of its
+        // own. What it objects to from then on means nothing.
+        if taken.iter().any(|text| text.contains(GIVEN_UP)) {
+            self.unreliable.store(true, Ordering::Relaxed);
+        }
+        if self.unreliable.load(Ordering::Relaxed) { Vec::new() } else { taken }
     }
 }
 

@@ -7,14 +7,20 @@
 //! none; rejected values are noted on the device and told when an output is read.
 
 mod commands;
+mod cooperative;
+#[cfg(test)]
+mod cooperative_tests;
 mod device;
 mod error;
 mod executable;
 mod instance;
+#[cfg(test)]
+mod interpreter;
 mod launch;
 mod limits;
 mod loader;
 mod lower;
+mod matrices;
 mod memory;
 mod pipelines;
 mod shader;
@@ -22,7 +28,7 @@ mod spirv;
 
 use std::sync::Arc;
 
-use moebius_ir::{Fences, Graph, NodeId, Plan};
+use moebius_ir::{DType, Fences, Graph, NodeId, Plan};
 
 use crate::cache::Cache;
 use crate::{Backend, Executable, Result, Store, lowering};
@@ -46,6 +52,8 @@ pub struct ShaderText {
     pub title: String,
     /// The whole text.
     pub text: String,
+    /// The dtype of the factors of its cooperative matrices, if it has any.
+    pub cooperative: Option<DType>,
 }
 
 impl ShaderText {
@@ -55,7 +63,7 @@ impl ShaderText {
     /// [`VulkanError::Shader`].
     pub fn translate(&self) -> Result<Vec<u32>, VulkanError> {
         let failed = |log| VulkanError::Shader { shader: self.title.clone(), log };
-        spirv::compile(&self.text, true).map_err(failed)
+        spirv::compile(&self.text, self.cooperative, true).map_err(failed)
     }
 }
 
@@ -125,7 +133,8 @@ impl Vulkan {
         for launch in launches(graph, limits)? {
             for action in launch.actions {
                 if let launch::Action::Kernel(k) = action {
-                    texts.push(ShaderText { title: k.source.title, text: k.source.text });
+                    let shader::Source { title, text, cooperative, .. } = k.source;
+                    texts.push(ShaderText { title, text, cooperative });
                 }
             }
         }

@@ -57,7 +57,10 @@ impl Device {
     /// The kernels of all these sources, in their order. Those not made yet are made side by side.
     pub(crate) fn pipelines(&self, sources: &[&Source]) -> Result<Vec<Pipeline>> {
         use rayon::prelude::*;
-        let key = |s: &&Source| Cache::key(&[&s.text, &s.buffers.to_string(), &self.pipelines.identity]);
+        let key = |s: &&Source| {
+            let dtype = s.cooperative.map_or("", |dtype| dtype.name());
+            Cache::key(&[&s.text, &s.buffers.to_string(), dtype, &self.pipelines.identity])
+        };
         let keys: Vec<u128> = sources.iter().map(key).collect();
         let mut missing: Vec<usize> = {
             let made = lock(&self.pipelines.made);
@@ -79,7 +82,7 @@ impl Device {
 
     /// Makes a kernel, with what is on disk of it if that is there.
     fn pipeline(&self, source: &Source, key: u128) -> Result<Pipeline> {
-        let words = spirv::compile(&source.text, self.pipelines.preserve)
+        let words = spirv::compile(&source.text, source.cooperative, self.pipelines.preserve)
             .map_err(|log| VulkanError::Shader { shader: source.title.clone(), log })?;
         let kept = match self.pipelines.cache.get(key) {
             Found::Code(data) => data,

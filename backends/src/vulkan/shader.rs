@@ -21,6 +21,8 @@ pub(crate) struct Source {
     pub(crate) text: String,
     /// How many buffers it has.
     pub(crate) buffers: usize,
+    /// The dtype of the factors of its cooperative matrices, if it has any.
+    pub(crate) cooperative: Option<DType>,
 }
 
 /// The texts of `shaders/` by name.
@@ -63,6 +65,8 @@ texts! {
     "gemm",
     "gemm_k_grouped",
     "gemm_m_grouped",
+    "gemm_places",
+    "gemm_plain",
     "gemm_tile",
     "heads",
     "kept_grad",
@@ -107,6 +111,7 @@ pub(crate) struct Shader {
     headers: Vec<&'static str>,
     body: String,
     halves: bool,
+    cooperative: Option<DType>,
     threads: usize,
     /// What cannot be.
     wanted: Option<String>,
@@ -126,6 +131,7 @@ impl Shader {
             headers: vec!["floats"],
             body: body.into(),
             halves: false,
+            cooperative: None,
             threads,
             wanted: None,
         }
@@ -169,6 +175,20 @@ impl Shader {
     #[must_use]
     pub(crate) fn flag(mut self, name: &str, value: bool) -> Shader {
         let _ = writeln!(self.declarations, "const {name}: bool = {value};");
+        self
+    }
+
+    /// With cooperative matrices, whose factors have this dtype.
+    #[must_use]
+    pub(crate) fn cooperative(mut self, dtype: DType) -> Shader {
+        self.cooperative = Some(dtype);
+        self
+    }
+
+    /// With a buffer of elements of 16 bits that are only moved, in parts of 16 bytes.
+    #[must_use]
+    pub(crate) fn parts(mut self, name: &str, at: At) -> Shader {
+        self.binding(name, "vec4<f32>", at);
         self
     }
 
@@ -345,6 +365,9 @@ impl Shader {
         if self.halves {
             out.push_str("enable wgpu_int16;\n");
         }
+        if self.cooperative.is_some() {
+            out.push_str("enable wgpu_cooperative_matrix;\n");
+        }
         let _ = write!(out, "struct Numbers {{\n{}}}\nvar<immediate> p: Numbers;\n{}", self.fields, self.declarations);
         for header in &self.headers {
             out.push_str(text(header).unwrap_or_else(|| unreachable!("{header} is a file")));
@@ -355,7 +378,8 @@ impl Shader {
              @builtin(local_invocation_index) thread: u32) {{\n{main}}}\n",
             self.body, self.threads
         );
-        let source = Source { title: title.into(), text: out, buffers: self.buffers.len() };
+        let source =
+            Source { title: title.into(), text: out, buffers: self.buffers.len(), cooperative: self.cooperative };
         Ok(Action::Kernel(Kernel { source, buffers: self.buffers, numbers: self.numbers, groups }))
     }
 }

@@ -1,10 +1,15 @@
 //! From WGSL to SPIR-V: naga's translation, and what it leaves out added to its words.
 
+use moebius_ir::DType;
 use naga::back::spv;
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 
+/// What kernels may use of the language beyond its core.
+const CAPABILITIES: Capabilities =
+    Capabilities::IMMEDIATES.union(Capabilities::SHADER_INT16).union(Capabilities::COOPERATIVE_MATRIX);
+
 /// Words before the first instruction.
-const HEADER: usize = 5;
+pub(super) const HEADER: usize = 5;
 
 // Numbers of the SPIR-V specification.
 const CAPABILITY: u32 = 17;
@@ -23,15 +28,16 @@ const UNUSED: std::ops::RangeInclusive<u32> = 4434..=4436;
 const PRESERVE_CAPABILITY: u32 = 4466;
 const PRESERVE_MODE: u32 = 4461;
 
-/// The words of a shader whose entry point is `main`; what the compiler says if it is wrong. `preserve`: infinities and NaN are
-/// kept, where the device can promise that.
-pub(crate) fn compile(text: &str, preserve: bool) -> Result<Vec<u32>, String> {
-    let module = naga::front::wgsl::parse_str(text).map_err(|e| e.emit_to_string(text))?;
+/// The words of a shader whose entry point is `main`; what the compiler says if it is wrong. `cooperative`: the dtype of the factors of
+/// its cooperative matrices, if it has any. `preserve`: infinities and NaN are kept, where the device can promise that.
+pub(crate) fn compile(text: &str, cooperative: Option<DType>, preserve: bool) -> Result<Vec<u32>, String> {
+    let mut language = naga::front::wgsl::Options::new();
+    language.capabilities = CAPABILITIES;
+    let module = naga::front::wgsl::Frontend::new_with_options(language).parse(text);
+    let module = module.map_err(|e| e.emit_to_string(text))?;
     // Barriers stand where the groups of the kernels agree; that a loop's bound comes from memory hides it from the analysis.
     let flags = ValidationFlags::all() - ValidationFlags::CONTROL_FLOW_UNIFORMITY;
-    let info = Validator::new(flags, Capabilities::IMMEDIATES | Capabilities::SHADER_INT16)
-        .validate(&module)
-        .map_err(|e| e.emit_to_string(text))?;
+    let info = Validator::new(flags, CAPABILITIES).validate(&module).map_err(|e| e.emit_to_string(text))?;
     let options = spv::Options {
         lang_version: (1, 5),
         flags: spv::WriterFlags::empty(),
@@ -43,11 +49,15 @@ pub(crate) fn compile(text: &str, preserve: bool) -> Result<Vec<u32>, String> {
     };
     let entry = spv::PipelineOptions { shader_stage: naga::ShaderStage::Compute, entry_point: "main".into() };
     let words = spv::write_vec(&module, &info, &options, Some(&entry)).map_err(|e| e.to_string())?;
+    let words = match cooperative {
+        Some(dtype) => super::cooperative::complete(&words, dtype)?,
+        None => words,
+    };
     Ok(exact(&words, preserve))
 }
 
 /// The instructions of a module, each with its operation.
-fn instructions(words: &[u32]) -> impl Iterator<Item = (u32, &[u32])> {
+pub(super) fn instructions(words: &[u32]) -> impl Iterator<Item = (u32, &[u32])> {
     let mut rest = words.get(HEADER..).unwrap_or_default();
     std::iter::from_fn(move || {
         let first = *rest.first()?;
@@ -111,12 +121,12 @@ mod tests {
 
     #[test]
     fn every_float_operation_is_kept_apart() {
-        let words = compile(TEXT, true).unwrap();
+        let words = compile(TEXT, None, true).unwrap();
         let found =
             |wanted: &[u32]| instructions(&words).filter(|(o, w)| *o == wanted[0] && w.ends_with(&wanted[1..])).count();
         assert_eq!(found(&[DECORATE, NO_CONTRACTION]), 2);
         assert_eq!((found(&[CAPABILITY, PRESERVE_CAPABILITY]), found(&[EXECUTION_MODE, PRESERVE_MODE, 32])), (1, 1));
-        let plain = compile(TEXT, false).unwrap();
+        let plain = compile(TEXT, None, false).unwrap();
         assert_eq!(instructions(&plain).filter(|(_, w)| w.contains(&PRESERVE_MODE)).count(), 0);
         // Nothing is lost on the way: the instructions fill the words.
         assert_eq!(HEADER + instructions(&words).map(|(_, w)| w.len()).sum::<usize>(), words.len());
@@ -124,7 +134,7 @@ mod tests {
 
     #[test]
     fn a_wrong_shader_is_told_with_its_line() {
-        let Err(log) = compile("fn main() { let x: u32 = 1.5; }", true) else { panic!("a wrong shader") };
+        let Err(log) = compile("fn main() { let x: u32 = 1.5; }", None, true) else { panic!("a wrong shader") };
         assert!(log.contains("1.5"), "{log}");
     }
 }

@@ -1,12 +1,12 @@
 //! Launches of everything that is a matrix product: matmul and the expert matmuls.
 //!
-//! All of them are the tiled kernels of `gemm_tile.wgsl` so far. A product is described by [`Product`] alone, so that a kernel
-//! for devices with cooperative matrices is one more rule in [`gemm`].
+//! A kernel says in its file which product a workgroup has. Its tile is computed by `gemm_plain.wgsl`, or on cooperative matrices,
+//! where the device has them and [`cooperative::side`] says so.
 
 use moebius_ir::ops::{ExpertMatmul, Matmul};
 use moebius_ir::{DType, Graph, Node, Shape};
 
-use super::{Lowered, dtype};
+use super::{Lowered, cooperative, dtype};
 use crate::lowering::shapes;
 use crate::vulkan::launch::{Action, At, Launch};
 use crate::vulkan::limits::Limits;
@@ -32,11 +32,33 @@ pub(super) fn tiled(limits: Limits, name: &'static str, tile: usize, along_k: [b
     shader.flag("LEFT_ALONG_K", along_k[0]).flag("RIGHT_ALONG_K", along_k[1])
 }
 
+/// A kernel of a file that says which product a workgroup has, with what computes it: on cooperative matrices for `side`, else plain.
+/// Its factors are `a` and `b`.
+fn product(
+    limits: Limits,
+    name: &'static str,
+    side: Option<usize>,
+    along_k: [bool; 2],
+    [a, b]: [(DType, At); 2],
+) -> (Shader, usize) {
+    match side {
+        Some(side) => {
+            let shader = cooperative::tiled(limits, name, side, along_k, a.0);
+            (shader.parts("a", a.1).parts("b", b.1), side)
+        }
+        None => {
+            let tile = tile(limits);
+            let shader = tiled(limits, name, tile, along_k).with("gemm_places").with("gemm_plain");
+            (shader.buffer("a", a.0, a.1).buffer("b", b.0, b.1), tile)
+        }
+    }
+}
+
 /// Strides of a matrix, of rows and columns.
 #[derive(Clone, Copy)]
 pub(super) struct Strides {
-    row: usize,
-    column: usize,
+    pub(super) row: usize,
+    pub(super) column: usize,
 }
 
 /// A row-major matrix whose stored form has `columns` columns, read transposed if asked.
@@ -92,12 +114,12 @@ pub(super) fn gemm(limits: Limits, types: [DType; 3], p: &Product, places: &Plac
         ("n", p.n),
         ("k", p.k),
     ];
-    let tile = tile(limits);
-    let shader = tiled(limits, "gemm", tile, [p.a.column == 1, p.b.row == 1]);
+    let tiles = |side| p.batch * p.m.div_ceil(side) * p.n.div_ceil(side);
+    let side = cooperative::side(limits, [types[0], types[1]], p, p.m, tiles);
+    let factors = [(types[0], places.a), (types[1], places.b)];
+    let (shader, tile) = product(limits, "gemm", side, [p.a.column == 1, p.b.row == 1], factors);
     let shader = strides.iter().fold(shader, |shader, &(name, value)| shader.number(name, value));
     shader
-        .buffer("a", types[0], places.a)
-        .buffer("b", types[1], places.b)
         .buffer("bias", places.bias.1, places.bias.0)
         .buffer("add", DType::F32, places.add)
         .buffer("sum", DType::F32, places.sum)
@@ -143,9 +165,14 @@ pub(super) fn lower_expert_matmul(graph: &Graph, node: &Node, op: &ExpertMatmul,
     let (slots, k, n) = (rows[0], rows[1], graph.shape(node.results[0])[1]);
     let w = stored(w[2], op.transpose);
     let (ty, (at, of_bias)) = (dtype(graph, node, 0), bias(graph, node, 3));
-    let tile = tile(limits);
+    let types = [ty, dtype(graph, node, 1)];
+    // The rows of one expert begin anywhere; a row is whole.
+    let of_all = Product { b_batch: k * n, ..Product::of(stored(k, false), w, slots, n, k) };
+    let side = cooperative::side(limits, types, &of_all, slots, |side| slots.div_ceil(side) * n.div_ceil(side));
+    let factors = [(types[0], At::Operand(0)), (types[1], At::Operand(1))];
+    let (shader, tile) = product(limits, "gemm_m_grouped", side, [true, w.row == 1], factors);
     let tiles = if slots == 0 { 0 } else { most_tiles(slots, experts, tile) };
-    let shader = tiled(limits, "gemm_m_grouped", tile, [true, w.row == 1])
+    let shader = shader
         .constant("MOST_EXPERTS", MOST_EXPERTS)
         .number("slots", slots)
         .number("experts", experts)
@@ -153,8 +180,6 @@ pub(super) fn lower_expert_matmul(graph: &Graph, node: &Node, op: &ExpertMatmul,
         .number("k", k)
         .number("w_row", w.row)
         .number("w_column", w.column)
-        .buffer("a", ty, At::Operand(0))
-        .buffer("w", dtype(graph, node, 1), At::Operand(1))
         .buffer("offsets", DType::I32, At::Operand(2))
         .buffer("bias", of_bias, at)
         .buffer("c", ty, At::Result(0));
@@ -164,14 +189,17 @@ pub(super) fn lower_expert_matmul(graph: &Graph, node: &Node, op: &ExpertMatmul,
 pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node, limits: Limits) -> Lowered {
     let [a, b, offsets] = shapes(graph, node);
     let (m, n, experts) = (a[1], b[1], offsets[0] - 1);
-    let tile = tile(limits);
-    let shader = tiled(limits, "gemm_k_grouped", tile, [false, false])
-        .number("m", m)
-        .number("n", n)
-        .buffer("a", dtype(graph, node, 0), At::Operand(0))
-        .buffer("b", dtype(graph, node, 1), At::Operand(1))
-        .buffer("offsets", DType::I32, At::Operand(2))
-        .buffer("c", super::dtype_of_result(graph, node, 0), At::Result(0));
+    let types = [dtype(graph, node, 0), dtype(graph, node, 1)];
+    // Sums are as long as a segment, which begins anywhere: on average a part of all slots.
+    let of_all = Product::of(stored(m, true), stored(n, false), m, n, a[0] / experts.max(1));
+    let side = cooperative::side(limits, types, &of_all, m, |side| experts * m.div_ceil(side) * n.div_ceil(side));
+    let factors = [(types[0], At::Operand(0)), (types[1], At::Operand(1))];
+    let (shader, tile) = product(limits, "gemm_k_grouped", side, [false, false], factors);
+    let shader = shader.number("m", m).number("n", n).buffer("offsets", DType::I32, At::Operand(2)).buffer(
+        "c",
+        super::dtype_of_result(graph, node, 0),
+        At::Result(0),
+    );
     Ok(Launch::of(vec![shader.grid([n.div_ceil(tile), m.div_ceil(tile), experts])?]))
 }
 

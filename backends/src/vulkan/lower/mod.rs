@@ -5,6 +5,7 @@
 
 mod attention;
 mod classifier;
+mod cooperative;
 mod elementwise;
 mod embedding;
 mod gemm;

@@ -11,17 +11,9 @@ var<private> first: u32;
 var<private> rows: u32;
 var<private> expert: u32;
 
-fn left(row: u32, k: u32) -> f32 {
-    if (row < rows && k < p.k) { return get_a((first + row) * p.k + k); }
-    return 0.0f;
-}
-fn right(k: u32, column: u32) -> f32 {
-    if (k < p.k && column < p.n) { return get_w(expert * p.k * p.n + k * p.w_row + column * p.w_column); }
-    return 0.0f;
-}
 fn end_of(e: u32) -> u32 { return select(p.slots, u32(get_offsets(min(e + 1u, p.experts))), e < p.experts); }
 
-fn kernel(group: vec3<u32>, thread: u32) {
+fn place(group: vec3<u32>, thread: u32) -> bool {
     for (var e = thread; e <= p.experts; e += THREADS) {
         tiles[e] = (end_of(e) - u32(get_offsets(e)) + TILE - 1u) / TILE;
     }
@@ -37,25 +29,22 @@ fn kernel(group: vec3<u32>, thread: u32) {
     }
     workgroupBarrier();
     expert = my_expert;
-    if (expert > p.experts) { return; }
+    if (expert > p.experts) { return false; }
     first = u32(get_offsets(expert));
     rows = end_of(expert) - first;
-    let row0 = my_tile * TILE;
-    let column0 = group.x * TILE;
-    let used = expert < p.experts;
-    if (used) { gemm_tile(thread, row0, column0, p.k); }
-    for (var i = 0u; i < OWN; i++) {
-        for (var j = 0u; j < OWN; j++) {
-            let row = row0 + row_of(thread, i);
-            let column = column0 + column_of(thread, j);
-            if (row < rows && column < p.n) {
-                var v = 0.0f;
-                if (used) {
-                    v = sums[i * OWN + j];
-                    if (HAS_BIAS) { v += get_bias(expert * p.n + column); }
-                }
-                set_c((first + row) * p.n + column, v);
-            }
-        }
+    row0 = my_tile * TILE;
+    column0 = group.x * TILE;
+    depth = select(0u, p.k, expert < p.experts);
+    return true;
+}
+fn left_at(row: u32, k: u32) -> u32 { return select(NOWHERE, (first + row) * p.k + k, row < rows && k < depth); }
+fn right_at(k: u32, column: u32) -> u32 {
+    return select(NOWHERE, expert * p.k * p.n + k * p.w_row + column * p.w_column, k < depth && column < p.n);
+}
+fn put(row: u32, column: u32, sum: f32) {
+    if (row < rows && column < p.n) {
+        var v = sum;
+        if (HAS_BIAS) { if (expert < p.experts) { v += get_bias(expert * p.n + column); } }
+        set_c((first + row) * p.n + column, v);
     }
 }
