@@ -8,10 +8,12 @@ use std::sync::Arc;
 use moebius::{Engine, MicroStep, Optimizer, Program, Session, StepOptions, Trainer};
 use moebius_backends::Backend;
 use moebius_backends::vulkan::{Choice, Limits, Vulkan};
+use moebius_ir::Op;
 use moebius_ir::passes;
 use moebius_models::config::Config;
 use moebius_models::gpt;
-use moebius_tests::{cases, device};
+use moebius_tests::device::Device;
+use moebius_tests::{cases, conformance, device};
 
 const SEQUENCE: usize = 6;
 const BATCH: u64 = 3;
@@ -142,6 +144,23 @@ fn a_run_is_repeated_bit_for_bit() {
     let [a, b] = runs.each_mut().map(|run| run.steps(2));
     assert_eq!(a, b);
     assert_eq!(runs[0].kept(), runs[1].kept());
+}
+
+/// A case of every op, in its first dtype and its last, with its gradients, while the validation layer looks on where it is installed:
+/// a run that it objects to is an error.
+#[test]
+fn no_op_makes_the_validation_layer_object() {
+    let Some(vulkan) = vulkan() else { return };
+    let devices = [Device { name: "vulkan", backend: vulkan }];
+    let all: Vec<_> = cases::groups().into_iter().flat_map(|(_, cases)| cases).collect();
+    for op in Op::NAMES {
+        let case = all.iter().find(|c| c.op == *op).unwrap_or_else(|| panic!("no case of {op}"));
+        for dtype in [case.dtypes.first(), case.dtypes.last()].into_iter().flatten() {
+            let done = conformance::forward(case, *dtype, &devices);
+            let done = done.and_then(|()| conformance::backward(case, *dtype, &devices));
+            done.unwrap_or_else(|e| panic!("{}: {e}", case.title(*dtype)));
+        }
+    }
 }
 
 /// Every shader that the op cases need is one, on a large device and on the least that is supported.

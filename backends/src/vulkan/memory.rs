@@ -43,17 +43,20 @@ struct Raw {
 impl Raw {
     fn new(device: &Device, bytes: usize, wanted: &[vk::MemoryPropertyFlags], what: &dyn Fn() -> String) -> Made<Raw> {
         let size = (bytes.max(4) as u64).next_multiple_of(4);
-        if size > device.most_bytes {
-            return Err(VulkanError::TooLarge { what: what(), bytes: size, most: device.most_bytes });
-        }
+        // More than a device promises to give in one piece is worth a try.
+        let too_large = || VulkanError::TooLarge { what: what(), bytes: size, most: device.most_bytes };
         let usage = vk::BufferUsageFlags::STORAGE_BUFFER
             | vk::BufferUsageFlags::TRANSFER_SRC
             | vk::BufferUsageFlags::TRANSFER_DST;
         let info = vk::BufferCreateInfo::default().size(size).usage(usage);
         // SAFETY: a live device, here and below; what is made is destroyed on every way out.
-        let buffer = unsafe { device.handle.create_buffer(&info, None) }.map_err(failed("vkCreateBuffer"))?;
+        let buffer = unsafe { device.handle.create_buffer(&info, None) }
+            .map_err(|e| if size > device.most_bytes { too_large() } else { failed("vkCreateBuffer")(e) })?;
         device.name_object(buffer, what);
-        let memory = Raw::memory(device, buffer, wanted, what);
+        let memory = Raw::memory(device, buffer, wanted, what).map_err(|e| {
+            let lacks = matches!(e, VulkanError::OutOfMemory { free, .. } if free >= size);
+            if lacks && size > device.most_bytes { too_large() } else { e }
+        });
         if memory.is_err() {
             // SAFETY: made above and used by nothing.
             unsafe { device.handle.destroy_buffer(buffer, None) };
