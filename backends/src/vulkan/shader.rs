@@ -63,6 +63,8 @@ texts! {
     "functions",
     "gate_grad",
     "gemm",
+    "gemm_by_slot",
+    "gemm_few_rows",
     "gemm_k_grouped",
     "gemm_m_grouped",
     "gemm_places",

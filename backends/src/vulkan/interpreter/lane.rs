@@ -320,6 +320,7 @@ impl<'a> Lane<'a> {
             _ => 32,
         };
         match operation {
+            1 => Ok(self.module.zero(w[0])),
             12 => match w[3] {
                 38 => Ok(Value::Word(self.word(w[4])?.min(self.word(w[5])?))),
                 41 => Ok(Value::Word(self.word(w[4])?.max(self.word(w[5])?))),

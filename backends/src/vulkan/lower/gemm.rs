@@ -1,7 +1,7 @@
 //! Launches of everything that is a matrix product: matmul and the expert matmuls.
 //!
-//! A kernel says in its file which product a workgroup has. Its tile is computed by `gemm_plain.wgsl`, or on cooperative matrices,
-//! where the device has them and [`cooperative::side`] says so.
+//! A kernel says in its file which product a workgroup has. Its tile is computed by `gemm_plain.wgsl`, by `gemm_few_rows.wgsl`, or on
+//! cooperative matrices, where the device has them and [`cooperative::side`] says so.
 
 use moebius_ir::ops::{ExpertMatmul, Matmul};
 use moebius_ir::{DType, Graph, Node, Shape};
@@ -18,6 +18,8 @@ const TILE: usize = 64;
 pub(super) const SMALL_TILE: usize = 32;
 /// Its threads: 16 x 16.
 pub(super) const THREADS: usize = 256;
+/// The most rows for which reading the other matrix is the work.
+const MOST_FEW: usize = 8;
 /// The most experts of one product: their tiles are counted in the memory of a workgroup.
 const MOST_EXPERTS: usize = 1024;
 
@@ -32,21 +34,47 @@ pub(super) fn tiled(limits: Limits, name: &'static str, tile: usize, along_k: [b
     shader.flag("LEFT_ALONG_K", along_k[0]).flag("RIGHT_ALONG_K", along_k[1])
 }
 
-/// A kernel of a file that says which product a workgroup has, with what computes it: on cooperative matrices for `side`, else plain.
-/// Its factors are `a` and `b`.
+/// How a tile is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// Every product by itself.
+    Plain,
+    /// So many rows, at most [`MOST_FEW`].
+    FewRows(usize),
+    /// On cooperative matrices, with tiles of so many rows and columns.
+    Cooperative(usize),
+}
+
+impl Way {
+    /// That of products of so many rows, if there is no better one.
+    fn of(rows: usize) -> Way {
+        if rows <= MOST_FEW { Way::FewRows(rows.max(1)) } else { Way::Plain }
+    }
+}
+
+/// A kernel of a file that says which product a workgroup has, with what computes it, and the columns of a tile. Its factors are `a`
+/// and `b`.
 fn product(
     limits: Limits,
     name: &'static str,
-    side: Option<usize>,
+    way: Way,
     along_k: [bool; 2],
     [a, b]: [(DType, At); 2],
 ) -> (Shader, usize) {
-    match side {
-        Some(side) => {
+    match way {
+        Way::FewRows(rows) => {
+            // A thread's neighbours read what lies together: 32 elements.
+            let columns = if along_k[1] { THREADS / 32 } else { 32 };
+            let shader = Shader::file(limits, name, THREADS).with("gemm_places").with("gemm_few_rows");
+            let shader = shader.constant("TILE", columns).constant("SLICES", THREADS / columns).constant("ROWS", rows);
+            let shader = shader.flag("RIGHT_ALONG_K", along_k[1]);
+            (shader.buffer("a", a.0, a.1).buffer("b", b.0, b.1), columns)
+        }
+        Way::Cooperative(side) => {
             let shader = cooperative::tiled(limits, name, side, along_k, a.0);
             (shader.parts("a", a.1).parts("b", b.1), side)
         }
-        None => {
+        Way::Plain => {
             let tile = tile(limits);
             let shader = tiled(limits, name, tile, along_k).with("gemm_places").with("gemm_plain");
             (shader.buffer("a", a.0, a.1).buffer("b", b.0, b.1), tile)
@@ -116,15 +144,17 @@ pub(super) fn gemm(limits: Limits, types: [DType; 3], p: &Product, places: &Plac
     ];
     let tiles = |side| p.batch * p.m.div_ceil(side) * p.n.div_ceil(side);
     let side = cooperative::side(limits, [types[0], types[1]], p, p.m, tiles);
+    let way = side.map_or(Way::of(p.m), Way::Cooperative);
     let factors = [(types[0], places.a), (types[1], places.b)];
-    let (shader, tile) = product(limits, "gemm", side, [p.a.column == 1, p.b.row == 1], factors);
+    let (shader, tile) = product(limits, "gemm", way, [p.a.column == 1, p.b.row == 1], factors);
+    let few = matches!(way, Way::FewRows(_));
     let shader = strides.iter().fold(shader, |shader, &(name, value)| shader.number(name, value));
     shader
         .buffer("bias", places.bias.1, places.bias.0)
         .buffer("add", DType::F32, places.add)
         .buffer("sum", DType::F32, places.sum)
         .buffer("c", types[2], places.c)
-        .grid([p.n.div_ceil(tile), p.m.div_ceil(tile), p.batch])
+        .grid([p.n.div_ceil(tile), if few { 1 } else { p.m.div_ceil(tile) }, p.batch])
 }
 
 /// The bias operand, if there is one, and its dtype.
@@ -170,11 +200,18 @@ pub(super) fn lower_expert_matmul(graph: &Graph, node: &Node, op: &ExpertMatmul,
     let of_all = Product { b_batch: k * n, ..Product::of(stored(k, false), w, slots, n, k) };
     let side = cooperative::side(limits, types, &of_all, slots, |side| slots.div_ceil(side) * n.div_ceil(side));
     let factors = [(types[0], At::Operand(0)), (types[1], At::Operand(1))];
-    let (shader, tile) = product(limits, "gemm_m_grouped", side, [true, w.row == 1], factors);
-    let tiles = if slots == 0 { 0 } else { most_tiles(slots, experts, tile) };
+    let along_k = [true, w.row == 1];
+    let (shader, tile, down) = if slots <= MOST_FEW {
+        // Slots rarely share an expert.
+        let (shader, tile) = product(limits, "gemm_by_slot", Way::FewRows(1), along_k, factors);
+        (shader, tile, slots)
+    } else {
+        let way = side.map_or(Way::Plain, Way::Cooperative);
+        let (shader, tile) = product(limits, "gemm_m_grouped", way, along_k, factors);
+        let shader = shader.constant("MOST_EXPERTS", MOST_EXPERTS).number("slots", slots);
+        (shader, tile, most_tiles(slots, experts, tile))
+    };
     let shader = shader
-        .constant("MOST_EXPERTS", MOST_EXPERTS)
-        .number("slots", slots)
         .number("experts", experts)
         .number("n", n)
         .number("k", k)
@@ -183,7 +220,7 @@ pub(super) fn lower_expert_matmul(graph: &Graph, node: &Node, op: &ExpertMatmul,
         .buffer("offsets", DType::I32, At::Operand(2))
         .buffer("bias", of_bias, at)
         .buffer("c", ty, At::Result(0));
-    Ok(Launch::of(vec![shader.grid([n.div_ceil(tile), tiles, 1])?]))
+    Ok(Launch::of(vec![shader.grid([n.div_ceil(tile), down, 1])?]))
 }
 
 pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node, limits: Limits) -> Lowered {
@@ -194,7 +231,8 @@ pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node, limits: Limi
     let of_all = Product::of(stored(m, true), stored(n, false), m, n, a[0] / experts.max(1));
     let side = cooperative::side(limits, types, &of_all, m, |side| experts * m.div_ceil(side) * n.div_ceil(side));
     let factors = [(types[0], At::Operand(0)), (types[1], At::Operand(1))];
-    let (shader, tile) = product(limits, "gemm_k_grouped", side, [false, false], factors);
+    let way = side.map_or(Way::Plain, Way::Cooperative);
+    let (shader, tile) = product(limits, "gemm_k_grouped", way, [false, false], factors);
     let shader = shader.number("m", m).number("n", n).buffer("offsets", DType::I32, At::Operand(2)).buffer(
         "c",
         super::dtype_of_result(graph, node, 0),
