@@ -62,7 +62,7 @@ pub(crate) fn complete(words: &[u32], dtype: DType) -> Result<Vec<u32>, String> 
     let wanted: &[u32] =
         if dtype == DType::Bf16 { &[BF16_TYPE, BF16_MATRIX, DEVICE_SCOPE] } else { &[FLOAT_16, DEVICE_SCOPE] };
     for &capability in wanted {
-        if !module.iter().any(|(o, w)| (*o, w[0]) == (CAPABILITY, capability)) {
+        if !module.iter().any(|(o, w)| *o == CAPABILITY && w[0] == capability) {
             module.insert(0, (CAPABILITY, vec![capability]));
         }
     }

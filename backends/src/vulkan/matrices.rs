@@ -81,6 +81,12 @@ impl Matrices {
         if !(same && ordered && on(features.cooperative_matrix)) {
             return Matrices::default();
         }
+        // A loader older than the extension may not pass its function on.
+        let name = c"vkGetPhysicalDeviceCooperativeMatrixPropertiesKHR".as_ptr();
+        // SAFETY: a live instance, and a name that ends with a zero.
+        if unsafe { loader.entry.get_instance_proc_addr(loader.instance.handle(), name) }.is_none() {
+            return Matrices::default();
+        }
         let extension = cooperative_matrix::Instance::new(&loader.entry, &loader.instance);
         // SAFETY: a device of this instance with the extension.
         let kinds =
