@@ -148,6 +148,10 @@ pub enum Error {
     #[cfg(feature = "cuda")]
     #[error(transparent)]
     Cuda(#[from] crate::cuda::CudaError),
+    /// A device with a Vulkan driver, or that driver, is at fault.
+    #[cfg(feature = "vulkan")]
+    #[error(transparent)]
+    Vulkan(#[from] crate::vulkan::VulkanError),
     /// The threads of the CPU backend could not be started.
     #[error("wanted a pool of {wanted} threads: {source}")]
     Threads {

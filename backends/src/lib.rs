@@ -14,15 +14,25 @@
 //!   work on one store, one after the other: `run` borrows it mutably.
 //! - Same inputs, same bits: a run's results do not depend on timing or on the number of threads.
 
+#[cfg(any(feature = "cuda", feature = "vulkan"))]
+mod cache;
+#[cfg(any(feature = "cuda", feature = "vulkan"))]
+mod chain;
 mod error;
+#[cfg(any(feature = "cuda", feature = "vulkan"))]
+mod finite;
 mod lowering;
 mod mapped;
 mod places;
 mod stored;
+#[cfg(any(feature = "cuda", feature = "vulkan"))]
+mod views;
 
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+#[cfg(feature = "vulkan")]
+pub mod vulkan;
 
 use std::any::Any;
 use std::borrow::Cow;
@@ -35,7 +45,7 @@ pub use mapped::MappedFile;
 
 /// A kind of device that can run plans.
 pub trait Backend: Send + Sync {
-    /// Name of the backend: `cpu` or `cuda`.
+    /// Name of the backend: `cpu`, `cuda` or `vulkan`.
     fn name(&self) -> &'static str;
 
     /// What the device is, in words: model, cores, memory.

@@ -47,3 +47,25 @@ pub(crate) fn reduced(x: &Shape, axes: &[usize]) -> Result<[usize; 3], String> {
     }
     Ok([&x[..first], &x[first..=last], &x[last + 1..]].map(|extents| extents.iter().product()))
 }
+
+/// How a node that may reject a value words that.
+#[cfg(any(feature = "cuda", feature = "vulkan"))]
+pub(crate) struct Rejects {
+    /// What it wants.
+    pub(crate) wanted: String,
+    /// What the noted number was.
+    pub(crate) found: &'static str,
+}
+
+#[cfg(any(feature = "cuda", feature = "vulkan"))]
+impl Rejects {
+    /// The error of a rejected value.
+    pub(crate) fn error(&self, node: &Node, found: i32) -> Error {
+        Error::Kernel {
+            op: node.op.name(),
+            site: node.site.clone(),
+            wanted: self.wanted.clone(),
+            found: format!("{} {found}", self.found),
+        }
+    }
+}

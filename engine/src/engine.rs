@@ -5,6 +5,8 @@ use std::sync::Arc;
 use moebius_backends::cpu::Cpu;
 #[cfg(feature = "cuda")]
 use moebius_backends::cuda::{Cuda, CudaError};
+#[cfg(feature = "vulkan")]
+use moebius_backends::vulkan::{Choice, Vulkan};
 use moebius_backends::{Backend, Refusal};
 use moebius_ir::{Graph, passes};
 
@@ -44,8 +46,9 @@ pub struct DeviceReport {
 }
 
 impl Engine {
-    /// Opens a device by name: `cpu`, `cuda` or `cuda:N` for an NVIDIA GPU, `auto` for the best one there is, which is the first
-    /// GPU that the kernels run on, else the CPU.
+    /// Opens a device by name: `cpu`, `cuda` or `cuda:N` for an NVIDIA GPU, `vulkan`, `vulkan:N` or `vulkan:NAME` (a part of its name)
+    /// for a device with a Vulkan driver, `auto` for the best one there is: the first NVIDIA GPU that the kernels run on, else a
+    /// card with a Vulkan driver, else the CPU.
     ///
     /// # Errors
     /// [`Error::NoSuchDevice`] naming those that are there; [`Error::Backend`] if a GPU that is there cannot be used, also for
@@ -54,9 +57,10 @@ impl Engine {
         match device {
             "cpu" => Engine::cpu(None),
             "auto" => Engine::best(),
-            other => match gpu_number(other) {
-                Some(ordinal) => Engine::cuda(ordinal),
-                None => Err(no_such(other)),
+            other => match (numbered(other, "cuda"), behind(other, "vulkan")) {
+                (Some(ordinal), _) => Engine::cuda(ordinal),
+                (None, Some(choice)) => Engine::vulkan(choice),
+                (None, None) => Err(no_such(other)),
             },
         }
     }
@@ -76,6 +80,21 @@ impl Engine {
         Err(no_such("cuda"))
     }
 
+    /// A device with a Vulkan driver, by its number from 0 or by a part of its name; the best one if nothing is said.
+    ///
+    /// # Errors
+    /// [`Error::Backend`] saying what is missing: the loader, the device, a feature of it.
+    #[cfg(feature = "vulkan")]
+    pub fn vulkan(choice: Option<&str>) -> Result<Engine> {
+        let vulkan = Vulkan::open(&Choice::parse(choice)).map_err(moebius_backends::Error::from)?;
+        Ok(Engine::with_backend(Arc::new(vulkan)))
+    }
+
+    #[cfg(not(feature = "vulkan"))]
+    fn vulkan(_choice: Option<&str>) -> Result<Engine> {
+        Err(no_such("vulkan"))
+    }
+
     #[cfg(feature = "cuda")]
     fn best() -> Result<Engine> {
         // Without a driver that works there is no GPU.
@@ -86,11 +105,25 @@ impl Engine {
                 Err(e) => return Err(moebius_backends::Error::from(e).into()),
             }
         }
-        Engine::cpu(None)
+        Engine::card_or_cpu()
     }
 
     #[cfg(not(feature = "cuda"))]
     fn best() -> Result<Engine> {
+        Engine::card_or_cpu()
+    }
+
+    /// A card with a Vulkan driver, as opposed to a processor or the graphics of one; without one the CPU.
+    #[cfg(feature = "vulkan")]
+    fn card_or_cpu() -> Result<Engine> {
+        match Vulkan::open(&Choice::Best) {
+            Ok(vulkan) if vulkan.is_discrete() => Ok(Engine::with_backend(Arc::new(vulkan))),
+            Ok(_) | Err(_) => Engine::cpu(None),
+        }
+    }
+
+    #[cfg(not(feature = "vulkan"))]
+    fn card_or_cpu() -> Result<Engine> {
         Engine::cpu(None)
     }
 
@@ -112,6 +145,7 @@ impl Engine {
         let state = Cpu::new(None).map(|cpu| cpu.describe()).map_err(|e| e.to_string());
         let mut devices = vec![DeviceReport { name: "cpu".into(), state }];
         devices.extend(gpus());
+        devices.extend(vulkan_devices());
         devices
     }
 
@@ -199,10 +233,15 @@ impl Engine {
     }
 }
 
-/// N of `cuda:N`; `cuda` alone is the first GPU.
-fn gpu_number(name: &str) -> Option<usize> {
-    let rest = name.strip_prefix("cuda")?;
-    if rest.is_empty() { Some(0) } else { rest.strip_prefix(':')?.parse().ok() }
+/// What stands behind `KIND:` in a name; `None` inside if the name is `KIND` alone.
+fn behind<'a>(name: &'a str, kind: &str) -> Option<Option<&'a str>> {
+    let rest = name.strip_prefix(kind)?;
+    if rest.is_empty() { Some(None) } else { rest.strip_prefix(':').filter(|r| !r.is_empty()).map(Some) }
+}
+
+/// N of `KIND:N`; `KIND` alone is the first one.
+fn numbered(name: &str, kind: &str) -> Option<usize> {
+    behind(name, kind)?.map_or(Some(0), |n| n.parse().ok())
 }
 
 fn no_such(wanted: &str) -> Error {
@@ -231,14 +270,37 @@ fn gpus() -> Vec<DeviceReport> {
     vec![DeviceReport { name: "cuda".into(), state: Err("this program was built without it".into()) }]
 }
 
+/// Each device with a Vulkan driver, or one line that says why there is none.
+#[cfg(feature = "vulkan")]
+fn vulkan_devices() -> Vec<DeviceReport> {
+    let none = |why: String| vec![DeviceReport { name: "vulkan".into(), state: Err(why) }];
+    match Vulkan::count() {
+        Err(e) => none(e.to_string()),
+        Ok(0) => none("no driver shows a device".into()),
+        Ok(count) => (0..count)
+            .map(|i| {
+                let state = Vulkan::open(&Choice::Number(i)).map(|v| v.describe()).map_err(|e| e.to_string());
+                DeviceReport { name: format!("vulkan:{i}"), state }
+            })
+            .collect(),
+    }
+}
+
+#[cfg(not(feature = "vulkan"))]
+fn vulkan_devices() -> Vec<DeviceReport> {
+    vec![DeviceReport { name: "vulkan".into(), state: Err("this program was built without it".into()) }]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn gpus_are_named_by_number() {
-        let numbers = ["cuda", "cuda:0", "cuda:12", "cuda:", "cuda:x", "cuda1", "cpu"].map(gpu_number);
+    fn gpus_are_named_by_number_or_name() {
+        let numbers = ["cuda", "cuda:0", "cuda:12", "cuda:", "cuda:x", "cuda1", "cpu"].map(|n| numbered(n, "cuda"));
         assert_eq!(numbers, [Some(0), Some(0), Some(12), None, None, None, None]);
+        let names = ["vulkan", "vulkan:radeon", "vulkan:", "vulkans"].map(|n| behind(n, "vulkan"));
+        assert_eq!(names, [Some(None), Some(Some("radeon")), None, None]);
     }
 
     #[test]

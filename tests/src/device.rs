@@ -6,6 +6,8 @@ use std::sync::{Arc, OnceLock};
 use moebius_backends::cpu::Cpu;
 #[cfg(feature = "cuda")]
 use moebius_backends::cuda::Cuda;
+#[cfg(feature = "vulkan")]
+use moebius_backends::vulkan::{Choice, Vulkan};
 use moebius_backends::{Backend, Instance, Result, Store};
 use moebius_ir::{Graph, Role, Tensor, TensorType, passes};
 use moebius_models::verify::{Inputs, device};
@@ -29,8 +31,8 @@ pub fn cpu(threads: usize) -> Cpu {
     Cpu::new(Some(threads)).unwrap_or_else(|e| panic!("{e}")).with_checks(true)
 }
 
-/// Every backend that this machine can run, in each variant that must agree with the reference. `MOEBIUS_DEVICE=cpu` or
-/// `MOEBIUS_DEVICE=cuda` leaves only the variants of that kind.
+/// Every backend that this machine can run, in each variant that must agree with the reference. `MOEBIUS_DEVICE=cpu`,
+/// `MOEBIUS_DEVICE=cuda` or `MOEBIUS_DEVICE=vulkan` leaves only the variants of that kind.
 ///
 /// # Panics
 /// If a device that is asked for or there cannot be used.
@@ -43,6 +45,7 @@ pub fn devices() -> Vec<Device> {
             Device { name: "cpu, 3 threads, unchecked", backend: Arc::new(cpu(3).with_checks(false)) },
         ];
         all.extend(gpus());
+        all.extend(vulkan());
         if let Ok(kind) = std::env::var("MOEBIUS_DEVICE") {
             all.retain(|d| d.backend.name() == kind);
             assert!(!all.is_empty(), "MOEBIUS_DEVICE={kind}: no such device here");
@@ -67,6 +70,24 @@ fn gpus() -> Vec<Device> {
 
 #[cfg(not(feature = "cuda"))]
 fn gpus() -> Vec<Device> {
+    Vec::new()
+}
+
+/// The best device with a Vulkan driver, if there is one: step by step with checks on its memory, and as one sequence of commands. Left
+/// out if another kind is asked for. The validation layer is between in `tests/tests/vulkan.rs`.
+#[cfg(feature = "vulkan")]
+fn vulkan() -> Vec<Device> {
+    if std::env::var("MOEBIUS_DEVICE").is_ok_and(|kind| kind != "vulkan") || !Vulkan::count().is_ok_and(|n| n > 0) {
+        return Vec::new();
+    }
+    let plain = Vulkan::open(&Choice::Best).unwrap_or_else(|e| panic!("{e}"));
+    // The same device, so that each kernel is compiled once.
+    let checked = plain.checked().unwrap_or_else(|| panic!("no checks"));
+    vec![Device { name: "vulkan, checked", backend: checked }, Device { name: "vulkan", backend: Arc::new(plain) }]
+}
+
+#[cfg(not(feature = "vulkan"))]
+fn vulkan() -> Vec<Device> {
     Vec::new()
 }
 

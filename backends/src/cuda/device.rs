@@ -9,12 +9,12 @@ use cust::module::Module;
 use cust::stream::{Stream, StreamFlags};
 use cust::{CudaFlags, sys};
 
-use super::cache::{Cache, Found};
 use super::chip::Chip;
 use super::compiler::Compiler;
 use super::driver::{self, Counter, check, failed};
 use super::error::{CudaError, Result};
 use super::source::Source;
+use crate::cache::{Cache, Found};
 
 /// A GPU that kernels can be loaded on.
 pub(crate) struct Device {
@@ -105,7 +105,7 @@ impl Device {
             modules: Mutex::new(HashMap::new()),
             notes: Mutex::new(Vec::new()),
             compiler,
-            cache: Cache::of_user(),
+            cache: Cache::of_user("cubin"),
             sequence: Mutex::new(()),
             stream,
             context,

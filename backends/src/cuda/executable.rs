@@ -10,10 +10,11 @@ use moebius_ir::{NodeId, Op, Plan, Step, Storage, Value};
 use super::device::Device;
 use super::driver::{Counter, Shape, check, describe, failed, launch};
 use super::instance::CudaInstance;
-use super::launch::{Action, Arg, Launch, Rejects};
+use super::launch::{Action, Arg, Launch};
 use super::memory::Memory;
 use super::source::Source;
 use super::tasks::{Table, Touched};
+use crate::lowering::Rejects;
 use crate::places::{Place, StepPlaces, of_step, place, states};
 use crate::{Executable, Instance, Result};
 

@@ -3,6 +3,7 @@
 use moebius_ir::DType;
 
 use super::source::Source;
+use crate::lowering::Rejects;
 
 /// What a kernel is given. Addresses are known when an instance is made.
 #[derive(Clone, Debug, PartialEq)]
@@ -126,14 +127,6 @@ impl Action {
             Action::Clear { .. } => false,
         }
     }
-}
-
-/// How a node that may reject a value words that.
-pub(crate) struct Rejects {
-    /// What it wants.
-    pub(crate) wanted: String,
-    /// What the noted number was.
-    pub(crate) found: &'static str,
 }
 
 /// The work of a node.

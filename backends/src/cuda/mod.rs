@@ -1,13 +1,12 @@
 //! The CUDA backend: every op on an NVIDIA GPU of compute capability 8.0 or newer.
 //!
 //! Nothing of CUDA is linked. [`driver`] loads the driver when a GPU is asked for, [`compiler`] NVRTC, which compiles the
-//! kernels of `kernels/` at first use; [`cache`] keeps them on disk. [`lower`](lower::lower) turns a node into kernels with
+//! kernels of `kernels/` at first use; [`cache`](crate::cache) keeps them on disk. [`lower`](lower::lower) turns a node into kernels with
 //! their arguments (and is the support check), `executable` binds them to a plan, `instance` runs it: as one recorded graph
 //! that is replayed. The host reads nothing back between steps and waits for
 //! none; rejected values are noted on the GPU and told when an output
 //! is read.
 
-mod cache;
 mod chip;
 mod compiler;
 mod device;

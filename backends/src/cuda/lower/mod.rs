@@ -70,11 +70,9 @@ pub(crate) fn lower(graph: &Graph, id: NodeId, chip: Chip) -> Lowered {
         Op::Input(_) | Op::Constant(_) | Op::Reshape(_) | Op::After(_) => Ok(Launch::default()),
 
         Op::Random(op) => movement::lower_random(graph, node, op),
-        Op::Transpose(op) => movement::lower_transpose(graph, node, op),
-        Op::Broadcast(_) => movement::lower_broadcast(graph, node),
-        Op::Slice(op) => movement::lower_slice(graph, node, op),
-        Op::Pad(op) => movement::lower_pad(graph, node, op),
-        Op::Concat(op) => movement::lower_concat(graph, node, op),
+        Op::Transpose(_) | Op::Broadcast(_) | Op::Slice(_) | Op::Pad(_) | Op::Concat(_) => {
+            movement::lower_movement(graph, node)
+        }
 
         Op::Unary(_) | Op::Binary(_) | Op::Compare(_) | Op::Select(_) | Op::Cast(_) => {
             Err("elementwise work in fused form, as the fusion pass leaves it".into())

@@ -75,7 +75,7 @@ pub(crate) struct TrainArgs {
     /// Seed of start values and batches [default: the preset's]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub(crate) seed: Option<u64>,
-    /// Device to compute on: auto, cpu, cuda or cuda:N
+    /// Device to compute on: auto, cpu, cuda, cuda:N, vulkan, vulkan:N or vulkan:NAME
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub(crate) device: String,
     /// Folder for metrics, checkpoints and report [default: runs/NAME]
@@ -174,7 +174,7 @@ pub(crate) struct StudyArgs {
     /// Keep the checkpoints of finished runs
     #[arg(long)]
     pub(crate) keep_checkpoints: bool,
-    /// Device to compute on: auto, cpu, cuda or cuda:N
+    /// Device to compute on: auto, cpu, cuda, cuda:N, vulkan, vulkan:N or vulkan:NAME
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub(crate) device: String,
     /// Change one setting of every arm, as in `--set train.steps=200`
@@ -209,7 +209,7 @@ pub(crate) struct EvalArgs {
     /// Send each token to the experts that a route file has for it; gates are still those of the model's router
     #[arg(long, value_name = "FILE")]
     pub(crate) replay_routes: Option<PathBuf>,
-    /// Device to compute on: auto, cpu, cuda or cuda:N
+    /// Device to compute on: auto, cpu, cuda, cuda:N, vulkan, vulkan:N or vulkan:NAME
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub(crate) device: String,
     /// Print one JSON object
@@ -246,7 +246,7 @@ pub(crate) struct GenerateArgs {
     /// Send each token to the experts that a route file has for it; gates are still those of the model's router
     #[arg(long, value_name = "FILE")]
     pub(crate) replay_routes: Option<PathBuf>,
-    /// Device to compute on: auto, cpu, cuda or cuda:N
+    /// Device to compute on: auto, cpu, cuda, cuda:N, vulkan, vulkan:N or vulkan:NAME
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub(crate) device: String,
 }
@@ -270,7 +270,7 @@ pub(crate) struct InspectArgs {
     /// Batch size for the memory of activations [default: the preset's]
     #[arg(long, value_name = "B")]
     pub(crate) batch: Option<usize>,
-    /// Device whose memory training is held against: auto, cpu, cuda or cuda:N
+    /// Device whose memory training is held against: auto, cpu, cuda, cuda:N, vulkan, vulkan:N or vulkan:NAME
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub(crate) device: String,
     /// Change one setting, as in `--set model.experts=[4,8]`
@@ -290,7 +290,7 @@ pub(crate) struct DevicesArgs {
 
 #[derive(Args)]
 pub(crate) struct VerifyArgs {
-    /// Device to verify: auto, cpu, cuda or cuda:N
+    /// Device to verify: auto, cpu, cuda, cuda:N, vulkan, vulkan:N or vulkan:NAME
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub(crate) device: String,
     /// Only this op, or one of moe_layer, residual_moe_layer, decoder, published_routers; may be given several times
@@ -315,7 +315,7 @@ pub(crate) struct BenchArgs {
     /// The model from a TOML file
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
-    /// Device to compute on: auto, cpu, cuda or cuda:N
+    /// Device to compute on: auto, cpu, cuda, cuda:N, vulkan, vulkan:N or vulkan:NAME
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub(crate) device: String,
     /// The layer of `layer`

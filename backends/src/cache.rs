@@ -14,7 +14,7 @@ const MAGIC: &[u8; 16] = b"moebius kernel 1";
 /// What the cache has under a key.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Found {
-    /// The machine code.
+    /// The machine code, or what else a driver made.
     Code(Vec<u8>),
     /// No entry.
     Nothing,
@@ -26,22 +26,24 @@ pub(crate) enum Found {
 #[derive(Clone, Debug)]
 pub(crate) struct Cache {
     folder: Option<PathBuf>,
+    /// How the names of its files end.
+    ending: &'static str,
 }
 
 impl Cache {
     /// The user's cache: `MOEBIUS_CACHE`, else `XDG_CACHE_HOME/moebius`, else `HOME/.cache/moebius`.
-    pub(crate) fn of_user() -> Cache {
+    pub(crate) fn of_user(ending: &'static str) -> Cache {
         let var = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
         let root = var("MOEBIUS_CACHE")
             .or_else(|| var("XDG_CACHE_HOME").map(|p| p.join("moebius")))
             .or_else(|| var("HOME").map(|p| p.join(".cache/moebius")));
-        Cache { folder: root.map(|r| r.join("kernels")) }
+        Cache { folder: root.map(|r| r.join("kernels")), ending }
     }
 
     /// A cache in this folder.
     #[cfg(test)]
     pub(crate) fn at(folder: &Path) -> Cache {
-        Cache { folder: Some(folder.into()) }
+        Cache { folder: Some(folder.into()), ending: "code" }
     }
 
     /// The key of what `parts` decide.
@@ -54,14 +56,14 @@ impl Cache {
         xxh3_128(&text)
     }
 
-    fn file(folder: &Path, key: u128) -> PathBuf {
-        folder.join(format!("{key:032x}.cubin"))
+    fn file(&self, folder: &Path, key: u128) -> PathBuf {
+        folder.join(format!("{key:032x}.{}", self.ending))
     }
 
     /// The entry of a key.
     pub(crate) fn get(&self, key: u128) -> Found {
         let Some(folder) = &self.folder else { return Found::Nothing };
-        let file = Cache::file(folder, key);
+        let file = self.file(folder, key);
         let Ok(bytes) = std::fs::read(&file) else { return Found::Nothing };
         let damaged = |why: &str| Found::Damaged(format!("{}: {why}", file.display()));
         let Some((head, code)) = bytes.split_at_checked(32) else { return damaged("too short") };
@@ -81,7 +83,7 @@ impl Cache {
         let temporary = folder.join(format!("{key:032x}.{}.{:?}.new", std::process::id(), std::thread::current().id()));
         let bytes = [&MAGIC[..], &xxh3_128(code).to_le_bytes(), code].concat();
         let written =
-            std::fs::write(&temporary, bytes).and_then(|()| std::fs::rename(&temporary, Cache::file(folder, key)));
+            std::fs::write(&temporary, bytes).and_then(|()| std::fs::rename(&temporary, self.file(folder, key)));
         if written.is_err() {
             // What is left of a failed write is of no use; that it cannot be removed changes nothing.
             let _ = std::fs::remove_file(&temporary);
@@ -102,7 +104,7 @@ mod tests {
         assert_eq!(cache.get(7), Found::Nothing);
         cache.put(7, &code).unwrap();
         assert_eq!((cache.get(7), cache.get(8)), (Found::Code(code.clone()), Found::Nothing));
-        let file = Cache::file(&folder.path().join("deeper"), 7);
+        let file = cache.file(&folder.path().join("deeper"), 7);
         let whole = std::fs::read(&file).unwrap();
         for at in 0..whole.len() {
             let mut bytes = whole.clone();

@@ -1,0 +1,358 @@
+//! Carries out a plan on a device: the whole plan is one sequence of commands, recorded once and submitted for each run.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use ash::vk;
+use moebius_ir::{NodeId, Storage, Value};
+
+use super::BACKEND;
+use super::commands::{Commands, Sets};
+use super::device::Queue;
+use super::error::failed;
+use super::executable::{Addresses, Launched, Program, Work};
+use super::memory::{HostMemory, Memory, Region, VulkanStore};
+use crate::finite::non_finite;
+use crate::places::{POISON, place};
+use crate::stored::check_bytes;
+use crate::{Error, Instance, NonFinite, Result, Store};
+
+/// Memory of the host that the device copies a feed from, the commands that do it, and the number of the last such copy.
+struct Staging {
+    memory: HostMemory,
+    commands: vk::CommandBuffer,
+    copied: u64,
+}
+
+/// Stagings of a feed that are used in turn: the host writes into one while the copy out of another waits behind a run.
+const STAGINGS: usize = 2;
+
+/// A feed on its way to the device.
+struct FeedStaging {
+    stagings: Vec<Staging>,
+    next: usize,
+}
+
+pub(super) struct VulkanInstance {
+    // Fields are dropped in this order: what uses memory before the memory.
+    sets: Option<Sets>,
+    /// Owns all command buffers.
+    _commands: Commands,
+    /// The plan, if it is recorded with the present addresses.
+    recorded: bool,
+    whole: vk::CommandBuffer,
+    staging: BTreeMap<String, FeedStaging>,
+    program: Arc<Program>,
+    arena: Memory,
+    /// Copies of the outputs that lie in stored tensors: those may change, move or go before they are read.
+    kept: Vec<(Value, Memory)>,
+    /// What kernels reject: the step's number and the value.
+    fault: Memory,
+    /// Where the stored tensors lie, as of store version `located`.
+    states: Vec<Region>,
+    located: u64,
+}
+
+impl VulkanInstance {
+    pub(super) fn new(
+        program: Arc<Program>,
+        arena: Memory,
+        kept: Vec<(Value, Memory)>,
+        fault: Memory,
+    ) -> Result<VulkanInstance> {
+        let device = &program.device;
+        let commands = Commands::new(device)?;
+        let mut staging = BTreeMap::new();
+        let graph = program.plan.graph();
+        for (name, value) in graph.inputs() {
+            if let Storage::Arena(at) = program.plan.storage(*value) {
+                let bytes = graph.ty(*value).bytes();
+                let to = arena.region().after(at);
+                let one = || -> Result<Staging> {
+                    let memory = HostMemory::new(device, bytes, || format!("feed {name:?}"))?;
+                    let copy = commands.take(|| format!("copy of feed {name:?}"))?;
+                    let from = memory.region();
+                    let again = vk::CommandBufferUsageFlags::empty();
+                    device.record(copy, again, |commands| device.copy(commands, from, to, bytes))?;
+                    Ok(Staging { memory, commands: copy, copied: 0 })
+                };
+                let stagings = (0..STAGINGS).map(|_| one()).collect::<Result<_>>()?;
+                staging.insert(name.clone(), FeedStaging { stagings, next: 0 });
+            }
+        }
+        let states = vec![arena.region(); program.states.len()];
+        let whole = commands.take(|| "a whole plan".into())?;
+        let (sets, recorded) = (None, false);
+        Ok(VulkanInstance {
+            sets,
+            _commands: commands,
+            recorded,
+            whole,
+            staging,
+            program,
+            arena,
+            kept,
+            fault,
+            states,
+            located: 0,
+        })
+    }
+
+    fn addresses(&self) -> Addresses<'_> {
+        Addresses { arena: self.arena.region(), states: &self.states, fault: self.fault.region() }
+    }
+
+    /// Looks up the stored tensors, if they may have moved, and tells the kernels.
+    fn locate(&mut self, store: &mut dyn Store) -> Result<()> {
+        let foreign = || Error::ForeignStore { backend: BACKEND };
+        let store = store.as_any_mut().downcast_mut::<VulkanStore>().ok_or_else(foreign)?;
+        if !store.is_on(&self.program.device) {
+            return Err(foreign());
+        }
+        let tensors = store.tensors();
+        if self.located == tensors.version() && self.sets.is_some() {
+            return Ok(());
+        }
+        // What was recorded before may still run.
+        self.program.device.wait_all()?;
+        (self.sets, self.recorded) = (None, false);
+        let located = tensors.located(self.program.plan.graph(), &self.program.states);
+        for (slot, memory) in self.states.iter_mut().zip(located) {
+            *slot = memory?.region();
+        }
+        self.sets = Some(Sets::new(&self.program, self.addresses())?);
+        self.located = tensors.version();
+        Ok(())
+    }
+
+    fn sets(&self) -> impl Iterator<Item = vk::DescriptorSet> + use<'_> {
+        self.sets.iter().flat_map(|sets| sets.sets.iter().copied())
+    }
+
+    /// Records what keeps outputs that lie in stored tensors.
+    fn keep(&self, commands: vk::CommandBuffer) {
+        for (value, memory) in &self.kept {
+            self.program.device.copy(commands, self.region(*value), memory.region(), memory.len());
+        }
+    }
+
+    /// Records the whole plan. `after` is called behind each launch.
+    fn record_all(&self, commands: vk::CommandBuffer, mut after: impl FnMut(&Launched)) {
+        let (program, addresses) = (&*self.program, self.addresses());
+        let mut sets = self.sets();
+        for work in &program.work {
+            match work {
+                Work::Launch(step) => {
+                    program.record(commands, step, addresses, &mut sets);
+                    after(step);
+                }
+                Work::Copy { from, to, bytes } => {
+                    program.device.copy(commands, addresses.of(*from), addresses.of(*to), *bytes);
+                    program.device.barrier(commands);
+                }
+            }
+        }
+        self.keep(commands);
+    }
+
+    /// Runs every step once, one by one, waiting for each; with checks on, what a step may not rely on is filled with NaN before it,
+    /// and the fences are looked at after it. `after` sees each launch and may end the run early.
+    fn run_steps(&self, queue: &mut Queue, mut after: impl FnMut(&mut Queue, &Launched) -> Result<bool>) -> Result<()> {
+        let (program, addresses) = (&*self.program, self.addresses());
+        let device = &program.device;
+        let mut sets = self.sets();
+        for work in &program.work {
+            match work {
+                Work::Launch(step) => {
+                    device.now(queue, |commands| {
+                        if program.checks {
+                            let poison = |at, bytes| device.fill(commands, addresses.arena.after(at), POISON, bytes);
+                            step.places.fresh.iter().for_each(|&(at, bytes)| poison(at, bytes));
+                            step.places.fences.iter().for_each(|&(from, to)| poison(from, to - from));
+                            device.barrier(commands);
+                        }
+                        program.record(commands, step, addresses, &mut sets);
+                    })?;
+                    if program.checks {
+                        self.watch(queue, step)?;
+                    }
+                    if !after(queue, step)? {
+                        return Ok(());
+                    }
+                }
+                Work::Copy { from, to, bytes } => {
+                    device.now(queue, |c| device.copy(c, addresses.of(*from), addresses.of(*to), *bytes))?;
+                }
+            }
+        }
+        Ok(device.now(queue, |commands| self.keep(commands))?)
+    }
+
+    /// An error if a step wrote into a fence.
+    fn watch(&self, queue: &mut Queue, step: &Launched) -> Result<()> {
+        for &(from, to) in &step.places.fences {
+            let mut fence = vec![0; to - from];
+            self.program.device.download(queue, self.arena.region().after(from), &mut fence)?;
+            if fence.iter().any(|&b| b != POISON) {
+                let node = self.program.plan.graph().node(step.node);
+                return Err(Error::Fence { op: node.op.name(), site: node.site.clone() });
+            }
+        }
+        Ok(())
+    }
+
+    /// Where a value lies.
+    fn region(&self, value: Value) -> Region {
+        self.addresses().of(place(&self.program.plan, &self.program.states, value))
+    }
+
+    /// The error of the first value that a kernel rejected since this was last asked, if there is one.
+    fn rejected(&self, queue: &mut Queue) -> Result<()> {
+        let (device, at) = (&self.program.device, self.fault.region());
+        let mut record = [0; 8];
+        device.download(queue, at, &mut record)?;
+        let [step, found] = [&record[..4], &record[4..]].map(|b| i32::from_le_bytes(b.try_into().unwrap_or_default()));
+        if step == 0 {
+            return Ok(());
+        }
+        device.now(queue, |commands| device.fill(commands, at, 0, record.len()))?;
+        let launched = self.program.launches().find(|l| l.number as i32 == step);
+        let Some((launched, rejects)) = launched.and_then(|l| Some((l, l.rejects.as_ref()?))) else { return Ok(()) };
+        Err(rejects.error(self.program.plan.graph().node(launched.node), found))
+    }
+}
+
+impl Instance for VulkanInstance {
+    fn write(&mut self, feed: &str, bytes: &[u8]) -> Result<()> {
+        let program = Arc::clone(&self.program);
+        let graph = program.plan.graph();
+        let (Some(value), Some(staging)) = (graph.input_named(feed), self.staging.get_mut(feed)) else {
+            let there = self.staging.keys().cloned().collect();
+            return Err(Error::NoSuch { what: "feed", name: feed.into(), there });
+        };
+        check_bytes("feed", feed, graph.ty(value), bytes.len())?;
+        let mut queue = program.device.hold();
+        let FeedStaging { stagings, next } = staging;
+        let staging = &mut stagings[*next];
+        *next = (*next + 1) % STAGINGS;
+        // The last copy out of this memory must be over.
+        program.device.wait(staging.copied)?;
+        staging.memory.bytes_mut()[..bytes.len()].copy_from_slice(bytes);
+        staging.copied = program.device.submit(&mut queue, &[staging.commands])?;
+        Ok(())
+    }
+
+    fn run(&mut self, store: &mut dyn Store) -> Result<()> {
+        let program = Arc::clone(&self.program);
+        let device = &program.device;
+        let mut queue = device.hold();
+        self.locate(store)?;
+        if program.checks {
+            self.run_steps(&mut queue, |_, _| Ok(true))?;
+        } else {
+            if !self.recorded {
+                let again = vk::CommandBufferUsageFlags::SIMULTANEOUS_USE;
+                device.record(self.whole, again, |commands| self.record_all(commands, |_| {}))?;
+                self.recorded = true;
+            }
+            device.submit(&mut queue, &[self.whole])?;
+        }
+        Ok(device.validated()?)
+    }
+
+    fn read(&self, output: &str, out: &mut [u8]) -> Result<()> {
+        let graph = self.program.plan.graph();
+        let Some(value) = graph.output_named(output) else {
+            let there = graph.outputs().iter().map(|(n, _)| n.clone()).collect();
+            return Err(Error::NoSuch { what: "output", name: output.into(), there });
+        };
+        check_bytes("output", output, graph.ty(value), out.len())?;
+        let device = &self.program.device;
+        let mut queue = device.hold();
+        let from = match self.kept.iter().find(|(v, _)| *v == value) {
+            Some((_, copy)) => copy.region(),
+            None => self.region(value),
+        };
+        device.download(&mut queue, from, out)?;
+        self.rejected(&mut queue)
+    }
+
+    fn first_non_finite(&mut self, store: &mut dyn Store) -> Result<Option<NonFinite>> {
+        let program = Arc::clone(&self.program);
+        let mut queue = program.device.hold();
+        self.locate(store)?;
+        let mut found = None;
+        let graph = program.plan.graph();
+        self.run_steps(&mut queue, |queue, step| {
+            let node = graph.node(step.node);
+            for &value in &node.results {
+                let mut bytes = vec![0; graph.ty(value).bytes()];
+                program.device.download(queue, self.region(value), &mut bytes)?;
+                if let Some((index, element)) = non_finite(graph.ty(value).dtype, &bytes) {
+                    found = Some(NonFinite {
+                        op: node.op.name(),
+                        scope: node.scope.to_string(),
+                        site: node.site.clone(),
+                        ty: graph.ty(value).clone(),
+                        index,
+                        value: element,
+                    });
+                    return Ok(false);
+                }
+            }
+            Ok(true)
+        })?;
+        self.rejected(&mut queue)?;
+        Ok(found)
+    }
+
+    fn profile(&mut self, store: &mut dyn Store) -> Result<Vec<(NodeId, f64)>> {
+        let program = Arc::clone(&self.program);
+        let device = &program.device;
+        let mut queue = device.hold();
+        self.locate(store)?;
+        let nodes: Vec<NodeId> = program.launches().map(|l| l.node).collect();
+        let Some(tick) = device.clock else {
+            // By the host's clock, which counts the waiting for each step too.
+            let (mut seconds, mut last) = (Vec::with_capacity(nodes.len()), std::time::Instant::now());
+            self.run_steps(&mut queue, |_, _| {
+                seconds.push(last.elapsed().as_secs_f64());
+                last = std::time::Instant::now();
+                Ok(true)
+            })?;
+            return Ok(nodes.into_iter().zip(seconds).collect());
+        };
+        let info =
+            vk::QueryPoolCreateInfo::default().query_type(vk::QueryType::TIMESTAMP).query_count(nodes.len() as u32 + 1);
+        // SAFETY: a live device, here and below.
+        let pool = unsafe { device.handle.create_query_pool(&info, None) }.map_err(failed("vkCreateQueryPool"))?;
+        device.name_object(pool, || "times of steps".into());
+        let mut times = vec![0u64; nodes.len() + 1];
+        let measured = device.now(&mut queue, |commands| {
+            let mut at = 0;
+            let mut stamp = || {
+                // SAFETY: commands that are being recorded, and a query of the pool that was just reset.
+                unsafe {
+                    let stage = vk::PipelineStageFlags::BOTTOM_OF_PIPE;
+                    device.handle.cmd_write_timestamp(commands, stage, pool, at);
+                }
+                at += 1;
+            };
+            // SAFETY: as above.
+            unsafe { device.handle.cmd_reset_query_pool(commands, pool, 0, nodes.len() as u32 + 1) };
+            stamp();
+            self.record_all(commands, |_| stamp());
+        });
+        let flags = vk::QueryResultFlags::TYPE_64 | vk::QueryResultFlags::WAIT;
+        let read = measured.and_then(|()| {
+            // SAFETY: every query was written, as the commands are done.
+            unsafe { device.handle.get_query_pool_results(pool, 0, &mut times, flags) }
+                .map_err(failed("vkGetQueryPoolResults"))
+        });
+        // SAFETY: made above, and nothing runs that uses it.
+        unsafe { device.handle.destroy_query_pool(pool, None) };
+        read?;
+        let seconds = times.windows(2).map(|pair| pair[1].saturating_sub(pair[0]) as f64 * tick);
+        Ok(nodes.into_iter().zip(seconds).collect())
+    }
+}

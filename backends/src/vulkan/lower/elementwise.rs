@@ -1,0 +1,146 @@
+//! A fused elementwise chain as one kernel, whose text is written here: a register for each register of the chain.
+
+use std::fmt::Write;
+
+use moebius_ir::ops::Elementwise;
+use moebius_ir::{DType, Graph, Node};
+
+use super::Lowered;
+use crate::chain::{Chain, Language};
+use crate::vulkan::launch::{At, Launch};
+use crate::vulkan::limits::Limits;
+use crate::vulkan::shader::Shader;
+
+const THREADS: usize = 256;
+
+/// WGSL; bools are u32 in registers.
+struct Wgsl;
+
+/// The type of a register.
+fn register(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F32 | DType::Bf16 | DType::F16 => "f32",
+        DType::I32 => "i32",
+        DType::U32 | DType::Bool => "u32",
+    }
+}
+
+impl Language for Wgsl {
+    fn declare(&self, r: usize, dtype: DType) -> String {
+        format!("let r{r}: {}", register(dtype))
+    }
+
+    fn literal(&self, dtype: DType, value: f64) -> String {
+        let value = dtype.round(value);
+        match dtype {
+            DType::F32 | DType::Bf16 | DType::F16 => {
+                let value = value as f32;
+                // The language has no literals of what is not a number, and a device may flush the tiniest ones.
+                if value.is_normal() || value.to_bits() == 0 {
+                    format!("{value:e}f")
+                } else {
+                    format!("from_bits(0x{:08x}u)", value.to_bits())
+                }
+            }
+            DType::I32 => format!("bitcast<i32>(0x{:08x}u)", value as i32),
+            DType::U32 => format!("0x{:08x}u", value as u32),
+            DType::Bool => format!("{}u", u8::from(value != 0.0)),
+        }
+    }
+
+    fn call(&self, function: &str, _result: DType, arguments: DType, args: &[String]) -> String {
+        let of = match arguments {
+            DType::I32 => "_i32",
+            DType::U32 => "_u32",
+            DType::F32 | DType::Bf16 | DType::F16 | DType::Bool => "",
+        };
+        format!("{function}{of}({})", args.join(", "))
+    }
+
+    fn compare(&self, sign: &str, args: &[String]) -> String {
+        // In the language's translation a NaN is not unequal to anything; not equal it is.
+        match sign {
+            "!=" => format!("select(1u, 0u, {} == {})", args[0], args[1]),
+            sign => format!("select(0u, 1u, {} {sign} {})", args[0], args[1]),
+        }
+    }
+
+    fn select(&self, args: &[String]) -> String {
+        format!("select({}, {}, {} != 0u)", args[2], args[1], args[0])
+    }
+
+    fn convert(&self, to: DType, from: DType, arg: &str) -> String {
+        let to = if to == DType::Bool { "bool" } else { register(to) };
+        format!("{to}_of_{}({arg})", register(from))
+    }
+}
+
+pub(super) fn lower_elementwise(graph: &Graph, node: &Node, op: &Elementwise, limits: Limits) -> Lowered {
+    let chain = Chain::of(graph, node, op)?;
+    let bools = chain.results().any(|(_, dtype)| dtype == DType::Bool);
+    // A word of bools belongs to one thread.
+    let own = if bools { 4 } else { 1 };
+    let mut body = String::from("fn element(i: u32) -> Results {\n");
+    let mut fields = String::new();
+    for (o, (_, dtype)) in chain.results().enumerate() {
+        let _ = writeln!(fields, "    o{o}: {},", register(dtype));
+    }
+    body.insert_str(0, &format!("struct Results {{\n{fields}}}\n"));
+    if chain.axes.has_coordinates() {
+        body.push_str("    var rest = i;\n");
+        for (axis, extent) in chain.axes.extents.iter().enumerate().rev() {
+            let _ = writeln!(body, "    let c{axis} = rest % {extent}u; rest = rest / {extent}u;");
+        }
+    }
+    let element = |at: usize| format!("get_p{}({})", chain.loaded[at], chain.axes.index(at, ""));
+    body.push_str(&chain.statements(&Wgsl, element));
+    let results: Vec<String> = chain.results().map(|(r, _)| format!("r{r}")).collect();
+    let _ = writeln!(body, "    return Results({});\n}}", results.join(", "));
+
+    let _ = writeln!(
+        body,
+        "fn kernel(group: u32, thread: u32) {{\n    let first = (group * {THREADS}u + thread) * {own}u;"
+    );
+    for (o, _) in chain.results().enumerate().filter(|(_, (_, dtype))| *dtype == DType::Bool) {
+        let _ = writeln!(body, "    var word{o} = 0u;");
+    }
+    let _ =
+        writeln!(body, "    for (var i = first; i < min(first + {own}u, p.n); i++) {{\n        let v = element(i);");
+    for (o, (_, dtype)) in chain.results().enumerate() {
+        let _ = match dtype {
+            DType::Bool => writeln!(body, "        word{o} |= v.o{o} << (8u * (i & 3u));"),
+            DType::F32 | DType::Bf16 | DType::F16 | DType::I32 | DType::U32 => {
+                writeln!(body, "        set_o{o}(i, v.o{o});")
+            }
+        };
+    }
+    body.push_str("    }\n");
+    for (o, _) in chain.results().enumerate().filter(|(_, (_, dtype))| *dtype == DType::Bool) {
+        let _ = writeln!(body, "    if (first < p.n) {{ o{o}[first >> 2u] = word{o}; }}");
+    }
+    body.push_str("}\n");
+
+    let mut shader = Shader::new(limits, "elementwise", body, THREADS).with("functions").number("n", chain.elements);
+    for &i in &chain.loaded {
+        shader = shader.buffer(&format!("p{i}"), chain.dtypes[i], At::Operand(i));
+    }
+    for (o, (_, dtype)) in chain.results().enumerate() {
+        shader = shader.buffer(&format!("o{o}"), dtype, At::Result(o));
+    }
+    Ok(Launch::of(vec![shader.line(chain.elements.div_ceil(own * THREADS))?]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn constants_keep_their_bits() {
+        let literal = |dtype, value| Wgsl.literal(dtype, value);
+        assert_eq!(literal(DType::F32, 0.1), "1e-1f");
+        assert_eq!(literal(DType::Bf16, f64::NEG_INFINITY), "from_bits(0xff800000u)");
+        assert_eq!(literal(DType::F32, -0.0), "from_bits(0x80000000u)");
+        assert_eq!(literal(DType::I32, -1.0), "bitcast<i32>(0xffffffffu)");
+        assert_eq!((literal(DType::U32, 4e9), literal(DType::Bool, 1.0)), ("0xee6b2800u".into(), "1u".into()));
+    }
+}

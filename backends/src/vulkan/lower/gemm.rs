@@ -1,0 +1,248 @@
+//! Launches of everything that is a matrix product: matmul and the expert matmuls.
+//!
+//! A kernel says in its file which product a workgroup has. Its tile is computed by `gemm_plain.wgsl`, by `gemm_few_rows.wgsl`, or on
+//! cooperative matrices, where the device has them and [`cooperative::side`] says so.
+
+use moebius_ir::ops::{ExpertMatmul, Matmul};
+use moebius_ir::{DType, Graph, Node, Shape};
+
+use super::{Lowered, cooperative, dtype};
+use crate::lowering::shapes;
+use crate::vulkan::launch::{Action, At, Launch};
+use crate::vulkan::limits::Limits;
+use crate::vulkan::shader::Shader;
+
+/// Rows and columns of the tile of a workgroup: the large one reads each element half as often.
+const TILE: usize = 64;
+/// That of kernels that keep two tiles more in memory, and of processors.
+pub(super) const SMALL_TILE: usize = 32;
+/// Its threads: 16 x 16.
+pub(super) const THREADS: usize = 256;
+/// The most rows for which reading the other matrix is the work.
+const MOST_FEW: usize = 8;
+/// The most experts of one product: their tiles are counted in the memory of a workgroup.
+const MOST_EXPERTS: usize = 1024;
+
+/// The tile on such a device.
+pub(super) fn tile(limits: Limits) -> usize {
+    if limits.processor { SMALL_TILE } else { TILE }
+}
+
+/// A kernel that computes tiles of products; whether neighbours along k lie together in the left and in the right matrix.
+pub(super) fn tiled(limits: Limits, name: &'static str, tile: usize, along_k: [bool; 2]) -> Shader {
+    let shader = Shader::file(limits, name, THREADS).with("gemm_tile").constant("TILE", tile);
+    shader.flag("LEFT_ALONG_K", along_k[0]).flag("RIGHT_ALONG_K", along_k[1])
+}
+
+/// How a tile is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// Every product by itself.
+    Plain,
+    /// So many rows, at most [`MOST_FEW`].
+    FewRows(usize),
+    /// On cooperative matrices, with tiles of so many rows and columns.
+    Cooperative(usize),
+}
+
+impl Way {
+    /// That of products of so many rows, if there is no better one.
+    fn of(rows: usize) -> Way {
+        if rows <= MOST_FEW { Way::FewRows(rows.max(1)) } else { Way::Plain }
+    }
+}
+
+/// A kernel of a file that says which product a workgroup has, with what computes it, and the columns of a tile. Its factors are `a`
+/// and `b`.
+fn product(
+    limits: Limits,
+    name: &'static str,
+    way: Way,
+    along_k: [bool; 2],
+    [a, b]: [(DType, At); 2],
+) -> (Shader, usize) {
+    match way {
+        Way::FewRows(rows) => {
+            // A thread's neighbours read what lies together: 32 elements.
+            let columns = if along_k[1] { THREADS / 32 } else { 32 };
+            let shader = Shader::file(limits, name, THREADS).with("gemm_places").with("gemm_few_rows");
+            let shader = shader.constant("TILE", columns).constant("SLICES", THREADS / columns).constant("ROWS", rows);
+            let shader = shader.flag("RIGHT_ALONG_K", along_k[1]);
+            (shader.buffer("a", a.0, a.1).buffer("b", b.0, b.1), columns)
+        }
+        Way::Cooperative(side) => {
+            let shader = cooperative::tiled(limits, name, side, along_k, a.0);
+            (shader.parts("a", a.1).parts("b", b.1), side)
+        }
+        Way::Plain => {
+            let tile = tile(limits);
+            let shader = tiled(limits, name, tile, along_k).with("gemm_places").with("gemm_plain");
+            (shader.buffer("a", a.0, a.1).buffer("b", b.0, b.1), tile)
+        }
+    }
+}
+
+/// Strides of a matrix, of rows and columns.
+#[derive(Clone, Copy)]
+pub(super) struct Strides {
+    pub(super) row: usize,
+    pub(super) column: usize,
+}
+
+/// A row-major matrix whose stored form has `columns` columns, read transposed if asked.
+pub(super) fn stored(columns: usize, transpose: bool) -> Strides {
+    if transpose { Strides { row: 1, column: columns } } else { Strides { row: columns, column: 1 } }
+}
+
+/// A batch of products of m rows, n columns and sums of k; counts in elements.
+pub(super) struct Product {
+    pub(super) a: Strides,
+    pub(super) a_batch: usize,
+    pub(super) b: Strides,
+    pub(super) b_batch: usize,
+    /// Where B and C begin in their buffers.
+    pub(super) b_at: usize,
+    pub(super) c_at: usize,
+    pub(super) batch: usize,
+    pub(super) m: usize,
+    pub(super) n: usize,
+    pub(super) k: usize,
+}
+
+impl Product {
+    /// One product.
+    pub(super) fn of(a: Strides, b: Strides, m: usize, n: usize, k: usize) -> Product {
+        Product { a, a_batch: 0, b, b_batch: 0, b_at: 0, c_at: 0, batch: 1, m, n, k }
+    }
+}
+
+/// Where the matrices of a product are. With `sum` the f32 result goes there and c is left alone; `add` is f32 too.
+pub(super) struct Places {
+    pub(super) a: At,
+    pub(super) b: At,
+    pub(super) bias: (At, DType),
+    pub(super) add: At,
+    pub(super) sum: At,
+    pub(super) c: At,
+}
+
+/// The product of matrices of these dtypes as an action; the result's is the third one.
+pub(super) fn gemm(limits: Limits, types: [DType; 3], p: &Product, places: &Places) -> Result<Action, String> {
+    let strides = [
+        ("a_row", p.a.row),
+        ("a_column", p.a.column),
+        ("a_batch", p.a_batch),
+        ("b_row", p.b.row),
+        ("b_column", p.b.column),
+        ("b_batch", p.b_batch),
+        ("c_batch", p.m * p.n),
+        ("b_at", p.b_at),
+        ("c_at", p.c_at),
+        ("m", p.m),
+        ("n", p.n),
+        ("k", p.k),
+    ];
+    let tiles = |side| p.batch * p.m.div_ceil(side) * p.n.div_ceil(side);
+    let side = cooperative::side(limits, [types[0], types[1]], p, p.m, tiles);
+    let way = side.map_or(Way::of(p.m), Way::Cooperative);
+    let factors = [(types[0], places.a), (types[1], places.b)];
+    let (shader, tile) = product(limits, "gemm", way, [p.a.column == 1, p.b.row == 1], factors);
+    let few = matches!(way, Way::FewRows(_));
+    let shader = strides.iter().fold(shader, |shader, &(name, value)| shader.number(name, value));
+    shader
+        .buffer("bias", places.bias.1, places.bias.0)
+        .buffer("add", DType::F32, places.add)
+        .buffer("sum", DType::F32, places.sum)
+        .buffer("c", types[2], places.c)
+        .grid([p.n.div_ceil(tile), if few { 1 } else { p.m.div_ceil(tile) }, p.batch])
+}
+
+/// The bias operand, if there is one, and its dtype.
+fn bias(graph: &Graph, node: &Node, i: usize) -> (At, DType) {
+    if i < node.operands.len() { (At::Operand(i), dtype(graph, node, i)) } else { (At::Null, DType::F32) }
+}
+
+pub(super) fn lower_matmul(graph: &Graph, node: &Node, op: &Matmul, limits: Limits) -> Lowered {
+    let [a, b] = shapes(graph, node);
+    let out = &graph.ty(node.results[0]).shape;
+    let (n, k) = (out.last(), a[a.len() - if op.transpose_a { 2 } else { 1 }]);
+    let rank = out.len();
+    let batch: usize = out[..rank - 2].iter().product();
+    let shared = b.len() == 2;
+    // With one B for the whole batch and A not transposed, the batch is just more rows.
+    let (batch, m) = if shared && !op.transpose_a { (1, batch * out[rank - 2]) } else { (batch, out[rank - 2]) };
+    let product = Product {
+        a_batch: m * k,
+        b_batch: if shared { 0 } else { k * n },
+        batch,
+        ..Product::of(stored(a.last(), op.transpose_a), stored(b.last(), op.transpose_b), m, n, k)
+    };
+    let (bias, null) = (bias(graph, node, 2), At::Null);
+    let places = Places { a: At::Operand(0), b: At::Operand(1), bias, add: null, sum: null, c: At::Result(0) };
+    let types = [dtype(graph, node, 0), dtype(graph, node, 1), super::dtype_of_result(graph, node, 0)];
+    Ok(Launch::of(vec![gemm(limits, types, &product, &places)?]))
+}
+
+/// E, if the kernels can count it.
+fn experts(offsets: &Shape) -> Result<usize, String> {
+    let experts = offsets[0] - 1;
+    if experts > MOST_EXPERTS { Err(format!("at most {MOST_EXPERTS} experts, not {experts}")) } else { Ok(experts) }
+}
+
+pub(super) fn lower_expert_matmul(graph: &Graph, node: &Node, op: &ExpertMatmul, limits: Limits) -> Lowered {
+    let [rows, w, offsets] = shapes(graph, node);
+    let experts = experts(&offsets)?;
+    let (slots, k, n) = (rows[0], rows[1], graph.shape(node.results[0])[1]);
+    let w = stored(w[2], op.transpose);
+    let (ty, (at, of_bias)) = (dtype(graph, node, 0), bias(graph, node, 3));
+    let types = [ty, dtype(graph, node, 1)];
+    // The rows of one expert begin anywhere; a row is whole.
+    let of_all = Product { b_batch: k * n, ..Product::of(stored(k, false), w, slots, n, k) };
+    let side = cooperative::side(limits, types, &of_all, slots, |side| slots.div_ceil(side) * n.div_ceil(side));
+    let factors = [(types[0], At::Operand(0)), (types[1], At::Operand(1))];
+    let along_k = [true, w.row == 1];
+    let (shader, tile, down) = if slots <= MOST_FEW {
+        // Slots rarely share an expert.
+        let (shader, tile) = product(limits, "gemm_by_slot", Way::FewRows(1), along_k, factors);
+        (shader, tile, slots)
+    } else {
+        let way = side.map_or(Way::Plain, Way::Cooperative);
+        let (shader, tile) = product(limits, "gemm_m_grouped", way, along_k, factors);
+        let shader = shader.constant("MOST_EXPERTS", MOST_EXPERTS).number("slots", slots);
+        (shader, tile, most_tiles(slots, experts, tile))
+    };
+    let shader = shader
+        .number("experts", experts)
+        .number("n", n)
+        .number("k", k)
+        .number("w_row", w.row)
+        .number("w_column", w.column)
+        .buffer("offsets", DType::I32, At::Operand(2))
+        .buffer("bias", of_bias, at)
+        .buffer("c", ty, At::Result(0));
+    Ok(Launch::of(vec![shader.grid([n.div_ceil(tile), down, 1])?]))
+}
+
+pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node, limits: Limits) -> Lowered {
+    let [a, b, offsets] = shapes(graph, node);
+    let (m, n, experts) = (a[1], b[1], offsets[0] - 1);
+    let types = [dtype(graph, node, 0), dtype(graph, node, 1)];
+    // Sums are as long as a segment, which begins anywhere: on average a part of all slots.
+    let of_all = Product::of(stored(m, true), stored(n, false), m, n, a[0] / experts.max(1));
+    let side = cooperative::side(limits, types, &of_all, m, |side| experts * m.div_ceil(side) * n.div_ceil(side));
+    let factors = [(types[0], At::Operand(0)), (types[1], At::Operand(1))];
+    let way = side.map_or(Way::Plain, Way::Cooperative);
+    let (shader, tile) = product(limits, "gemm_k_grouped", way, [false, false], factors);
+    let shader = shader.number("m", m).number("n", n).buffer("offsets", DType::I32, At::Operand(2)).buffer(
+        "c",
+        super::dtype_of_result(graph, node, 0),
+        At::Result(0),
+    );
+    Ok(Launch::of(vec![shader.grid([n.div_ceil(tile), m.div_ceil(tile), experts])?]))
+}
+
+/// The most tiles that `rows` rows in the segments of `experts` experts and an unused one can be cut into: each segment has at
+/// most one tile that is not full.
+fn most_tiles(rows: usize, experts: usize, tile: usize) -> usize {
+    rows / tile + experts + 1
+}

@@ -1,0 +1,102 @@
+//! From a node to its kernels. This one function is also the support check: a node it gives no launch for is refused.
+//!
+//! The files beside this one hold the launches, grouped as the kernels are; each decides from the graph and the limits of the device
+//! alone, so that what is said here of a machine with a GPU can be tested on one without.
+
+mod attention;
+mod classifier;
+mod cooperative;
+mod elementwise;
+mod embedding;
+mod gemm;
+mod movement;
+mod norm;
+mod optimizer;
+mod reduce;
+mod sparse;
+
+use moebius_ir::{DType, Graph, Node, NodeId, Op};
+
+use super::launch::Launch;
+use super::limits::Limits;
+
+/// A launch, or what the Vulkan backend wants instead of the node.
+type Lowered = Result<Launch, String>;
+
+/// The dtype of an operand.
+fn dtype(graph: &Graph, node: &Node, i: usize) -> DType {
+    graph.ty(node.operands[i]).dtype
+}
+
+/// The dtype of a result.
+fn dtype_of_result(graph: &Graph, node: &Node, i: usize) -> DType {
+    graph.ty(node.results[i]).dtype
+}
+
+/// The launch of a node on a device with such limits.
+///
+/// # Errors
+/// What the backend wants instead.
+pub(crate) fn lower(graph: &Graph, id: NodeId, limits: Limits) -> Lowered {
+    let node = graph.node(id);
+    for &value in node.operands.iter().chain(&node.results) {
+        let ty = graph.ty(value);
+        if ty.bytes() > limits.range {
+            return Err(format!("tensors of at most {} bytes, not {ty}", limits.range));
+        }
+    }
+    let launch = match &node.op {
+        // Nothing to run: these are places in memory, settled by the plan.
+        Op::Input(_) | Op::Constant(_) | Op::Reshape(_) | Op::After(_) => Ok(Launch::default()),
+
+        Op::Random(op) => movement::lower_random(graph, node, op, limits),
+        Op::Transpose(_) | Op::Broadcast(_) | Op::Slice(_) | Op::Pad(_) | Op::Concat(_) => {
+            movement::lower_movement(graph, node, limits)
+        }
+
+        Op::Unary(_) | Op::Binary(_) | Op::Compare(_) | Op::Select(_) | Op::Cast(_) => {
+            Err("elementwise work in fused form, as the fusion pass leaves it".into())
+        }
+        Op::Elementwise(op) => elementwise::lower_elementwise(graph, node, op, limits),
+        Op::Reduce(op) => reduce::lower_reduce(graph, node, op, limits),
+        Op::Softmax(_) => norm::lower_softmax(graph, node, limits),
+        Op::SoftmaxGrad(_) => norm::lower_softmax_grad(graph, node, limits),
+        Op::LayerNorm(op) => norm::lower_layer_norm(graph, node, op.eps, limits),
+        Op::LayerNormGrad(_) => norm::lower_layer_norm_grad(graph, node, limits),
+        Op::RmsNorm(op) => norm::lower_rms_norm(graph, node, op.eps, limits),
+        Op::RmsNormGrad(_) => norm::lower_rms_norm_grad(graph, node, limits),
+
+        Op::Matmul(op) => gemm::lower_matmul(graph, node, op, limits),
+        Op::Attention(op) => attention::lower_attention(graph, node, op, limits),
+        Op::AttentionGrad(op) => attention::lower_attention_grad(graph, node, op, limits),
+        Op::AttentionCached(op) => attention::lower_attention_cached(graph, node, op, limits),
+        Op::Embedding(_) => embedding::lower_embedding(graph, node, limits),
+        Op::EmbeddingGrad(_) => embedding::lower_embedding_grad(graph, node, limits),
+        Op::LinearCrossEntropy(_) => classifier::lower_linear_cross_entropy(graph, node, limits),
+        Op::LinearCrossEntropyGrad(_) => classifier::lower_linear_cross_entropy_grad(graph, node, limits),
+        Op::LinearDistillation(op) => classifier::lower_linear_distillation(graph, node, op.temperature, limits),
+        Op::LinearDistillationGrad(op) => {
+            classifier::lower_linear_distillation_grad(graph, node, op.temperature, limits)
+        }
+        Op::LinearDistillationCached(op) => {
+            classifier::lower_linear_distillation_cached(graph, node, op.temperature, limits)
+        }
+        Op::LinearDistillationCachedGrad(op) => {
+            classifier::lower_linear_distillation_cached_grad(graph, node, op.temperature, limits)
+        }
+
+        Op::Route(op) => sparse::lower_route(graph, node, op, limits),
+        Op::RouteGrad(op) => sparse::lower_route_grad(graph, node, op, limits),
+        Op::Assign(op) => sparse::lower_assign(graph, node, op, limits),
+        Op::Dispatch(_) => sparse::lower_dispatch(graph, node, limits),
+        Op::Combine(op) => sparse::lower_combine(graph, node, *op, limits),
+        Op::GateGrad(_) => sparse::lower_gate_grad(graph, node, limits),
+        Op::SegmentSum(_) => sparse::lower_segment_sum(graph, node, limits),
+        Op::ExpertMatmul(op) => gemm::lower_expert_matmul(graph, node, op, limits),
+        Op::ExpertMatmulWgrad(_) => gemm::lower_expert_matmul_wgrad(graph, node, limits),
+
+        Op::GlobalNorm(_) => optimizer::lower_global_norm(graph, node, limits),
+        Op::Adamw(op) => optimizer::lower_adamw(graph, node, op, limits),
+    };
+    launch.map(Launch::trimmed)
+}

@@ -1,0 +1,31 @@
+// c = a b + bias + add, for each product of a batch. With `sum` the f32 result goes there and c is left alone; `add` is f32 of the same
+// shape, and may be `sum`. Strides are in elements; c is row-major.
+
+var<private> a_first: u32;
+var<private> b_first: u32;
+var<private> c_first: u32;
+
+fn place(group: vec3<u32>, thread: u32) -> bool {
+    a_first = group.z * p.a_batch;
+    b_first = p.b_at + group.z * p.b_batch;
+    c_first = group.z * p.c_batch;
+    row0 = group.y * TILE;
+    column0 = group.x * TILE;
+    depth = p.k;
+    return true;
+}
+fn left_at(row: u32, k: u32) -> u32 {
+    return select(NOWHERE, a_first + row * p.a_row + k * p.a_column, row < p.m && k < p.k);
+}
+fn right_at(k: u32, column: u32) -> u32 {
+    return select(NOWHERE, b_first + k * p.b_row + column * p.b_column, k < p.k && column < p.n);
+}
+fn put(row: u32, column: u32, sum: f32) {
+    if (row < p.m && column < p.n) {
+        let at = c_first + row * p.n + column;
+        var v = sum;
+        if (HAS_BIAS) { v += get_bias(column); }
+        if (HAS_ADD) { v += get_add(at); }
+        if (HAS_SUM) { set_sum(at, v); } else { set_c(p.c_at + at, v); }
+    }
+}

@@ -1,0 +1,25 @@
+// The row of one slot times the weights of the expert whose segment it is in; 0 behind the last segment.
+
+var<private> slot: u32;
+var<private> expert: u32;
+
+fn place(group: vec3<u32>, thread: u32) -> bool {
+    slot = group.y;
+    expert = 0u;
+    while (expert < p.experts && slot >= u32(get_offsets(expert + 1u))) { expert++; }
+    row0 = 0u;
+    column0 = group.x * TILE;
+    depth = select(0u, p.k, expert < p.experts);
+    return true;
+}
+fn left_at(row: u32, k: u32) -> u32 { return select(NOWHERE, slot * p.k + k, row == 0u && k < depth); }
+fn right_at(k: u32, column: u32) -> u32 {
+    return select(NOWHERE, expert * p.k * p.n + k * p.w_row + column * p.w_column, k < depth && column < p.n);
+}
+fn put(row: u32, column: u32, sum: f32) {
+    if (column < p.n) {
+        var v = sum;
+        if (HAS_BIAS) { if (expert < p.experts) { v += get_bias(expert * p.n + column); } }
+        set_c(slot * p.n + column, v);
+    }
+}
