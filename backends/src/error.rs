@@ -149,11 +149,11 @@ pub enum Error {
     #[error(transparent)]
     Cuda(#[from] crate::cuda::CudaError),
     /// The threads of the CPU backend could not be started.
-    #[error("wanted a pool of {wanted} threads: {source}")]
+    #[error("wanted {wanted} threads: {source}")]
     Threads {
         /// How many.
         wanted: usize,
         /// Why not.
-        source: rayon::ThreadPoolBuildError,
+        source: std::io::Error,
     },
 }

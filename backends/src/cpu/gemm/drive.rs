@@ -7,6 +7,7 @@ use super::pack::{GROUP, STAGE};
 use super::problem;
 use super::task::Task;
 use super::{Batch, Gemm, GemmError, Storage};
+use crate::cpu::crew::together;
 
 /// Alignment of everything in the workspace: a cache line, and a vector of AVX-512.
 pub(super) const ALIGN: usize = 64;
@@ -186,7 +187,7 @@ fn estimate(gemm: &Gemm<'_>) -> usize {
     flops / FLOPS_PER_NS + bytes / BYTES_PER_NS
 }
 
-/// Runs a batch with these kernels on at most `threads` threads of the current pool.
+/// Runs a batch with these kernels on at most `threads` threads of the crew.
 ///
 /// # Safety
 /// As [`super::gemm`]; the machine has the instruction set.
@@ -231,18 +232,8 @@ pub(super) unsafe fn run(
     // SAFETY: `skip` lies within the workspace, as there is room after it.
     let workspace = unsafe { workspace.as_mut_ptr().add(skip) };
     let shared = Shared { isa, gemm, layout, workspace, cut, tasks, next: AtomicUsize::new(0) };
-    fan(&shared, 0, threads);
+    together(threads, &|worker| work(&shared, worker));
     Ok(())
-}
-
-/// Runs workers `first..first + count`; whoever is idle in the pool takes some, else the caller runs them in turn.
-fn fan(shared: &Shared<'_>, first: usize, count: usize) {
-    if count == 1 {
-        work(shared, first);
-    } else {
-        let half = count / 2;
-        rayon::join(|| fan(shared, first, half), || fan(shared, first + half, count - half));
-    }
 }
 
 /// Draws tasks until there are none left.
