@@ -99,7 +99,7 @@ pub fn attention_cached<T: Element>(
     let (k_cache, v_cache) = (&*k_cache, &*v_cache);
     let tiles = if tokens <= FEW { 1 } else { tokens.div_ceil(TILE) };
     // Below this many multiplications waking another thread costs more than it brings.
-    let parallel = batch * heads * tokens * (start + tokens) * head_dim > 1 << 17;
+    let parallel = batch * heads * tokens * (start + tokens) * head_dim > 1 << 14;
     let out = Shared::new(out);
     share_out(batch * heads * tiles, parallel, workspace, scratch_of(shape), |task, scratch| {
         let (tile, head) = (tiles - 1 - task / (batch * heads), task % (batch * heads));
