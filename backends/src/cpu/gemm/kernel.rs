@@ -141,13 +141,12 @@ pub(super) unsafe fn tile<
                 for j in 0..NV {
                     bv[j] = T::load::<S>(b.add(j * S::LANES));
                 }
-                if AHEAD > 0 {
-                    let ahead = b.cast::<u8>().wrapping_add(AHEAD);
-                    let mut byte = 0;
-                    while byte < NV * S::LANES * size_of::<T>() {
-                        S::prefetch(ahead.wrapping_add(byte));
-                        byte += 64;
-                    }
+                let bytes = if AHEAD > 0 { AHEAD } else { PACKED_AHEAD * NV * S::LANES * size_of::<f32>() };
+                let ahead = b.cast::<u8>().wrapping_add(bytes);
+                let mut byte = 0;
+                while byte < NV * S::LANES * size_of::<T>() {
+                    S::prefetch(ahead.wrapping_add(byte));
+                    byte += 64;
                 }
                 for i in 0..MR {
                     let av = S::splat(*a.add(i * RS));
@@ -468,6 +467,9 @@ pub(super) use isa;
 
 /// Steps of k between the rows of the next tile that are fetched.
 const FETCH_STEPS: usize = 16;
+
+/// Steps of k of a packed B to prefetch ahead: from L2, also where a panel begins.
+const PACKED_AHEAD: usize = 16;
 
 /// Bytes of a row of B in place to prefetch ahead.
 pub(super) const AHEAD: usize = 512;
