@@ -294,10 +294,10 @@ pub(super) struct Streams {
 /// A wide kernel and its width in vectors.
 #[derive(Clone, Copy)]
 pub(super) struct Wide {
-    /// With others to its right, whose columns it fetches.
+    /// For a few steps of k, with others to its right, whose columns it fetches.
     pub(super) run: WideFn,
-    /// Alone in its strip.
-    pub(super) alone: WideFn,
+    /// For many steps of k.
+    pub(super) long: WideFn,
     pub(super) vectors: usize,
 }
 
@@ -396,7 +396,7 @@ macro_rules! isa {
                 unsafe { kernel::streams::<$simd, T, MR, K>(n, a, b.cast(), b_step, c, ldc, load) }
             }
             const fn all_wide<T: Source, const MR: usize, const NV: usize>() -> Wide {
-                Wide { run: wide::<T, MR, NV, { kernel::AHEAD }>, alone: wide::<T, MR, NV, 0>, vectors: NV }
+                Wide { run: wide::<T, MR, NV, { kernel::AHEAD }>, long: wide::<T, MR, NV, 0>, vectors: NV }
             }
             const fn all_streams<T: Source>() -> &'static [Streams; kernel::STREAMS_ROWS] {
                 &[

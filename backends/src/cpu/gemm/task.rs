@@ -23,6 +23,8 @@ pub(super) struct Task<'t, 'a> {
     pub(super) cols: (usize, usize),
 }
 
+/// Wide kernels side by side that read B from top to bottom faster than its rows are read one after another.
+const NARROW: usize = 2;
 /// Steps of k for which a strip task runs over all its columns: streams of B that memory delivers at once.
 const STRIP_K: usize = 8;
 
@@ -204,11 +206,17 @@ impl Task<'_, '_> {
         }
     }
 
+    /// Whether the block is so narrow that its sums can stay in registers over all steps of k.
+    fn is_narrow(&self, rows: usize) -> bool {
+        let kernel = self.isa.wide(self.problem.b.storage)[rows - 1].vectors * self.isa.lanes;
+        self.cols.1 - self.cols.0 <= NARROW * kernel
+    }
+
     /// The next strip from column `col`: its width, and the wide kernel if there is room for it.
     fn strip(&self, col: usize, rows: usize) -> (usize, Option<WideFn>) {
         let (isa, left) = (self.isa, self.cols.1 - col);
-        let Wide { run, alone, vectors } = isa.wide(self.problem.b.storage)[rows - 1];
-        let run = if self.cols.1 - self.cols.0 == vectors * isa.lanes { alone } else { run };
+        let Wide { run, long, vectors } = isa.wide(self.problem.b.storage)[rows - 1];
+        let run = if self.is_narrow(rows) { long } else { run };
         // Whole vectors first, so that what does not fit C is the same columns whichever kernels run.
         match left / isa.lanes {
             0 => (left, None),
@@ -219,15 +227,14 @@ impl Task<'_, '_> {
     }
 
     /// All columns for a few steps of k, then the next few: B is read along its rows, which are longer than a page,
-    /// and the sums wait in L1. If the block is no wider than one kernel, the sums stay in registers over all steps.
+    /// and the sums wait in L1. A narrow block is read from top to bottom, wide kernel by wide kernel.
     unsafe fn strips_in_place(&self) {
         let (isa, b) = (self.isa, self.problem.b);
         let (row, rows) = (self.rows.0, self.rows.1 - self.rows.0);
         let width = (self.cols.1 - self.cols.0).next_multiple_of(isa.nr());
         let ldb = b.row_stride as usize;
         let whole = (self.cols.1 - self.cols.0) / isa.lanes * isa.lanes;
-        let one = self.strip(self.cols.0, rows).0 == self.cols.1 - self.cols.0;
-        let (streams, most) = if one { (None, usize::MAX) } else { (isa.streams(b.storage, rows), STRIP_K) };
+        let (streams, most) = if self.is_narrow(rows) { (None, usize::MAX) } else { (isa.streams(b.storage, rows), STRIP_K) };
         let sums_at = |col: usize, cols: usize| {
             let at = At { row, rows, col, cols };
             (at, self.place(at, (self.sums().wrapping_add(col - self.cols.0), width)))
