@@ -153,11 +153,11 @@ pub enum Error {
     #[error(transparent)]
     Vulkan(#[from] crate::vulkan::VulkanError),
     /// The threads of the CPU backend could not be started.
-    #[error("wanted a pool of {wanted} threads: {source}")]
+    #[error("wanted {wanted} threads: {source}")]
     Threads {
         /// How many.
         wanted: usize,
         /// Why not.
-        source: rayon::ThreadPoolBuildError,
+        source: std::io::Error,
     },
 }

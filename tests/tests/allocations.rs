@@ -1,7 +1,6 @@
 //! A run allocates nothing. Alone in its program, as the allocator counts for all threads.
 
 use std::alloc::System;
-use std::sync::Barrier;
 
 use moebius::{Optimizer, training_step};
 use moebius_backends::Backend;
@@ -16,22 +15,6 @@ static COUNTING: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
 fn allocations() -> usize {
     COUNTING.stats().allocations
-}
-
-/// Lets each of the two threads of the pool take work from the other, at which rayon allocates once for a thread. A run does
-/// not promise it: one thread may be held up until all is done.
-fn take_from_each_other() {
-    let (first, second) = (Barrier::new(2), Barrier::new(2));
-    let wait = |barrier: &Barrier| {
-        barrier.wait();
-    };
-    rayon::join(
-        || wait(&first),
-        || {
-            wait(&first);
-            rayon::join(|| wait(&second), || wait(&second));
-        },
-    );
 }
 
 #[test]
@@ -61,18 +44,14 @@ fn a_run_allocates_nothing() {
                 instance.write(name, &bytes).unwrap();
             }
         }
-        // Inside the pool: from outside, rayon's queue of injected jobs would allocate a block now and then.
-        let made = cpu.pool().install(|| {
-            take_from_each_other();
-            for _ in 0..3 {
-                instance.run(store.as_mut()).unwrap();
-            }
-            let before = allocations();
-            for _ in 0..20 {
-                instance.run(store.as_mut()).unwrap();
-            }
-            allocations() - before
-        });
+        for _ in 0..3 {
+            instance.run(store.as_mut()).unwrap();
+        }
+        let before = allocations();
+        for _ in 0..20 {
+            instance.run(store.as_mut()).unwrap();
+        }
+        let made = allocations() - before;
         assert_eq!(made, 0, "{made} allocations in 20 runs of {} steps", executable.plan().steps().len());
         // The counter does count.
         let before = allocations();

@@ -1,12 +1,12 @@
 //! Carries out a plan on the CPU.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use moebius_ir::{DType, NodeId, Op, Plan, Step, Storage, Value};
 
 use super::BACKEND;
+use super::crew::Crew;
 use super::element::Element;
 use super::lower::{Args, Launch};
 use super::memory::{Buffer, CpuStore, copy};
@@ -31,14 +31,14 @@ struct Program {
     work: Vec<Work>,
     /// The parameters and states, in the order of the table.
     states: Vec<Value>,
-    pool: Arc<rayon::ThreadPool>,
+    crew: Arc<Crew>,
     checks: bool,
 }
 
 pub(crate) struct CpuExecutable(Arc<Program>);
 
 impl CpuExecutable {
-    pub(crate) fn new(plan: Plan, launches: Vec<Launch>, pool: Arc<rayon::ThreadPool>, checks: bool) -> Self {
+    pub(crate) fn new(plan: Plan, launches: Vec<Launch>, crew: Arc<Crew>, checks: bool) -> Self {
         let states = states(&plan);
         let mut launches: Vec<Option<Launch>> = launches.into_iter().map(Some).collect();
         let mut done_before = None;
@@ -67,7 +67,7 @@ impl CpuExecutable {
                 },
             })
             .collect();
-        CpuExecutable(Arc::new(Program { plan, work, states, pool, checks }))
+        CpuExecutable(Arc::new(Program { plan, work, states, crew, checks }))
     }
 }
 
@@ -131,14 +131,12 @@ impl CpuInstance {
     }
 
     /// Runs every step; `after` sees the instance after each launch and may end the run early.
-    fn steps(&mut self, mut after: impl FnMut(&Self, &Launched) -> bool + Send) -> Result<()> {
+    fn steps(&mut self, mut after: impl FnMut(&Self, &Launched) -> bool) -> Result<()> {
         let owned = Arc::clone(&self.program);
         let program = &*owned;
         let me = &*self;
-        let (arena, states) = (Pointer(me.arena.as_ptr()), Table(&me.states));
-        let me = Shared(me);
-        let work = move || {
-            let (arena, states, me) = (arena.get(), states.get(), me.get());
+        let (arena, states) = (me.arena.as_ptr(), &*me.states);
+        let work = || {
             for work in &program.work {
                 match work {
                     Work::Launch(l) if l.done => {
@@ -188,9 +186,7 @@ impl CpuInstance {
             }
             Ok(())
         };
-        let done = AtomicBool::new(false);
-        let awake: Awake = [const { AtomicBool::new(false) }; MOST_AWAKE];
-        program.pool.install(|| stay_awake(rayon::current_num_threads() - 1, &done, &awake, work))
+        program.crew.lead(work)
     }
 
     /// Copies the outputs that lie in stored tensors. Only after a run that has located those.
@@ -221,90 +217,6 @@ impl CpuInstance {
                 unsafe { std::slice::from_raw_parts(self.states[slot], bytes) }
             }
         }
-    }
-}
-
-/// Threads beyond this number sleep between the launches of a run.
-const MOST_AWAKE: usize = 64;
-
-/// Looks for work between two offers of the core to other programs; about 0.2 ms.
-const SPINS: u32 = 8192;
-
-/// Which threads stay awake already.
-type Awake = [AtomicBool; MOST_AWAKE];
-
-/// Runs `work` on this thread while `others` further threads of the pool look for its jobs without falling asleep: waking
-/// a thread takes longer than many launches of a decoding step.
-///
-/// The waiting jobs lie below every job of `work` in this thread's queue. Thieves take the lowest job first, so this thread
-/// can find a waiting job only when `work` is over, and never sits in one while `work` waits for it.
-fn stay_awake<R: Send>(others: usize, done: &AtomicBool, awake: &Awake, work: impl FnOnce() -> R + Send) -> R {
-    let waiting = || {
-        let me = rayon::current_thread_index().filter(|&i| i < MOST_AWAKE);
-        if me.is_none_or(|i| awake[i].swap(true, Ordering::Relaxed)) {
-            return;
-        }
-        let mut idle = 0u32;
-        while !done.load(Ordering::Acquire) {
-            if rayon::yield_now() == Some(rayon::Yield::Executed) {
-                idle = 0;
-            } else {
-                idle += 1;
-                // Other programs may want this core too; but one that is given it keeps it for milliseconds, so it is given
-                // only when this thread has waited longer than the steps take that run on one thread.
-                if idle.is_multiple_of(SPINS) { std::thread::yield_now() } else { std::hint::spin_loop() }
-            }
-        }
-    };
-    // Also when a kernel panics: the waiting threads must go home in any case.
-    struct Done<'a>(&'a AtomicBool);
-    impl Drop for Done<'_> {
-        fn drop(&mut self) {
-            self.0.store(true, Ordering::Release);
-        }
-    }
-    let work = || {
-        let _done = Done(done);
-        work()
-    };
-    match others {
-        0 => work(),
-        1 => rayon::join(work, waiting).0,
-        2 => rayon::join(|| rayon::join(work, waiting).0, waiting).0,
-        _more => rayon::join(|| rayon::join(|| rayon::join(work, waiting).0, waiting).0, waiting).0,
-    }
-}
-
-/// Lets the pool's closure carry the arena's address; access is ordered by the steps.
-#[derive(Clone, Copy)]
-struct Pointer(*mut u8);
-// SAFETY: see the type.
-unsafe impl Send for Pointer {}
-impl Pointer {
-    fn get(self) -> *mut u8 {
-        self.0
-    }
-}
-
-/// Lets the pool's closure carry the addresses of stored tensors.
-#[derive(Clone, Copy)]
-struct Table<'a>(&'a [*mut u8]);
-// SAFETY: as Pointer.
-unsafe impl Send for Table<'_> {}
-impl<'a> Table<'a> {
-    fn get(self) -> &'a [*mut u8] {
-        self.0
-    }
-}
-
-/// Lets the pool's closure look at the instance between steps, when no kernel runs.
-#[derive(Clone, Copy)]
-struct Shared<'a>(&'a CpuInstance);
-// SAFETY: see the type.
-unsafe impl Send for Shared<'_> {}
-impl<'a> Shared<'a> {
-    fn get(self) -> &'a CpuInstance {
-        self.0
     }
 }
 

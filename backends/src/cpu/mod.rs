@@ -3,6 +3,7 @@
 //! [`lower`](lower::lower) turns a node into a launch (and is the support check), `instance` carries a plan's launches out,
 //! `gemm` is the matrix product under every dense and expert op, `kernels` holds one file per op over plain slices.
 
+pub mod crew;
 pub mod element;
 mod free;
 pub mod gemm;
@@ -14,15 +15,16 @@ pub mod vmath;
 
 use std::sync::Arc;
 
+use self::crew::Crew;
 use moebius_ir::{Fences, Graph, NodeId, Plan};
 
 use crate::{Backend, Error, Executable, Result, Store, lowering};
 
 const BACKEND: &str = "cpu";
 
-/// The CPU backend with a thread pool of its own.
+/// The CPU backend with threads of its own.
 pub struct Cpu {
-    pool: Arc<rayon::ThreadPool>,
+    crew: Arc<Crew>,
     checks: bool,
 }
 
@@ -34,12 +36,8 @@ impl Cpu {
     /// [`Error::Threads`] if the threads cannot be started.
     pub fn new(threads: Option<usize>) -> Result<Cpu> {
         let wanted = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(wanted)
-            .thread_name(|i| format!("moebius-cpu-{i}"))
-            .build()
-            .map_err(|source| Error::Threads { wanted, source })?;
-        Ok(Cpu { pool: Arc::new(pool), checks: cfg!(debug_assertions) })
+        let crew = Crew::new(wanted).map_err(|source| Error::Threads { wanted, source })?;
+        Ok(Cpu { crew: Arc::new(crew), checks: cfg!(debug_assertions) })
     }
 
     /// Whether every buffer gets a fence that is looked at after each step, and is filled with NaN before it is written.
@@ -49,14 +47,9 @@ impl Cpu {
         self
     }
 
-    /// Threads of the pool.
+    /// Threads that kernels run on, that of the caller included.
     pub fn threads(&self) -> usize {
-        self.pool.current_num_threads()
-    }
-
-    /// The pool that runs every kernel; work started inside it is not handed over between threads first.
-    pub fn pool(&self) -> &rayon::ThreadPool {
-        &self.pool
+        self.crew.threads()
     }
 
     /// The launch of every node, or all refusals; with the chains that `joined` joins onto nodes.
@@ -82,7 +75,7 @@ impl Backend for Cpu {
 
     fn compile(&self, plan: Plan) -> Result<Arc<dyn Executable>> {
         let launches = self.launches(plan.graph(), |id| plan.joined(id))?;
-        Ok(Arc::new(instance::CpuExecutable::new(plan, launches, Arc::clone(&self.pool), self.checks)))
+        Ok(Arc::new(instance::CpuExecutable::new(plan, launches, Arc::clone(&self.crew), self.checks)))
     }
 
     fn free_memory(&self) -> Option<u64> {
@@ -98,6 +91,6 @@ impl Backend for Cpu {
     }
 
     fn checked(&self) -> Option<Arc<dyn Backend>> {
-        Some(Arc::new(Cpu { pool: Arc::clone(&self.pool), checks: true }))
+        Some(Arc::new(Cpu { crew: Arc::clone(&self.crew), checks: true }))
     }
 }

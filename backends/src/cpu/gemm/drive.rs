@@ -3,10 +3,11 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::kernel::{Isa, KC, MAX_TILE, ROW};
-use super::pack::{GROUP, STAGE};
+use super::pack::{ArgsB, GROUP, STAGE};
 use super::problem;
 use super::task::Task;
 use super::{Batch, Gemm, GemmError, Storage};
+use crate::cpu::crew::{share, together};
 
 /// Alignment of everything in the workspace: a cache line, and a vector of AVX-512.
 pub(super) const ALIGN: usize = 64;
@@ -29,6 +30,15 @@ const STRIP_COLS: usize = 4096;
 const STRIP_A: usize = 128 * 1024;
 /// Rows of A packed together.
 const GROUP_ROWS: usize = 56;
+/// Most floats of a B that is packed whole, once for all tasks (1 MiB): larger ones would leave L2 before they are
+/// used.
+const WHOLE_B: usize = 256 * 1024;
+/// Rows of a task over a whole B, with all columns: two groups, each of which is packed once.
+const WHOLE_ROWS: usize = 2 * GROUP_ROWS;
+/// Tasks per thread to aim at over a whole B. More than else, as a task packs nothing that others pack too.
+const WHOLE_TASKS_PER_THREAD: usize = 4;
+/// Columns of a whole B that are packed at once.
+const WHOLE_COLS: usize = 128;
 /// Below this estimate of time on one thread, waking others costs more than they give.
 const SHARE_NS: usize = 8_000;
 /// For the estimate: flops and bytes one core gets through per nanosecond.
@@ -75,6 +85,18 @@ fn strip_a(rows: usize, k: usize) -> usize {
     chunks(k).0 * rows * ROW
 }
 
+/// Floats of a B that is packed whole; `None` if it is packed block by block, because it is large or few rows use it.
+fn whole_b(isa: &Isa, m: usize, n: usize, k: usize) -> Option<usize> {
+    let (count, step) = chunks(k);
+    let floats = count * n.div_ceil(isa.nr()) * panel_step(isa, step);
+    (k > 0 && m >= 2 * WHOLE_ROWS && n.saturating_mul(k) <= WHOLE_B).then_some(floats)
+}
+
+/// Bytes of the workspace before the threads' parts: those of a whole B.
+pub(super) fn whole_bytes(isa: &Isa, m: usize, n: usize, k: usize) -> usize {
+    whole_b(isa, m, n, k).map_or(0, |floats| (floats * 4).next_multiple_of(ALIGN))
+}
+
 /// Whether sums must be kept aside between blocks of k, because C cannot hold them exactly.
 pub(super) fn sums_aside(c: Storage, k: usize) -> bool {
     c != Storage::F32 && k > KC
@@ -110,6 +132,8 @@ struct Shared<'a> {
     cut: Cut,
     tasks: usize,
     next: AtomicUsize,
+    /// Where B is packed whole, if it is.
+    whole: Option<*mut f32>,
 }
 
 // SAFETY: the pointers are read only, but for C and the workspace: tasks write disjoint blocks of C (each is drawn
@@ -186,7 +210,7 @@ fn estimate(gemm: &Gemm<'_>) -> usize {
     flops / FLOPS_PER_NS + bytes / BYTES_PER_NS
 }
 
-/// Runs a batch with these kernels on at most `threads` threads of the current pool.
+/// Runs a batch with these kernels on at most `threads` threads of the crew.
 ///
 /// # Safety
 /// As [`super::gemm`]; the machine has the instruction set.
@@ -199,7 +223,14 @@ pub(super) unsafe fn run(
     problem::check(gemm)?;
     let layout = Scratch::new(isa, gemm.m, gemm.n, gemm.k, gemm.c.storage);
     let skip = workspace.as_ptr().align_offset(ALIGN);
-    let room = workspace.len().saturating_sub(skip) / layout.bytes;
+    let parts = |before: usize| workspace.len().saturating_sub(before) / layout.bytes;
+    let whole = match gemm.batch {
+        Batch::One => whole_bytes(isa, gemm.m, gemm.n, gemm.k),
+        Batch::Strided { .. } | Batch::MGrouped { .. } | Batch::KGrouped { .. } => 0,
+    };
+    // Threads come first where the workspace is that of another problem.
+    let whole = if parts(skip + whole) >= threads { whole } else { 0 };
+    let room = parts(skip + whole);
     if room == 0 {
         return Err(GemmError::Workspace { wanted: layout.bytes + ALIGN, found: workspace.len() });
     }
@@ -212,11 +243,17 @@ pub(super) unsafe fn run(
     }
     let strip = isa.mr().min(STRIP_A / strip_a(1, gemm.k));
     let mut cut = Cut { strip, rows: MAX_ROWS, cols: MAX_COLS, strip_cols: STRIP_COLS };
+    if whole > 0 {
+        let aside = sums_aside(gemm.c.storage, gemm.k);
+        cut.rows = WHOLE_ROWS;
+        cut.cols = if aside { MAX_COLS } else { gemm.n.next_multiple_of(isa.nr()) };
+    }
     let mut tasks = cut.all(gemm);
     let enough = |tasks: usize| {
         let even = tasks.is_multiple_of(threads);
         let each = match gemm.m <= strip {
             true => STRIPS_PER_THREAD,
+            false if whole > 0 => WHOLE_TASKS_PER_THREAD,
             false if even => EVEN_TASKS_PER_THREAD,
             false => TASKS_PER_THREAD,
         };
@@ -228,22 +265,54 @@ pub(super) unsafe fn run(
         tasks = cut.all(gemm);
     }
     let threads = threads.min(tasks).max(1);
-    // SAFETY: `skip` lies within the workspace, as there is room after it.
-    let workspace = unsafe { workspace.as_mut_ptr().add(skip) };
-    let shared = Shared { isa, gemm, layout, workspace, cut, tasks, next: AtomicUsize::new(0) };
-    fan(&shared, 0, threads);
+    // SAFETY: both lie within the workspace, as there is room after them.
+    let (start, workspace) = unsafe { (workspace.as_mut_ptr().add(skip), workspace.as_mut_ptr().add(skip + whole)) };
+    let whole = (whole > 0).then_some(start.cast());
+    let shared = Shared { isa, gemm, layout, workspace, cut, tasks, next: AtomicUsize::new(0), whole };
+    if let Some(whole) = shared.whole {
+        shared.pack_whole(whole, threads);
+    }
+    together(threads, &|worker| work(&shared, worker));
     Ok(())
 }
 
-/// Runs workers `first..first + count`; whoever is idle in the pool takes some, else the caller runs them in turn.
-fn fan(shared: &Shared<'_>, first: usize, count: usize) {
-    if count == 1 {
-        work(shared, first);
-    } else {
-        let half = count / 2;
-        rayon::join(|| fan(shared, first, half), || fan(shared, first + half, count - half));
+impl Shared<'_> {
+    /// Packs all of B: for each block of k its panels, [`panel_step`] of the longest block apart.
+    fn pack_whole(&self, whole: *mut f32, threads: usize) {
+        let count = chunks(self.gemm.k).0;
+        let across = self.gemm.n.div_ceil(WHOLE_COLS);
+        let to = Whole(whole);
+        // SAFETY: each worker has its part of the workspace, and each task its columns of one block of k.
+        share(threads, count * across, |worker, task| unsafe {
+            self.pack_cols(&to, worker, task / across, task % across * WHOLE_COLS);
+        });
+    }
+
+    /// Packs up to WHOLE_COLS columns of block `q` of k.
+    ///
+    /// # Safety
+    /// [`super::gemm`]'s contract; nobody else uses the worker's part of the workspace or packs these columns.
+    unsafe fn pack_cols(&self, to: &Whole, worker: usize, q: usize, col: usize) {
+        let Gemm { n, k, b, .. } = *self.gemm;
+        let step = chunks(k).1;
+        let (panels, panel_step) = (n.div_ceil(self.isa.nr()), panel_step(self.isa, step));
+        let b = b.from((q * step) as isize, col as isize);
+        // SAFETY: the caller's contract; the panels before these are those of the blocks before and of the columns before,
+        // as WHOLE_COLS fill whole panels.
+        unsafe {
+            let stage = self.workspace.add(worker * self.layout.bytes + self.layout.stage).cast();
+            let to = to.0.add((q * panels + col / self.isa.nr()) * panel_step);
+            let args = ArgsB { b, k: step.min(k - q * step), n: WHOLE_COLS.min(n - col), panel_step, stage };
+            (self.isa.pack_b)(&args, to);
+        }
     }
 }
+
+/// Where a whole B is packed, for all threads.
+struct Whole(*mut f32);
+
+// SAFETY: threads write disjoint panels.
+unsafe impl Sync for Whole {}
 
 /// Draws tasks until there are none left.
 fn work(shared: &Shared<'_>, worker: usize) {
@@ -275,6 +344,7 @@ fn work(shared: &Shared<'_>, worker: usize) {
             scratch,
             problem: problem::get(gemm, p),
             strip: m <= shared.cut.strip,
+            whole: shared.whole.map(<*mut f32>::cast_const),
             rows: (m * i / down, m * (i + 1) / down),
             cols: (j * cols, ((j + 1) * cols).min(gemm.n)),
         };

@@ -89,10 +89,11 @@ impl Source for f16 {
 }
 
 /// `c[MR][NV*LANES] (+)= a · b` over `k` steps: `a(i, p) = a[i*RS + p*CS]`, `b(p, ..) = b[p*b_step ..]`.
-/// `AHEAD`: bytes of each row of B to prefetch ahead, for a B that is not packed; 0 for one that is.
+/// `AHEAD`: bytes of each row of B to prefetch ahead, for a B that is not packed; 0 for one that is. Then the tile at `next`,
+/// whose rows are `ldc` apart too, is brought near row after row: all at once they would keep B from being loaded.
 ///
 /// # Safety
-/// All pointers cover what the formula reaches; with `load` C is initialised.
+/// All pointers but `next` cover what the formula reaches; with `load` C is initialised.
 #[inline(always)]
 pub(super) unsafe fn tile<
     S: Simd,
@@ -110,20 +111,11 @@ pub(super) unsafe fn tile<
     c: *mut f32,
     ldc: usize,
     load: bool,
+    next: *const f32,
 ) {
     // SAFETY: the caller's contract; prefetches and the last, unread steps of `a` and `b` use wrapping arithmetic.
     unsafe {
         let mut acc = [[S::zero(); NV]; MR];
-        if AHEAD == 0 {
-            // The tile to the right comes next; rows of C are often a power of two apart, so it would miss L1 and L2.
-            for i in 0..MR {
-                let next = c.wrapping_add(i * ldc + NV * S::LANES).cast::<u8>();
-                S::prefetch(next);
-                if NV * S::LANES * 4 > 64 {
-                    S::prefetch(next.wrapping_add(64));
-                }
-            }
-        }
         if load {
             for i in 0..MR {
                 for j in 0..NV {
@@ -131,27 +123,40 @@ pub(super) unsafe fn tile<
                 }
             }
         }
-        for _ in 0..k {
-            let mut bv = [S::zero(); NV];
-            for j in 0..NV {
-                bv[j] = T::load::<S>(b.add(j * S::LANES));
+        let (mut left, mut fetched) = (k, 0);
+        while left > 0 {
+            if AHEAD == 0 && fetched < MR {
+                let row = next.wrapping_add(fetched * ldc).cast::<u8>();
+                let mut byte = 0;
+                while byte < NV * S::LANES * 4 {
+                    S::prefetch(row.wrapping_add(byte));
+                    byte += 64;
+                }
+                fetched += 1;
             }
-            if AHEAD > 0 {
-                let ahead = b.cast::<u8>().wrapping_add(AHEAD);
+            let steps = left.min(FETCH_STEPS);
+            left -= steps;
+            for _ in 0..steps {
+                let mut bv = [S::zero(); NV];
+                for j in 0..NV {
+                    bv[j] = T::load::<S>(b.add(j * S::LANES));
+                }
+                let bytes = if AHEAD > 0 { AHEAD } else { PACKED_AHEAD * NV * S::LANES * size_of::<f32>() };
+                let ahead = b.cast::<u8>().wrapping_add(bytes);
                 let mut byte = 0;
                 while byte < NV * S::LANES * size_of::<T>() {
                     S::prefetch(ahead.wrapping_add(byte));
                     byte += 64;
                 }
-            }
-            for i in 0..MR {
-                let av = S::splat(*a.add(i * RS));
-                for j in 0..NV {
-                    acc[i][j] = S::fma(av, bv[j], acc[i][j]);
+                for i in 0..MR {
+                    let av = S::splat(*a.add(i * RS));
+                    for j in 0..NV {
+                        acc[i][j] = S::fma(av, bv[j], acc[i][j]);
+                    }
                 }
+                a = a.wrapping_add(CS);
+                b = b.wrapping_add(b_step);
             }
-            a = a.wrapping_add(CS);
-            b = b.wrapping_add(b_step);
         }
         for i in 0..MR {
             for j in 0..NV {
@@ -271,8 +276,8 @@ pub(super) unsafe fn columns<S: Simd, T: Source, const MR: usize>(
     }
 }
 
-/// A [`tile`] instance over packed B (or f32 B in place): `(k, a, b, b_step, c, ldc, load)`.
-pub(super) type TileFn = unsafe fn(usize, *const f32, *const f32, usize, *mut f32, usize, bool);
+/// A [`tile`] instance over packed B (or f32 B in place): `(k, a, b, b_step, c, ldc, load, next)`.
+pub(super) type TileFn = unsafe fn(usize, *const f32, *const f32, usize, *mut f32, usize, bool, *const f32);
 /// A [`tile`] instance over B in place, of the storage it is listed under.
 pub(super) type WideFn = unsafe fn(usize, *const f32, *const u8, usize, *mut f32, usize, bool);
 
@@ -289,7 +294,10 @@ pub(super) struct Streams {
 /// A wide kernel and its width in vectors.
 #[derive(Clone, Copy)]
 pub(super) struct Wide {
+    /// For a few steps of k, with others to its right, whose columns it fetches.
     pub(super) run: WideFn,
+    /// For many steps of k.
+    pub(super) long: WideFn,
     pub(super) vectors: usize,
 }
 
@@ -361,16 +369,17 @@ macro_rules! isa {
             $(#[$attr])?
             unsafe fn tile<const MR: usize, const NV: usize, const RS: usize, const CS: usize>(
                 k: usize, a: *const f32, b: *const f32, b_step: usize, c: *mut f32, ldc: usize, load: bool,
+                next: *const f32,
             ) {
                 // SAFETY: the caller's contract.
-                unsafe { kernel::tile::<$simd, f32, MR, NV, RS, CS, 0>(k, a, b, b_step, c, ldc, load) }
+                unsafe { kernel::tile::<$simd, f32, MR, NV, RS, CS, 0>(k, a, b, b_step, c, ldc, load, next) }
             }
             $(#[$attr])?
-            unsafe fn wide<T: Source, const MR: usize, const NV: usize>(
+            unsafe fn wide<T: Source, const MR: usize, const NV: usize, const AHEAD: usize>(
                 k: usize, a: *const f32, b: *const u8, b_step: usize, c: *mut f32, ldc: usize, load: bool,
             ) {
                 // SAFETY: the caller's contract.
-                unsafe { kernel::tile::<$simd, T, MR, NV, ROW, 1, { kernel::AHEAD }>(k, a, b.cast(), b_step, c, ldc, load) }
+                unsafe { kernel::tile::<$simd, T, MR, NV, ROW, 1, AHEAD>(k, a, b.cast(), b_step, c, ldc, load, c) }
             }
             $(#[$attr])?
             unsafe fn columns<T: Source, const MR: usize>(
@@ -385,6 +394,9 @@ macro_rules! isa {
             ) {
                 // SAFETY: the caller's contract.
                 unsafe { kernel::streams::<$simd, T, MR, K>(n, a, b.cast(), b_step, c, ldc, load) }
+            }
+            const fn all_wide<T: Source, const MR: usize, const NV: usize>() -> Wide {
+                Wide { run: wide::<T, MR, NV, { kernel::AHEAD }>, long: wide::<T, MR, NV, 0>, vectors: NV }
             }
             const fn all_streams<T: Source>() -> &'static [Streams; kernel::STREAMS_ROWS] {
                 &[
@@ -435,9 +447,9 @@ macro_rules! isa {
                     tile::<$mr, 2, 1, { <$simd as kernel::Simd>::COL }>,
                 ]),+],
                 wide: [
-                    &[$(Wide { run: wide::<f32, $mr, $wide>, vectors: $wide }),+],
-                    &[$(Wide { run: wide::<bf16, $mr, $wide>, vectors: $wide }),+],
-                    &[$(Wide { run: wide::<f16, $mr, $wide>, vectors: $wide }),+],
+                    &[$(all_wide::<f32, $mr, $wide>()),+],
+                    &[$(all_wide::<bf16, $mr, $wide>()),+],
+                    &[$(all_wide::<f16, $mr, $wide>()),+],
                 ],
                 columns: [all_columns::<f32>(), all_columns::<bf16>(), all_columns::<f16>()],
                 streams: [all_streams::<f32>(), all_streams::<bf16>(), all_streams::<f16>()],
@@ -452,6 +464,12 @@ macro_rules! isa {
     };
 }
 pub(super) use isa;
+
+/// Steps of k between the rows of the next tile that are fetched.
+const FETCH_STEPS: usize = 16;
+
+/// Steps of k of a packed B to prefetch ahead: from L2, also where a panel begins.
+const PACKED_AHEAD: usize = 16;
 
 /// Bytes of a row of B in place to prefetch ahead.
 pub(super) const AHEAD: usize = 512;

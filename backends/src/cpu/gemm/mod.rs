@@ -25,6 +25,7 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
+use super::crew;
 use super::element::Element;
 
 /// How an operand is stored; arithmetic is always f32.
@@ -263,10 +264,12 @@ pub enum GemmError {
 /// bounds, as in [`Gemm`]) are at most these. Any alignment of the workspace is fine. Depends on its arguments and the
 /// CPU model only. A smaller workspace that still serves one thread makes [`gemm`] use fewer threads.
 pub fn workspace_bytes(m: usize, n: usize, k: usize, c: Storage, threads: usize) -> usize {
-    drive::Scratch::new(kernel::best(), m, n, k, c).bytes * threads.max(1) + drive::ALIGN
+    let isa = kernel::best();
+    let parts = drive::Scratch::new(isa, m, n, k, c).bytes * threads.max(1);
+    drive::whole_bytes(isa, m, n, k) + parts + drive::ALIGN
 }
 
-/// Runs the batch on the current rayon pool (on the calling thread alone when the work is too small to share).
+/// Runs the batch on the crew that this thread leads (on this thread alone when the work is too small to share).
 /// Allocates nothing.
 ///
 /// # Errors
@@ -278,7 +281,7 @@ pub fn workspace_bytes(m: usize, n: usize, k: usize, c: Storage, threads: usize)
 /// must overlap neither itself nor an operand nor the workspace. Nothing else may write them during the call.
 pub unsafe fn gemm(gemm: &Gemm<'_>, workspace: &mut [u8]) -> Result<(), GemmError> {
     // SAFETY: the caller's contract.
-    unsafe { drive::run(kernel::best(), gemm, workspace, rayon::current_num_threads()) }
+    unsafe { drive::run(kernel::best(), gemm, workspace, crew::threads()) }
 }
 
 /// Like [`gemm`] on the calling thread only, for kernels that are already split over threads. Same bits.

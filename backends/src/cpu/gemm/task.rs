@@ -17,10 +17,14 @@ pub(super) struct Task<'t, 'a> {
     pub(super) problem: Problem<'a>,
     /// Few enough rows to run as a strip.
     pub(super) strip: bool,
+    /// All of B packed, as [`super::drive`] does; else blocks of it are packed here.
+    pub(super) whole: Option<*const f32>,
     pub(super) rows: (usize, usize),
     pub(super) cols: (usize, usize),
 }
 
+/// Wide kernels side by side that read B from top to bottom faster than its rows are read one after another.
+const NARROW: usize = 2;
 /// Steps of k for which a strip task runs over all its columns: streams of B that memory delivers at once.
 const STRIP_K: usize = 8;
 
@@ -150,6 +154,17 @@ impl Task<'_, '_> {
         }
     }
 
+    /// Where C's tile after `at` begins, to the right or from row `below` on; that of `at` if it is the block's last.
+    fn after(&self, below: usize, at: At) -> *mut u8 {
+        let right = at.col + at.cols;
+        let (row, col) = match right < self.cols.1 {
+            true => (at.row, right),
+            false if below < self.rows.1 => (below, self.cols.0),
+            false => (at.row, at.col),
+        };
+        self.problem.c.from(row as isize, col as isize).data
+    }
+
     /// Bias and the store of a tile whose sums are complete.
     unsafe fn finish(&self, at: At, sums: &Sums) {
         let Problem { index, unused, .. } = self.problem;
@@ -191,10 +206,17 @@ impl Task<'_, '_> {
         }
     }
 
+    /// Whether the block is so narrow that its sums can stay in registers over all steps of k.
+    fn is_narrow(&self, rows: usize) -> bool {
+        let kernel = self.isa.wide(self.problem.b.storage)[rows - 1].vectors * self.isa.lanes;
+        self.cols.1 - self.cols.0 <= NARROW * kernel
+    }
+
     /// The next strip from column `col`: its width, and the wide kernel if there is room for it.
     fn strip(&self, col: usize, rows: usize) -> (usize, Option<WideFn>) {
         let (isa, left) = (self.isa, self.cols.1 - col);
-        let Wide { run, vectors } = isa.wide(self.problem.b.storage)[rows - 1];
+        let Wide { run, long, vectors } = isa.wide(self.problem.b.storage)[rows - 1];
+        let run = if self.is_narrow(rows) { long } else { run };
         // Whole vectors first, so that what does not fit C is the same columns whichever kernels run.
         match left / isa.lanes {
             0 => (left, None),
@@ -205,14 +227,15 @@ impl Task<'_, '_> {
     }
 
     /// All columns for a few steps of k, then the next few: B is read along its rows, which are longer than a page,
-    /// and the sums wait in L1.
+    /// and the sums wait in L1. A narrow block is read from top to bottom, wide kernel by wide kernel.
     unsafe fn strips_in_place(&self) {
         let (isa, b) = (self.isa, self.problem.b);
         let (row, rows) = (self.rows.0, self.rows.1 - self.rows.0);
         let width = (self.cols.1 - self.cols.0).next_multiple_of(isa.nr());
         let ldb = b.row_stride as usize;
-        let streams = isa.streams(b.storage, rows);
         let whole = (self.cols.1 - self.cols.0) / isa.lanes * isa.lanes;
+        let (streams, most) =
+            if self.is_narrow(rows) { (None, usize::MAX) } else { (isa.streams(b.storage, rows), STRIP_K) };
         let sums_at = |col: usize, cols: usize| {
             let at = At { row, rows, col, cols };
             (at, self.place(at, (self.sums().wrapping_add(col - self.cols.0), width)))
@@ -232,7 +255,7 @@ impl Task<'_, '_> {
                 let mut done = 0;
                 loop {
                     let streams = streams.filter(|streams| done + streams.steps <= chunk.len && whole > 0);
-                    let len = streams.map_or(STRIP_K.min(chunk.len - done), |streams| streams.steps);
+                    let len = streams.map_or(most.min(chunk.len - done), |streams| streams.steps);
                     let part = Chunk { k: chunk.k + done, len, first: chunk.first && done == 0, last: false };
                     let a = self.a().add(q * rows * ROW + done);
                     let load = !part.first || self.gemm.accumulate;
@@ -252,10 +275,10 @@ impl Task<'_, '_> {
                         } else {
                             let kernel = isa.by_row[rows - 1][cols.div_ceil(isa.lanes) - 1];
                             if b.storage == Storage::F32 && cols.is_multiple_of(isa.lanes) {
-                                kernel(len, a, from.cast(), ldb, sums.at, sums.stride, load);
+                                kernel(len, a, from.cast(), ldb, sums.at, sums.stride, load, sums.at);
                             } else {
                                 self.pack_b(part, col, cols);
-                                kernel(len, a, self.b(), isa.nr(), sums.at, sums.stride, load);
+                                kernel(len, a, self.b(), isa.nr(), sums.at, sums.stride, load, sums.at);
                             }
                         }
                         col += cols;
@@ -302,7 +325,7 @@ impl Task<'_, '_> {
                     } else {
                         self.pack_b(chunk, col, cols);
                         let kernel = isa.by_row[rows - 1][cols.div_ceil(isa.lanes) - 1];
-                        kernel(chunk.len, a, self.b(), isa.nr(), sums.at, sums.stride, load);
+                        kernel(chunk.len, a, self.b(), isa.nr(), sums.at, sums.stride, load, sums.at);
                     }
                 }
                 self.finish(at, &sums);
@@ -321,13 +344,22 @@ impl Task<'_, '_> {
         let keep = sums_aside(problem.c.storage, problem.k);
         // SAFETY: the caller's contract; the scratch has room for the block (`Scratch::new`).
         unsafe {
-            for chunk in self.chunks() {
-                // Blocks of the same columns come one after another, so a B of one chunk often is there already.
-                let this = (problem.index, first_col);
-                if *packed != Some(this) {
-                    self.pack_b(chunk, first_col, last_col - first_col);
-                }
-                *packed = (chunk.first && chunk.last).then_some(this);
+            for (q, chunk) in self.chunks().enumerate() {
+                let (block, panel_step) = match self.whole {
+                    Some(whole) => {
+                        let (panels, step) = (gemm.n.div_ceil(nr), panel_step(isa, chunks(problem.k).1));
+                        (whole.add((q * panels + first_col / nr) * step), step)
+                    }
+                    None => {
+                        // Blocks of the same columns come one after another, so a B of one chunk often is there already.
+                        let this = (problem.index, first_col);
+                        if *packed != Some(this) {
+                            self.pack_b(chunk, first_col, last_col - first_col);
+                        }
+                        *packed = (chunk.first && chunk.last).then_some(this);
+                        (self.b().cast_const(), panel_step(isa, chunk.len))
+                    }
+                };
                 for (group, height) in self.groups() {
                     let tiles = height.div_ceil(isa.mr());
                     self.pack_a(group, height, tiles, chunk, by_col, self.a());
@@ -349,8 +381,12 @@ impl Task<'_, '_> {
                                 (isa.load_tile)(&self.c(at), rows, cols, sums.at, sums.stride);
                             }
                             let kernel = kernels[rows - 1][cols.div_ceil(isa.lanes) - 1];
-                            let b = self.b().add(panel * panel_step(isa, chunk.len));
-                            kernel(chunk.len, a, b, nr, sums.at, sums.stride, load);
+                            let b = block.add(panel * panel_step);
+                            let next = match sums.in_c && chunk.first {
+                                true => self.after(row + rows, at).cast_const().cast(),
+                                false => sums.at,
+                            };
+                            kernel(chunk.len, a, b, nr, sums.at, sums.stride, load, next);
                             if chunk.last {
                                 self.finish(at, &sums);
                             } else if !sums.in_c && !keep {

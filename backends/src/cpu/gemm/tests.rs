@@ -6,6 +6,7 @@ use half::{bf16, f16};
 
 use super::kernel::{self, Isa};
 use super::*;
+use crate::cpu::crew::Crew;
 
 /// xorshift; the tests need no better.
 struct Random(u64);
@@ -391,8 +392,8 @@ fn the_number_of_threads_does_not_change_a_bit() {
     for case in cases {
         let alone = case.check(kernel::best(), 1);
         for threads in 1..=3 {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            assert!(pool.install(|| case.check(kernel::best(), threads)) == alone, "{threads} threads: {case:?}");
+            let crew = Crew::new(threads).unwrap();
+            assert!(crew.lead(|| case.check(kernel::best(), threads)) == alone, "{threads} threads: {case:?}");
         }
     }
 }

@@ -99,7 +99,7 @@ pub fn attention_cached<T: Element>(
     let (k_cache, v_cache) = (&*k_cache, &*v_cache);
     let tiles = if tokens <= FEW { 1 } else { tokens.div_ceil(TILE) };
     // Below this many multiplications waking another thread costs more than it brings.
-    let parallel = batch * heads * tokens * (start + tokens) * head_dim > 1 << 17;
+    let parallel = batch * heads * tokens * (start + tokens) * head_dim > 1 << 14;
     let out = Shared::new(out);
     share_out(batch * heads * tiles, parallel, workspace, scratch_of(shape), |task, scratch| {
         let (tile, head) = (tiles - 1 - task / (batch * heads), task % (batch * heads));
@@ -219,6 +219,7 @@ mod tests {
     use half::bf16;
 
     use super::*;
+    use crate::cpu::crew::Crew;
     use crate::cpu::kernels::attention::tests::values;
     use crate::cpu::kernels::attention::{AttentionShape, attention, attention_workspace};
 
@@ -231,7 +232,7 @@ mod tests {
         let mut caches =
             [vec![nan; batch * capacity * kv_heads * head_dim], vec![nan; batch * capacity * kv_heads * head_dim]];
         let mut all = vec![nan; batch * tokens * ld_out];
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let crew = Crew::new(threads).unwrap();
         let mut start = 0;
         for &end in cuts {
             let new = end - start;
@@ -240,7 +241,7 @@ mod tests {
             let mut out = vec![nan; batch * new * ld_out];
             let mut space = vec![f32::NAN; attention_cached_workspace(&shape, threads)];
             let [k, v] = &mut caches;
-            pool.install(|| attention_cached(&shape, &part, start, k, v, &mut out, &mut space)).unwrap();
+            crew.lead(|| attention_cached(&shape, &part, start, k, v, &mut out, &mut space)).unwrap();
             for b in 0..batch {
                 all[(b * tokens + start) * ld_out..][..new * ld_out]
                     .copy_from_slice(&out[b * new * ld_out..][..new * ld_out]);

@@ -3,6 +3,7 @@
 use half::bf16;
 
 use super::*;
+use crate::cpu::crew::Crew;
 
 /// Values in (-1, 1), the same on every run.
 pub(crate) fn values<T: Element>(n: usize, seed: u32) -> Vec<T> {
@@ -88,7 +89,7 @@ fn run<T: Element>(s: &AttentionShape, qkv: &[T], dout: &[T], threads: usize) ->
     };
     let mut space = vec![f32::NAN; attention_workspace(s, threads)];
     let mut grad_space = vec![f32::NAN; attention_grad_workspace(s, threads)];
-    rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| {
+    Crew::new(threads).unwrap().lead(|| {
         attention(s, qkv, &mut r.out, &mut r.lse, &mut space);
         attention_grad(s, qkv, &r.out, &r.lse, dout, &mut r.dqkv, &mut grad_space);
     });

@@ -2,8 +2,7 @@
 
 use std::marker::PhantomData;
 
-use rayon::prelude::*;
-
+use crate::cpu::crew;
 use crate::cpu::element::Element;
 
 /// Up to this much work (elements touched) a kernel stays on the calling thread: waking others costs more.
@@ -16,13 +15,8 @@ pub(crate) const TASK: usize = 8 * 1024;
 /// must depend on `i` alone.
 #[inline]
 pub(crate) fn tasks(count: usize, work: usize, f: impl Fn(usize) + Sync) {
-    if count <= 1 || work <= SERIAL || rayon::current_num_threads() == 1 {
-        for i in 0..count {
-            f(i);
-        }
-    } else {
-        (0..count).into_par_iter().for_each(&f);
-    }
+    let workers = if work <= SERIAL { 1 } else { crew::threads() };
+    crew::share(workers, count, |_, i| f(i));
 }
 
 /// Splits `rows` rows of `row_work` elements of work into tasks of about [`TASK`] and calls `f(first_row, end_row)`.
@@ -173,9 +167,9 @@ pub(crate) mod tests {
         }
     }
 
-    /// Runs `f` in pools of 1 and of 3 threads and requires equal results.
-    pub(crate) fn same_on_any_thread_count<R: PartialEq + std::fmt::Debug + Send>(f: impl Fn() -> R + Sync) -> R {
-        let run = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(&f);
+    /// Runs `f` with crews of 1 and of 3 threads and requires equal results.
+    pub(crate) fn same_on_any_thread_count<R: PartialEq + std::fmt::Debug>(f: impl Fn() -> R) -> R {
+        let run = |threads| crew::Crew::new(threads).unwrap().lead(&f);
         let (one, three) = (run(1), run(3));
         assert!(one == three, "the result depends on the number of threads");
         one

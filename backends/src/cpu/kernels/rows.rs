@@ -1,7 +1,6 @@
 //! What the kernels over rows share: sharing rows out over threads, and sums along a row in a fixed order.
 
-use rayon::prelude::*;
-
+use crate::cpu::crew;
 use crate::cpu::element::Element;
 
 /// Elements a block of rows should have: enough that handing it to another thread pays.
@@ -21,11 +20,8 @@ pub(super) fn for_blocks(rows: usize, width: usize, block: impl Fn(usize, usize)
 pub(super) fn for_blocks_of(height: usize, rows: usize, width: usize, block: impl Fn(usize, usize) + Sync) {
     let blocks = rows.div_ceil(height);
     let call = |i: usize| block(i * height, height.min(rows - i * height));
-    if blocks <= 1 || rows * width < 2 * BLOCK_ELEMENTS {
-        (0..blocks).for_each(call);
-    } else {
-        (0..blocks).into_par_iter().for_each(call);
-    }
+    let workers = if rows * width < 2 * BLOCK_ELEMENTS { 1 } else { crew::threads() };
+    crew::share(workers, blocks, |_, i| call(i));
 }
 
 /// Rows in a block of a sum over `rows` rows: it depends on `rows` only and leaves at most 64 blocks, so that the partial
@@ -125,9 +121,9 @@ pub(super) fn max_over<T: Element>(row: &[T]) -> f32 {
 pub(super) mod tests {
     use super::*;
 
-    /// Runs `f` on a pool of `threads` threads.
-    pub(crate) fn with_threads<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R {
-        rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(f)
+    /// Runs `f` with a crew of `threads` threads.
+    pub(crate) fn with_threads<R>(threads: usize, f: impl FnOnce() -> R) -> R {
+        crew::Crew::new(threads).unwrap().lead(f)
     }
 
     /// Asserts |got - want| <= tolerance (1 + |want|) for each element.

@@ -5,10 +5,8 @@
 //! lanes: a softmax over keys or vocabulary is then plain elementwise work.
 
 use std::any::TypeId;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
-use rayon::prelude::*;
-
+use crate::cpu::crew::share;
 use crate::cpu::element::Element;
 
 /// Rows of a tile in either direction. 64 x 64 floats are 16 KiB: the tiles of one product fit the L2 cache with room.
@@ -128,17 +126,12 @@ pub(super) fn share_out(
         }
         return;
     }
-    let next = AtomicUsize::new(0);
-    let parts = (workspace.len() / part).min(tasks);
-    workspace[..parts * part].par_chunks_exact_mut(part).with_max_len(1).for_each(|scratch| {
+    let scratch = Shared::new(workspace);
+    share(scratch.len / part, tasks, |worker, i| {
+        // SAFETY: each worker has its own part, which `share` gives to no other thread meanwhile.
+        let scratch = unsafe { scratch.piece(worker * part, part) };
         let skip = aligned(scratch);
-        loop {
-            let i = next.fetch_add(1, Ordering::Relaxed);
-            if i >= tasks {
-                return;
-            }
-            task(i, &mut scratch[skip..skip + per_thread]);
-        }
+        task(i, &mut scratch[skip..skip + per_thread]);
     });
 }
 
