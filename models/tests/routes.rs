@@ -234,13 +234,9 @@ fn training_evaluation_and_decoding_agree_on_every_route_of_a_text() {
         let m = &config.model;
         let mut session = session(&config);
         let tokens = text(2 * m.sequence, 5);
-        let graph = gpt::training_with(m, 2, RECORDED).unwrap().graph;
-        let mut training = compile(&mut session, &graph);
-        run(&mut session, &mut training, &tokens);
         let mut evaluation = compile(&mut session, &gpt::evaluation_with(m, 2, RECORDED).unwrap());
         run(&mut session, &mut evaluation, &tokens);
-        let routes = taken(&training, m);
-        assert_eq!(routes, taken(&evaluation, m), "{router}: training and evaluation");
+        let routes = taken(&evaluation, m);
 
         for chunk in [1, 8] {
             let mut decoding = compile(&mut session, &gpt::decoding_with(m, chunk, RECORDED).unwrap());
@@ -259,6 +255,11 @@ fn training_evaluation_and_decoding_agree_on_every_route_of_a_text() {
                 }
             }
         }
+        // Last, as it moves the selection bias of routers that have one.
+        let graph = gpt::training_with(m, 2, RECORDED).unwrap().graph;
+        let mut training = compile(&mut session, &graph);
+        run(&mut session, &mut training, &tokens);
+        assert!(routes == taken(&training, m), "{router}: training and evaluation");
     }
 }
 
