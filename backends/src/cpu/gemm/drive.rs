@@ -92,8 +92,13 @@ fn whole_b(isa: &Isa, m: usize, n: usize, k: usize) -> Option<usize> {
     (k > 0 && m >= 2 * WHOLE_ROWS && n.saturating_mul(k) <= WHOLE_B).then_some(floats)
 }
 
+/// Bytes of workspace for `threads` threads and problems of at most this size.
+pub(super) fn workspace_bytes(isa: &Isa, m: usize, n: usize, k: usize, c: Storage, threads: usize) -> usize {
+    whole_bytes(isa, m, n, k) + Scratch::new(isa, m, n, k, c).bytes * threads.max(1) + ALIGN
+}
+
 /// Bytes of the workspace before the threads' parts: those of a whole B.
-pub(super) fn whole_bytes(isa: &Isa, m: usize, n: usize, k: usize) -> usize {
+fn whole_bytes(isa: &Isa, m: usize, n: usize, k: usize) -> usize {
     whole_b(isa, m, n, k).map_or(0, |floats| (floats * 4).next_multiple_of(ALIGN))
 }
 
@@ -184,7 +189,8 @@ impl Cut {
         }
         let parts = n.div_ceil(self.cols);
         let equal = (parts + 1..2 * parts).find(|&parts| n.is_multiple_of(parts * isa.nr()) && n / parts >= MIN_COLS);
-        let narrower = equal.map_or(self.cols / 2, |parts| n / parts);
+        // Whole panels: tasks begin where a panel of a B that is packed whole does.
+        let narrower = equal.map_or((self.cols / 2).next_multiple_of(isa.nr()), |parts| n / parts);
         Some(Cut {
             cols: if halve_cols { narrower } else { self.cols },
             rows: if halve_cols { self.rows } else { (self.rows / 2).max(MIN_ROWS) },

@@ -264,9 +264,7 @@ pub enum GemmError {
 /// bounds, as in [`Gemm`]) are at most these. Any alignment of the workspace is fine. Depends on its arguments and the
 /// CPU model only. A smaller workspace that still serves one thread makes [`gemm`] use fewer threads.
 pub fn workspace_bytes(m: usize, n: usize, k: usize, c: Storage, threads: usize) -> usize {
-    let isa = kernel::best();
-    let parts = drive::Scratch::new(isa, m, n, k, c).bytes * threads.max(1);
-    drive::whole_bytes(isa, m, n, k) + parts + drive::ALIGN
+    drive::workspace_bytes(kernel::best(), m, n, k, c, threads)
 }
 
 /// Runs the batch on the crew that this thread leads (on this thread alone when the work is too small to share).

@@ -286,7 +286,7 @@ impl Case {
             finished: if self.finished { Some(&finished) } else { None },
             ..Gemm::new(m, n, k, a.mat(a_strides), b.mat(b_strides), c.mat_mut(c_strides))
         };
-        let size = drive::Scratch::new(isa, m, n, k, self.storages[2]).bytes * threads + drive::ALIGN;
+        let size = drive::workspace_bytes(isa, m, n, k, self.storages[2], threads);
         // Fences around the workspace, and an address of no particular alignment.
         let mut workspace = vec![0xa5u8; size + 71];
         // SAFETY: all operands were sized by their spans.
@@ -364,6 +364,27 @@ fn sizes_around_the_blocks_match_the_oracle() {
 }
 
 #[test]
+fn a_b_that_is_packed_whole_matches_the_oracle_on_every_instruction_set() {
+    for (n, k) in [(1, 1), (96, 256), (200, 300), (130, 700)] {
+        for isa in kernel::available() {
+            let mut case = Case { gather: true, bias: true, finished: true, ..Case::plain(230, n, k) };
+            case.check(isa, 2);
+            case = Case {
+                accumulate: true,
+                finished: true,
+                layouts: [Layout::Columns, Layout::Columns, Layout::Rows],
+                ..Case::plain(250, n, k)
+            };
+            case.check(isa, 1);
+            // Sums beside C, and a C of whatever strides.
+            case.storages = [Storage::Bf16, Storage::F32, Storage::Bf16, Storage::F16];
+            case.layouts = [Layout::Spread, Layout::Padded, Layout::Spread];
+            case.check(isa, 3);
+        }
+    }
+}
+
+#[test]
 fn an_a_too_long_to_pack_whole_still_fits_the_workspace() {
     for m in [7, 14] {
         Case::plain(m, 300, 18_000).check(kernel::best(), 1);
@@ -402,7 +423,7 @@ fn the_number_of_threads_does_not_change_a_bit() {
 fn rows_alone(isa: &'static Isa, a: &Memory, b: Mat, from: usize, to: usize, n: usize, k: usize) -> Vec<u32> {
     let mut c = Memory::new(Storage::F32, (to - from) * n, || f64::NAN);
     let gemm = Gemm::new(to - from, n, k, a.mat((k, 1)).from(from as isize, 0), b, c.mat_mut((n, 1)));
-    let mut workspace = vec![0; drive::Scratch::new(isa, to - from, n, k, Storage::F32).bytes + drive::ALIGN];
+    let mut workspace = vec![0; drive::workspace_bytes(isa, to - from, n, k, Storage::F32, 1)];
     // SAFETY: all operands have these sizes.
     unsafe { drive::run(isa, &gemm, &mut workspace, 1) }.unwrap();
     c.words
