@@ -18,6 +18,8 @@
 mod cache;
 #[cfg(any(feature = "cuda", feature = "vulkan"))]
 mod chain;
+#[cfg(any(feature = "cuda", feature = "vulkan"))]
+mod device_store;
 mod error;
 #[cfg(any(feature = "cuda", feature = "vulkan"))]
 mod finite;
@@ -38,7 +40,7 @@ use std::any::Any;
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use moebius_ir::{Graph, NodeId, Plan, Site, TensorType};
+use moebius_ir::{Graph, Node, NodeId, Plan, Site, TensorType, Value};
 
 pub use error::{Error, Refusal, Result};
 pub use mapped::MappedFile;
@@ -153,6 +155,20 @@ pub struct NonFinite {
     pub index: usize,
     /// The element.
     pub value: f32,
+}
+
+impl NonFinite {
+    /// That of `value`, a result of `node`, whose element `index` is `element`.
+    pub(crate) fn of(graph: &Graph, node: &Node, value: Value, (index, element): (usize, f32)) -> NonFinite {
+        NonFinite {
+            op: node.op.name(),
+            scope: node.scope.to_string(),
+            site: node.site.clone(),
+            ty: graph.ty(value).clone(),
+            index,
+            value: element,
+        }
+    }
 }
 
 /// Parameters and state by name, on the device.

@@ -1,7 +1,9 @@
 //! What every backend needs to know of a plan before it can run it: where each step finds its values, and which memory a step
 //! may find undefined or must leave alone.
 
-use moebius_ir::{FENCE_BYTES, Fences, NodeId, Plan, Step, Storage, Value};
+use moebius_ir::{FENCE_BYTES, Fences, Graph, NodeId, Plan, Step, Storage, Value};
+
+use crate::{Error, Result};
 
 /// What a fresh buffer and a fence are filled with: NaN in every float type, -1 in the integers.
 pub(crate) const POISON: u8 = 0xff;
@@ -33,6 +35,17 @@ pub(crate) struct StepPlaces {
 pub(crate) fn states(plan: &Plan) -> Vec<Value> {
     let inputs = plan.graph().inputs().iter().map(|&(_, v)| v);
     inputs.filter(|&v| matches!(plan.storage(v), Storage::State(_))).collect()
+}
+
+/// The output of this name.
+///
+/// # Errors
+/// [`Error::NoSuch`].
+pub(crate) fn output_named(graph: &Graph, name: &str) -> Result<Value> {
+    graph.output_named(name).ok_or_else(|| {
+        let there = graph.outputs().iter().map(|(n, _)| n.clone()).collect();
+        Error::NoSuch { what: "output", name: name.into(), there }
+    })
 }
 
 /// Where a value lies, with `states` as [`states`] gives them.

@@ -252,43 +252,46 @@ fn no_such(wanted: &str) -> Error {
 /// Each NVIDIA GPU, or one line that says why there is none.
 #[cfg(feature = "cuda")]
 fn gpus() -> Vec<DeviceReport> {
-    let none = |why: String| vec![DeviceReport { name: "cuda".into(), state: Err(why) }];
-    match Cuda::count() {
-        Err(e) => none(e.to_string()),
-        Ok(0) => none("the driver shows no GPU".into()),
-        Ok(count) => (0..count)
-            .map(|i| {
-                let state = Cuda::open(i).map(|cuda| cuda.describe()).map_err(|e| e.to_string());
-                DeviceReport { name: format!("cuda:{i}"), state }
-            })
-            .collect(),
-    }
+    let describe = |i| Cuda::open(i).map(|cuda| cuda.describe());
+    reports("cuda", Cuda::count(), "the driver shows no GPU", describe)
 }
 
 #[cfg(not(feature = "cuda"))]
 fn gpus() -> Vec<DeviceReport> {
-    vec![DeviceReport { name: "cuda".into(), state: Err("this program was built without it".into()) }]
+    reports::<&str>("cuda", Err(NOT_BUILT), "", |_| Err(NOT_BUILT))
 }
 
 /// Each device with a Vulkan driver, or one line that says why there is none.
 #[cfg(feature = "vulkan")]
 fn vulkan_devices() -> Vec<DeviceReport> {
-    let none = |why: String| vec![DeviceReport { name: "vulkan".into(), state: Err(why) }];
-    match Vulkan::count() {
-        Err(e) => none(e.to_string()),
-        Ok(0) => none("no driver shows a device".into()),
-        Ok(count) => (0..count)
-            .map(|i| {
-                let state = Vulkan::open(&Choice::Number(i)).map(|v| v.describe()).map_err(|e| e.to_string());
-                DeviceReport { name: format!("vulkan:{i}"), state }
-            })
-            .collect(),
-    }
+    let describe = |i| Vulkan::open(&Choice::Number(i)).map(|vulkan| vulkan.describe());
+    reports("vulkan", Vulkan::count(), "no driver shows a device", describe)
 }
 
 #[cfg(not(feature = "vulkan"))]
 fn vulkan_devices() -> Vec<DeviceReport> {
-    vec![DeviceReport { name: "vulkan".into(), state: Err("this program was built without it".into()) }]
+    reports::<&str>("vulkan", Err(NOT_BUILT), "", |_| Err(NOT_BUILT))
+}
+
+/// Why there is no device of a kind that a feature left out.
+#[cfg(not(all(feature = "cuda", feature = "vulkan")))]
+const NOT_BUILT: &str = "this program was built without it";
+
+/// Each device of a kind, or one line that says why there is none; `shows_none` if there are none.
+fn reports<E: ToString>(
+    kind: &str,
+    count: std::result::Result<usize, E>,
+    shows_none: &str,
+    describe: impl Fn(usize) -> std::result::Result<String, E>,
+) -> Vec<DeviceReport> {
+    let none = |why: String| vec![DeviceReport { name: kind.into(), state: Err(why) }];
+    match count {
+        Err(e) => none(e.to_string()),
+        Ok(0) => none(shows_none.into()),
+        Ok(count) => (0..count)
+            .map(|i| DeviceReport { name: format!("{kind}:{i}"), state: describe(i).map_err(|e| e.to_string()) })
+            .collect(),
+    }
 }
 
 #[cfg(test)]

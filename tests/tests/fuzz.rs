@@ -1,24 +1,12 @@
 //! A short run of the program `fuzz`. In its own process, so that its allocator counts for it alone and a stack that
 //! overflows is a failure too. And what a run makes of parsers that are broken.
 
-use std::process::Command;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-
 use moebius_tests::fuzz::{Failure, Meter, Parse, Report, Target, Then, run};
 use peak_alloc::PeakAlloc;
+use std::process::Command;
 
 #[global_allocator]
 static MEMORY: PeakAlloc = PeakAlloc;
-
-static BASE: AtomicUsize = AtomicUsize::new(0);
-
-const METER: Meter = Meter {
-    reset: || {
-        BASE.store(MEMORY.current_usage(), Relaxed);
-        MEMORY.reset_peak_usage();
-    },
-    peak: || MEMORY.peak_usage().saturating_sub(BASE.load(Relaxed)),
-};
 
 #[test]
 fn no_parser_is_broken_by_some_thousands_of_inputs() {
@@ -32,7 +20,7 @@ fn no_parser_is_broken_by_some_thousands_of_inputs() {
 fn fifty(parse: Parse) -> Result<Report, Box<Failure>> {
     let (name, seeds, words) = ("planted", vec![b"some text".to_vec()], vec!["word".to_owned()]);
     let target = Target { name, seeds, words, repair: Box::new(|input, _| input), times: 16, parse };
-    run((0, &target), 1, 0..50, None, METER, &|_| {})
+    run((0, &target), 1, 0..50, None, Meter::PEAK, &|_| {})
 }
 
 #[test]

@@ -10,7 +10,7 @@ use super::crew::Crew;
 use super::element::Element;
 use super::lower::{Args, Launch};
 use super::memory::{Buffer, CpuStore, copy};
-use crate::places::{POISON, Place, StepPlaces, of_step, place, states};
+use crate::places::{POISON, Place, StepPlaces, of_step, output_named, place, states};
 use crate::{Error, Executable, Instance, NonFinite, Result, Store};
 
 struct Launched {
@@ -243,10 +243,7 @@ impl Instance for CpuInstance {
 
     fn read(&self, output: &str, out: &mut [u8]) -> Result<()> {
         let graph = self.program.plan.graph();
-        let Some(value) = graph.output_named(output) else {
-            let there = graph.outputs().iter().map(|(n, _)| n.clone()).collect();
-            return Err(Error::NoSuch { what: "output", name: output.into(), there });
-        };
+        let value = output_named(graph, output)?;
         let bytes = match self.kept.iter().find(|(v, _)| *v == value) {
             Some((_, copy)) => copy.bytes(),
             None => self.value_bytes(value),
@@ -265,15 +262,8 @@ impl Instance for CpuInstance {
             let over: &[Value] = plan.joined(launched.node).map_or(&[], |chain| &graph.node(chain).results);
             let kept = |v: &&Value| !over.iter().any(|o| plan.storage(*o) == plan.storage(**v));
             for &value in node.results.iter().filter(kept) {
-                if let Some((index, element)) = non_finite(graph.ty(value).dtype, me.value_bytes(value)) {
-                    found = Some(NonFinite {
-                        op: node.op.name(),
-                        scope: node.scope.to_string(),
-                        site: node.site.clone(),
-                        ty: graph.ty(value).clone(),
-                        index,
-                        value: element,
-                    });
+                if let Some(element) = non_finite(graph.ty(value).dtype, me.value_bytes(value)) {
+                    found = Some(NonFinite::of(graph, node, value, element));
                     return false;
                 }
             }

@@ -29,7 +29,7 @@ unsafe impl Sync for Function {}
 /// An [`Action`] with its kernel loaded.
 enum Bound {
     Kernel { function: Function, grid: [u32; 3], threads: u32, shared: u32, args: Vec<Arg> },
-    Tasks { function: Function, threads: u32, table: Table, args: Vec<Arg> },
+    Tasks { function: Function, threads: u32, table: Table },
     Clear { at: Arg, bytes: usize },
 }
 
@@ -121,14 +121,10 @@ impl Program {
                     let values: Result<Vec<_>> = args.iter().map(|arg| addresses.value(step, arg)).collect();
                     self.launch(*function, shape, values?)?;
                 }
-                Bound::Tasks { function, threads, table, args } => {
+                Bound::Tasks { function, threads, table } => {
                     let shape = Shape { grid: [table.blocks() as u32, 1, 1], threads: *threads, shared: 0 };
                     let at = (addresses.tables + table.at() as u64).to_le_bytes().to_vec();
-                    let mut values = vec![at, (table.len() as i32).to_le_bytes().to_vec()];
-                    for arg in args {
-                        values.push(addresses.value(step, arg)?);
-                    }
-                    self.launch(*function, shape, values)?;
+                    self.launch(*function, shape, vec![at, (table.len() as i32).to_le_bytes().to_vec()])?;
                 }
             }
         }
@@ -167,7 +163,7 @@ impl Launched {
     /// The table, if tasks are all that the step does.
     fn tasks(&mut self) -> Option<(Function, &mut Table)> {
         match self.actions.as_mut_slice() {
-            [Bound::Tasks { function, table, args, .. }] if args.is_empty() => Some((*function, table)),
+            [Bound::Tasks { function, table, .. }] => Some((*function, table)),
             _ => None,
         }
     }
@@ -294,7 +290,7 @@ fn bound(actions: Vec<Action>, functions: Vec<Function>, places: &StepPlaces) ->
         },
         Action::Tasks(t) => {
             let table = Table::new(&t.tasks, places);
-            Bound::Tasks { function: next(), threads: t.threads, table, args: t.args }
+            Bound::Tasks { function: next(), threads: t.threads, table }
         }
     });
     bound.collect()

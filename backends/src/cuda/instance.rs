@@ -14,7 +14,7 @@ use super::executable::{Addresses, Launched, Program, Work};
 use super::memory::{CudaStore, Memory};
 use super::{BACKEND, recording::Recording};
 use crate::finite::non_finite;
-use crate::places::{POISON, place};
+use crate::places::{POISON, output_named, place};
 use crate::stored::check_bytes;
 use crate::{Error, Instance, NonFinite, Result, Store};
 
@@ -252,10 +252,7 @@ impl Instance for CudaInstance {
 
     fn read(&self, output: &str, out: &mut [u8]) -> Result<()> {
         let graph = self.program.plan.graph();
-        let Some(value) = graph.output_named(output) else {
-            let there = graph.outputs().iter().map(|(n, _)| n.clone()).collect();
-            return Err(Error::NoSuch { what: "output", name: output.into(), there });
-        };
+        let value = output_named(graph, output)?;
         check_bytes("output", output, graph.ty(value), out.len())?;
         let device = &self.program.device;
         device.enter()?;
@@ -279,15 +276,8 @@ impl Instance for CudaInstance {
         self.run_steps(|step| {
             let nodes = [step.node].into_iter().chain(step.joined.iter().copied()).map(|id| graph.node(id));
             for (node, &value) in nodes.flat_map(|node| node.results.iter().map(move |value| (node, value))) {
-                if let Some((index, element)) = non_finite(graph.ty(value).dtype, &self.value_bytes(value)?) {
-                    found = Some(NonFinite {
-                        op: node.op.name(),
-                        scope: node.scope.to_string(),
-                        site: node.site.clone(),
-                        ty: graph.ty(value).clone(),
-                        index,
-                        value: element,
-                    });
+                if let Some(element) = non_finite(graph.ty(value).dtype, &self.value_bytes(value)?) {
+                    found = Some(NonFinite::of(graph, node, value, element));
                     return Ok(false);
                 }
             }

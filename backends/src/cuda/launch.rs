@@ -88,7 +88,7 @@ pub(crate) struct Task {
     pub(crate) args: Vec<Arg>,
 }
 
-/// One kernel that works on many tensors. Its first parameters are the array of its tasks and how many there are.
+/// One kernel that works on many tensors. Its parameters are the array of its tasks and how many there are.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Tasks {
     /// Where its text is.
@@ -99,8 +99,6 @@ pub(crate) struct Tasks {
     pub(crate) threads: u32,
     /// In the order of the tensors; one without blocks is left out.
     pub(crate) tasks: Vec<Task>,
-    /// The kernel's other parameters.
-    pub(crate) args: Vec<Arg>,
 }
 
 /// One thing to put on the stream.

@@ -1,17 +1,14 @@
 //! Memory of a GPU, and the store of parameters and state in it.
 
-use std::any::Any;
-use std::borrow::Cow;
 use std::sync::Arc;
 
 use cust::sys;
-use moebius_ir::TensorType;
 
 use super::device::Device;
 use super::driver::check;
 use super::error::CudaError;
-use crate::stored::{Stored, check_bytes, check_part};
-use crate::{Result, Store};
+use crate::Result;
+use crate::device_store::{DeviceMemory, DeviceStore};
 
 /// Bytes on a GPU.
 pub(crate) struct Memory {
@@ -60,72 +57,24 @@ impl Drop for Memory {
 }
 
 /// Parameters and state on a GPU.
-pub(crate) struct CudaStore {
-    device: Arc<Device>,
-    tensors: Stored<Memory>,
-}
+pub(crate) type CudaStore = DeviceStore<Memory>;
 
-impl CudaStore {
-    pub(crate) fn new(device: Arc<Device>) -> CudaStore {
-        CudaStore { device, tensors: Stored::new() }
+impl DeviceMemory for Memory {
+    type Device = Device;
+
+    fn zeroed(device: &Arc<Device>, bytes: usize, what: impl Fn() -> String) -> Result<Memory> {
+        Memory::zeroed(device, bytes, what)
     }
 
-    /// The tensors.
-    pub(crate) fn tensors(&self) -> &Stored<Memory> {
-        &self.tensors
+    fn upload(&self, device: &Arc<Device>, at: usize, bytes: &[u8]) -> Result<()> {
+        device.enter()?;
+        let _held = device.hold();
+        Ok(device.upload(self.start + at as u64, bytes)?)
     }
 
-    /// Whether its memory is that of this GPU.
-    pub(crate) fn is_on(&self, device: &Arc<Device>) -> bool {
-        Arc::ptr_eq(&self.device, device)
-    }
-}
-
-impl Store for CudaStore {
-    fn insert(&mut self, name: &str, ty: &TensorType) -> Result<()> {
-        let memory = Memory::zeroed(&self.device, ty.bytes(), || format!("stored tensor {name:?} of type {ty}"))?;
-        self.tensors.insert(name, ty, memory);
-        Ok(())
-    }
-
-    fn remove(&mut self, name: &str) -> bool {
-        self.tensors.remove(name)
-    }
-
-    fn ty(&self, name: &str) -> Option<&TensorType> {
-        self.tensors.ty(name)
-    }
-
-    fn names(&self) -> Vec<&str> {
-        self.tensors.names()
-    }
-
-    fn write(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
-        let (ty, memory) = self.tensors.get(name)?;
-        check_bytes("stored tensor", name, ty, bytes.len())?;
-        self.device.enter()?;
-        let _held = self.device.hold();
-        Ok(self.device.upload(memory.start(), bytes)?)
-    }
-
-    fn write_part(&mut self, name: &str, at: usize, bytes: &[u8]) -> Result<()> {
-        let (ty, memory) = self.tensors.get(name)?;
-        check_part(name, ty, at, bytes.len())?;
-        self.device.enter()?;
-        let _held = self.device.hold();
-        Ok(self.device.upload(memory.start() + at as u64, bytes)?)
-    }
-
-    fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>> {
-        let (ty, memory) = self.tensors.get(name)?;
-        let mut bytes = vec![0; ty.bytes()];
-        self.device.enter()?;
-        let _held = self.device.hold();
-        self.device.download(memory.start(), &mut bytes)?;
-        Ok(Cow::Owned(bytes))
-    }
-
-    fn as_any_mut(&mut self) -> &mut dyn Any {
-        self
+    fn download(&self, device: &Arc<Device>, bytes: &mut [u8]) -> Result<()> {
+        device.enter()?;
+        let _held = device.hold();
+        Ok(device.download(self.start, bytes)?)
     }
 }

@@ -13,7 +13,7 @@ use super::error::failed;
 use super::executable::{Addresses, Launched, Program, Work};
 use super::memory::{HostMemory, Memory, Region, VulkanStore};
 use crate::finite::non_finite;
-use crate::places::{POISON, place};
+use crate::places::{POISON, output_named, place};
 use crate::stored::check_bytes;
 use crate::{Error, Instance, NonFinite, Result, Store};
 
@@ -262,10 +262,7 @@ impl Instance for VulkanInstance {
 
     fn read(&self, output: &str, out: &mut [u8]) -> Result<()> {
         let graph = self.program.plan.graph();
-        let Some(value) = graph.output_named(output) else {
-            let there = graph.outputs().iter().map(|(n, _)| n.clone()).collect();
-            return Err(Error::NoSuch { what: "output", name: output.into(), there });
-        };
+        let value = output_named(graph, output)?;
         check_bytes("output", output, graph.ty(value), out.len())?;
         let device = &self.program.device;
         let mut queue = device.hold();
@@ -288,15 +285,8 @@ impl Instance for VulkanInstance {
             for &value in &node.results {
                 let mut bytes = vec![0; graph.ty(value).bytes()];
                 program.device.download(queue, self.region(value), &mut bytes)?;
-                if let Some((index, element)) = non_finite(graph.ty(value).dtype, &bytes) {
-                    found = Some(NonFinite {
-                        op: node.op.name(),
-                        scope: node.scope.to_string(),
-                        site: node.site.clone(),
-                        ty: graph.ty(value).clone(),
-                        index,
-                        value: element,
-                    });
+                if let Some(element) = non_finite(graph.ty(value).dtype, &bytes) {
+                    found = Some(NonFinite::of(graph, node, value, element));
                     return Ok(false);
                 }
             }

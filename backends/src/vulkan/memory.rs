@@ -1,17 +1,14 @@
 //! Memory of a device, memory of the host that a device copies from and to, and the store of parameters and state.
 
-use std::any::Any;
-use std::borrow::Cow;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 
 use ash::vk;
-use moebius_ir::TensorType;
 
 use super::device::{Device, lock};
 use super::error::{Result as Made, VulkanError, failed};
-use crate::stored::{Stored, check_bytes, check_part};
-use crate::{Result, Store};
+use crate::Result;
+use crate::device_store::{DeviceMemory, DeviceStore};
 
 /// Tensors of at least so many bytes have memory of their own; smaller ones share blocks of [`SHARED`].
 const OWN: usize = 8 << 20;
@@ -245,66 +242,20 @@ impl Drop for HostMemory {
 }
 
 /// Parameters and state on a device.
-pub(crate) struct VulkanStore {
-    device: Arc<Device>,
-    tensors: Stored<Memory>,
-}
+pub(crate) type VulkanStore = DeviceStore<Memory>;
 
-impl VulkanStore {
-    pub(crate) fn new(device: Arc<Device>) -> VulkanStore {
-        VulkanStore { device, tensors: Stored::new() }
+impl DeviceMemory for Memory {
+    type Device = Device;
+
+    fn zeroed(device: &Arc<Device>, bytes: usize, what: impl Fn() -> String) -> Result<Memory> {
+        Ok(Memory::zeroed(device, bytes, what)?)
     }
 
-    /// The tensors.
-    pub(crate) fn tensors(&self) -> &Stored<Memory> {
-        &self.tensors
+    fn upload(&self, device: &Arc<Device>, at: usize, bytes: &[u8]) -> Result<()> {
+        Ok(device.upload(&mut device.hold(), self.region().after(at), bytes)?)
     }
 
-    /// Whether its memory is that of this device.
-    pub(crate) fn is_on(&self, device: &Arc<Device>) -> bool {
-        Arc::ptr_eq(&self.device, device)
-    }
-}
-
-impl Store for VulkanStore {
-    fn insert(&mut self, name: &str, ty: &TensorType) -> Result<()> {
-        let memory = Memory::zeroed(&self.device, ty.bytes(), || format!("stored tensor {name:?} of type {ty}"))?;
-        self.tensors.insert(name, ty, memory);
-        Ok(())
-    }
-
-    fn remove(&mut self, name: &str) -> bool {
-        self.tensors.remove(name)
-    }
-
-    fn ty(&self, name: &str) -> Option<&TensorType> {
-        self.tensors.ty(name)
-    }
-
-    fn names(&self) -> Vec<&str> {
-        self.tensors.names()
-    }
-
-    fn write(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
-        let (ty, memory) = self.tensors.get(name)?;
-        check_bytes("stored tensor", name, ty, bytes.len())?;
-        Ok(self.device.upload(&mut self.device.hold(), memory.region(), bytes)?)
-    }
-
-    fn write_part(&mut self, name: &str, at: usize, bytes: &[u8]) -> Result<()> {
-        let (ty, memory) = self.tensors.get(name)?;
-        check_part(name, ty, at, bytes.len())?;
-        Ok(self.device.upload(&mut self.device.hold(), memory.region().after(at), bytes)?)
-    }
-
-    fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>> {
-        let (ty, memory) = self.tensors.get(name)?;
-        let mut bytes = vec![0; ty.bytes()];
-        self.device.download(&mut self.device.hold(), memory.region(), &mut bytes)?;
-        Ok(Cow::Owned(bytes))
-    }
-
-    fn as_any_mut(&mut self) -> &mut dyn Any {
-        self
+    fn download(&self, device: &Arc<Device>, bytes: &mut [u8]) -> Result<()> {
+        Ok(device.download(&mut device.hold(), self.region(), bytes)?)
     }
 }

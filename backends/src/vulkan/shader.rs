@@ -75,6 +75,7 @@ texts! {
     "kept_rows",
     "kept_tiles",
     "layer_norm",
+    "logits",
     "move_views",
     "norm_grad",
     "norm_of_parts",

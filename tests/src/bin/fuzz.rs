@@ -4,7 +4,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use moebius_tests::fuzz::{self, Meter};
@@ -12,17 +12,6 @@ use peak_alloc::PeakAlloc;
 
 #[global_allocator]
 static MEMORY: PeakAlloc = PeakAlloc;
-
-/// What is allocated when an input's turn begins.
-static BASE: AtomicUsize = AtomicUsize::new(0);
-
-const METER: Meter = Meter {
-    reset: || {
-        BASE.store(MEMORY.current_usage(), Relaxed);
-        MEMORY.reset_peak_usage();
-    },
-    peak: || MEMORY.peak_usage().saturating_sub(BASE.load(Relaxed)),
-};
 
 /// The input at work, for the watchdog.
 static INPUT: AtomicU64 = AtomicU64::new(0);
@@ -78,7 +67,7 @@ fn main() -> ExitCode {
                 eprintln!("{} --seed {seed} --from {index}", target.name);
             }
         };
-        match fuzz::run((place, target), seed, from..from.saturating_add(count), until, METER, &watch) {
+        match fuzz::run((place, target), seed, from..from.saturating_add(count), until, Meter::PEAK, &watch) {
             Ok(r) => println!(
                 "{:<12} {:>8} inputs, {:>5.1} % read, {:>7.0} a second, most memory {} KiB, slowest {:?}",
                 target.name,

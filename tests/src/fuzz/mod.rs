@@ -13,7 +13,10 @@ mod mutate;
 mod routes;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
+
+use peak_alloc::PeakAlloc;
 
 pub use mutate::Words;
 
@@ -64,6 +67,20 @@ pub struct Meter {
     pub reset: fn(),
     /// Bytes allocated at once, at most, since the last reset, beyond those that were allocated then.
     pub peak: fn() -> usize,
+}
+
+/// What is allocated when an input's turn begins.
+static BASE: AtomicUsize = AtomicUsize::new(0);
+
+impl Meter {
+    /// Of a program whose global allocator is [`PeakAlloc`], which counts for the whole program.
+    pub const PEAK: Meter = Meter {
+        reset: || {
+            BASE.store(PeakAlloc.current_usage(), Relaxed);
+            PeakAlloc.reset_peak_usage();
+        },
+        peak: || PeakAlloc.peak_usage().saturating_sub(BASE.load(Relaxed)),
+    };
 }
 
 /// A parser of ours may hold this many times the input's size,

@@ -50,13 +50,7 @@ pub(super) fn lower_global_norm(graph: &Graph, node: &Node) -> Lowered {
     let mut actions = Vec::with_capacity(4);
     for (dtype, tasks) in by_type {
         let source = source(dtype, None)?;
-        actions.push(Action::Tasks(Tasks {
-            source,
-            name: "sum_of_squares",
-            threads: THREADS as u32,
-            tasks,
-            args: vec![],
-        }));
+        actions.push(Action::Tasks(Tasks { source, name: "sum_of_squares", threads: THREADS as u32, tasks }));
     }
     let source = source(dtype(graph, node, 0), None)?;
     let (mut last, mut left) = (all, parts);
@@ -89,5 +83,5 @@ pub(super) fn lower_adamw(graph: &Graph, node: &Node, op: &Adamw) -> Lowered {
     // The fields of the kernels' `Step`.
     let args = [&tensors[..], &scalars, &[copy, scales, Arg::size(n)], &rule, &[Arg::U32(op.stream)]].concat();
     let tasks = vec![Task { blocks: n.div_ceil(STEP_ELEMENTS), args }];
-    Ok(Launch::of(vec![Action::Tasks(Tasks { source, name, threads: THREADS as u32, tasks, args: vec![] })]))
+    Ok(Launch::of(vec![Action::Tasks(Tasks { source, name, threads: THREADS as u32, tasks })]))
 }

@@ -87,7 +87,7 @@ pub(super) fn lower_linear_cross_entropy(graph: &Graph, node: &Node, limits: Lim
     let found = [("largest", largest), ("total", total), ("of_label", scratch.take(4 * s.n))];
     let of_rows = floats(s.rows("cross_entropy_rows"), &found);
     let actions = vec![
-        floats(s.tiled("cross_entropy_tiles"), &found).grid(s.grid(s.classes))?,
+        floats(s.tiled("cross_entropy_tiles").with("logits"), &found).grid(s.grid(s.classes))?,
         floats(of_rows, &[("loss", At::Result(0)), ("lse", At::Result(1))]).line(s.n)?,
     ];
     Ok(s.rejected(Launch::of(actions).with_scratch(&scratch)))
@@ -203,6 +203,7 @@ pub(super) fn lower_linear_distillation_cached(
     let soft = temperature != 1.0;
     let of_tiles = s
         .tiled("kept_tiles")
+        .with("logits")
         .with("tile_sums")
         .flag("SOFT", soft)
         .number("kept", kept)

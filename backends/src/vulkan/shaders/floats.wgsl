@@ -72,14 +72,8 @@ fn e_to(x0: f32) -> f32 {
     return select(y * two_to(low) * two_to(n - low), x0, is_nan(x0));
 }
 
-// The natural logarithm of a positive number in two parts: x = m 2^e, then a polynomial in m - 1 (Cephes' logf).
-fn ln_parts(x: f32) -> vec2<f32> {
-    let tiny = x < 1.17549435e-38f;
-    let bits = bitcast<i32>(select(x, x * 8388608.0f, tiny));
-    let e = (bits - 0x3f3504f3) >> 23u;
-    let m = bitcast<f32>(bits - (e << 23u)) - 1.0f;
-    let fe = f32(e) - select(0.0f, 23.0f, tiny);
-    let z = m * m;
+// Of ln(1 + m), that of Cephes' logf.
+fn ln_polynomial(m: f32) -> f32 {
     var q = 7.0376836e-2f;
     q = q * m - 1.151461e-1f;
     q = q * m + 1.1676999e-1f;
@@ -89,7 +83,18 @@ fn ln_parts(x: f32) -> vec2<f32> {
     q = q * m + 2.0000715e-1f;
     q = q * m - 2.4999994e-1f;
     q = q * m + 3.3333331e-1f;
-    let y = q * m * z + fe * -2.1219444e-4f - 0.5f * z;
+    return q;
+}
+
+// The natural logarithm of a positive number in two parts: x = (1 + m) 2^e, then a polynomial in m.
+fn ln_parts(x: f32) -> vec2<f32> {
+    let tiny = x < 1.17549435e-38f;
+    let bits = bitcast<i32>(select(x, x * 8388608.0f, tiny));
+    let e = (bits - 0x3f3504f3) >> 23u;
+    let m = bitcast<f32>(bits - (e << 23u)) - 1.0f;
+    let fe = f32(e) - select(0.0f, 23.0f, tiny);
+    let z = m * m;
+    let y = ln_polynomial(m) * m * z + fe * -2.1219444e-4f - 0.5f * z;
     let s = m + y;
     let large = fe * 0.6933594f;
     let sum = s + large;

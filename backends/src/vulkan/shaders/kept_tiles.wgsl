@@ -2,15 +2,6 @@
 // each tile of the student's logits: the largest and the sum [n, tiles] of all classes (if SOFT), then of those that are not
 // kept, at T. And the logits of the kept tokens at T, and of each label.
 
-fn left(row: u32, k: u32) -> f32 {
-    if (row < p.n && k < p.d) { return get_x(row * p.d + k); }
-    return 0.0f;
-}
-fn right(k: u32, column: u32) -> f32 {
-    if (k < p.d && column < p.classes) { return get_w(column * p.d + k); }
-    return 0.0f;
-}
-
 fn kernel(group: vec3<u32>, thread: u32) {
     let row0 = group.y * TILE;
     let class0 = group.x * TILE;

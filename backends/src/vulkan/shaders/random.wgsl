@@ -12,16 +12,7 @@ fn ln_of(x: f32) -> f32 {
     let m = bitcast<f32>(bits - (bitcast<u32>(e) << 23u)) - 1.0f;
     let fe = f32(e);
     let z = m * m;
-    var q = 7.0376836e-2f;
-    q = q * m - 1.151461e-1f;
-    q = q * m + 1.1676999e-1f;
-    q = q * m - 1.2420141e-1f;
-    q = q * m + 1.4249323e-1f;
-    q = q * m - 1.6668058e-1f;
-    q = q * m + 2.0000715e-1f;
-    q = q * m - 2.4999994e-1f;
-    q = q * m + 3.3333331e-1f;
-    let y = q * m * z + fe * -2.1219444e-4f - 0.5f * z;
+    let y = ln_polynomial(m) * m * z + fe * -2.1219444e-4f - 0.5f * z;
     return (m + y) + fe * 0.6933594f;
 }
 
