@@ -1,8 +1,8 @@
 //! Distillation by what is kept of a teacher against distillation by the whole one: how far apart they may be, on every device.
 
 use moebius_ir::{DType, Role, Tensor, TensorType, Value, gradients};
-use moebius_tests::Sketch;
 use moebius_tests::device::{Device, Live, devices};
+use moebius_tests::{Sketch, cases_of};
 use proptest::prelude::*;
 
 /// A student and a teacher given by their logits, N rows of V.
@@ -111,7 +111,7 @@ fn half(log_p: f64) -> f64 {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 60, ..ProptestConfig::default() })]
+    #![proptest_config(cases_of(concat!(env!("CARGO_MANIFEST_DIR"), "/proptest-regressions/distillation.txt")))]
 
     /// The gradient differs by the tail alone: at most T times twice its probability, and the roundings of what is kept. The term
     /// itself is at most the whole one, as joining tokens cannot tell two distributions further apart.
