@@ -27,7 +27,7 @@ pub enum Plot {
     Scatter(Measure),
 }
 
-const WIDTH: f64 = 820.0;
+const WIDTH: f64 = 880.0;
 const HEIGHT: f64 = 400.0;
 const LEFT: f64 = 66.0;
 const RIGHT: f64 = 620.0;
@@ -375,6 +375,15 @@ mod tests {
         assert_eq!(curve.iter().map(|point| point.0).collect::<Vec<_>>(), [8, 12, 16, 20, 24, 28, 32]);
         let (_, low, mean, high) = curve[6];
         assert!((low - 2.0).abs() < 1e-9 && (mean - 2.005).abs() < 1e-9 && (high - 2.01).abs() < 1e-9);
+    }
+
+    #[test]
+    fn the_longest_name_with_its_numbers_fits() {
+        let studies = crate::study::NAMES.iter().map(|name| study(name, super::super::Scale::Smoke).unwrap());
+        let longest = studies.flat_map(|s| s.arms).map(|arm| arm.name.len()).max().unwrap();
+        // A character of this type is less than 8 wide; the numbers are at most as these.
+        let text = longest + " 2.480, 0.06256".len();
+        assert!(RIGHT + 27.0 + 8.0 * text as f64 <= WIDTH, "{text} characters");
     }
 
     #[test]
