@@ -14,6 +14,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
+#define __noinline__
 // One block runs at a time.
 #define __shared__ static
 
@@ -152,20 +153,27 @@ inline void emulated_ldmatrix(unsigned& a, unsigned& b, unsigned& c, unsigned& d
     }
 }
 
-/// Copies that a thread has started: they happen when it waits for them, so that reading too early shows.
+/// Copies that a thread has started, in groups, of which the last is not ended: they happen when it waits for them, so that reading
+/// too early shows.
 struct Copy { void* to; const void* from; bool real; };
-inline std::vector<Copy>& emulated_copies() {
-    static std::vector<Copy> all[1024];
-    return all[threadIdx.x];
+inline std::vector<std::vector<Copy>>& emulated_copies() {
+    static std::vector<std::vector<Copy>> all[1024];
+    auto& groups = all[threadIdx.x];
+    if (groups.empty()) groups.emplace_back();
+    return groups;
 }
-inline void emulated_copy_async(void* to, const void* from, bool real) { emulated_copies().push_back({to, from, real}); }
-inline void emulated_copies_end() {}
-inline void emulated_copies_wait() {
-    for (const Copy& copy : emulated_copies()) {
-        if (copy.real) memcpy(copy.to, copy.from, 16);
-        else memset(copy.to, 0, 16);
-    }
-    emulated_copies().clear();
+inline void emulated_copy_async(void* to, const void* from, bool real) { emulated_copies().back().push_back({to, from, real}); }
+inline void emulated_copies_end() { emulated_copies().emplace_back(); }
+/// Waits for all but the last so many groups that were ended; for all of them also for what is in none.
+inline void emulated_copies_wait(int but) {
+    auto& groups = emulated_copies();
+    size_t ended = groups.size() - 1, done = but == 0 ? groups.size() : ended > (size_t)but ? ended - but : 0;
+    for (size_t g = 0; g < done; g++)
+        for (const Copy& copy : groups[g]) {
+            if (copy.real) memcpy(copy.to, copy.from, 16);
+            else memset(copy.to, 0, 16);
+        }
+    groups.erase(groups.begin(), groups.begin() + done);
 }
 
 template <typename... A, size_t... I> void emulated_call(void (*kernel)(A...), void** p, std::index_sequence<I...>) {

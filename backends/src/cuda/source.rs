@@ -26,6 +26,7 @@ macro_rules! header {
 header!(COMMON, "common.cuh");
 header!(HALVES, "halves.cuh");
 header!(MMA, "mma.cuh");
+header!(PARTS, "parts.cuh");
 header!(CLUSTER, "cluster.cuh");
 header!(HOPPER, "hopper.cuh");
 header!(GEMM, "gemm.cuh");

@@ -147,6 +147,16 @@ pub enum ConfigError {
         /// What the operating system said.
         source: io::Error,
     },
+    /// A text longer than any configuration is: to parse one takes many times its length.
+    #[error("{origin}: wanted a configuration of at most {most} bytes, found {found}")]
+    TooLong {
+        /// Where the text came from.
+        origin: String,
+        /// Bytes a configuration may have.
+        most: usize,
+        /// Bytes it has.
+        found: u64,
+    },
     /// Not TOML, or a value of the wrong kind, with its line.
     #[error("{origin}: {source}")]
     Toml {

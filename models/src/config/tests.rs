@@ -504,8 +504,18 @@ fn files_are_read_strictly() {
 
 #[test]
 fn a_very_long_key_is_refused_without_being_compared() {
-    let key = "x".repeat(1 << 20);
+    let key = "x".repeat(60 << 10);
     let refused = Config::from_toml(&format!("{key} = 1"), "long").unwrap_err();
     let ConfigError::UnknownKeys { keys, .. } = refused else { panic!("{refused}") };
     assert!(keys[0].nearest.is_empty());
+}
+
+#[test]
+fn a_text_longer_than_a_configuration_is_refused() {
+    let text = format!("# {}", "x".repeat(64 << 10));
+    let refused = Config::from_toml(&text, "long").unwrap_err().to_string();
+    assert_eq!(refused, "long: wanted a configuration of at most 65536 bytes, found 65538");
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), &text).unwrap();
+    assert!(matches!(Config::from_file(file.path()), Err(ConfigError::TooLong { found: 65538, .. })));
 }

@@ -25,7 +25,9 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
 /// Ends a group of this thread's copies.
 __device__ __forceinline__ void copies_end() { emulated_copies_end(); }
 /// Waits until all of this thread's groups are there; the others' are after a barrier.
-__device__ __forceinline__ void copies_wait() { emulated_copies_wait(); }
+__device__ __forceinline__ void copies_wait() { emulated_copies_wait(0); }
+/// The same, but for the last so many groups.
+template <int GROUPS> __device__ __forceinline__ void copies_wait_but() { emulated_copies_wait(GROUPS); }
 #else
 __device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2], bf16) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -50,4 +52,7 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
 }
 __device__ __forceinline__ void copies_end() { asm volatile("cp.async.commit_group;"); }
 __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+template <int GROUPS> __device__ __forceinline__ void copies_wait_but() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
 #endif

@@ -1,8 +1,5 @@
-// Matrix products with a result of f32 on the tensor cores: each factor is f32, or has 16 bits.
-//
-// An f32 number is the exact sum of three bf16 numbers, each with 8 of its 24 digits. A product of two such sums is made of the
-// six products of parts whose digits reach into f32; what is left out is below 2^-24 of the product. Sums are made of parts
-// of DEPTH along k, as the tensor cores round what they add up towards 0.
+// Matrix products with a result of f32 on the tensor cores, by the parts of numbers (parts.cuh): each factor is f32, or has 16 bits.
+// Sums are made of parts of DEPTH along k, as the tensor cores round what they add up towards 0.
 //
 // TA, TB: the factors' types; A_PARTS, B_PARTS: the parts of a number, 3 of f32, 2 of f16 and 1 of bf16. A_ALONG_K and B_ALONG_K:
 // whether elements lie together in memory along k, or along the other axis.
@@ -25,13 +22,6 @@ struct Sizes {
     /// Elements of k of one block; with several blocks for a tile their sums are `partial`.
     int chunk;
 };
-
-/// The first part of a number, and what is left of it: the digits are cut off, so that the first is never beyond the largest.
-__device__ __forceinline__ u16 first_part(float& x) {
-    u32 bits = __float_as_uint(x) & 0xffff0000u;
-    x -= __uint_as_float(bits);
-    return (u16)(bits >> 16);
-}
 
 /// Segments of a matrix on their way from global to shared memory.
 template <typename Element> struct Carried { Vector<Element, 8> segment[SEGMENTS]; };
@@ -163,19 +153,8 @@ KERNEL split(const TA* a, const TB* b, const float* bias, float* partial, float*
 #pragma unroll
                 for (int q = 0; q < 4; q++) sum[i][j][q] += part[i][j][q];
     }
-    // An infinity has no parts: what is left of it is a NaN, or meets a part that is 0. Where the sum is a NaN, it is computed anew
-    // in plain arithmetic.
-    auto plain = [&](int row, int column) {
-        float v = 0.0f;
-        for (int k = first; k < end; k++) {
-            TA x = a[A_ALONG_K ? row * s.a_line + k : k * s.a_line + row];
-            TB y = b[B_ALONG_K ? column * s.b_line + k : k * s.b_line + column];
-            v = fmaf(to_float(x), to_float(y), v);
-        }
-        return v;
-    };
     float* to = partial ? partial + chunk * s.total : c;
-    bool pairs = s.n % 2 == 0 && s.total % 2 == 0;
+    bool wrong = false, pairs = s.n % 2 == 0 && s.total % 2 == 0;
 #pragma unroll
     for (int i = 0; i < 2; i++)
 #pragma unroll
@@ -189,8 +168,8 @@ KERNEL split(const TA* a, const TB* b, const float* bias, float* partial, float*
                 for (int q = 0; q < 2; q++) {
                     v.at[q] = sum[i][j][2 * half + q];
                     if (column + q >= s.n) continue;
-                    if (v.at[q] != v.at[q]) v.at[q] = plain(row, column + q);
                     if (bias && chunk == 0) v.at[q] += bias[column + q];
+                    wrong |= v.at[q] != v.at[q];
                 }
                 float* at = to + batch * s.c_batch + (i64)row * s.n + column;
                 if (pairs) store_vector<2>(at, v);
@@ -199,6 +178,22 @@ KERNEL split(const TA* a, const TB* b, const float* bias, float* partial, float*
                     if (column + 1 < s.n) at[1] = v.at[1];
                 }
             }
+    if (!wrong) return;
+    // An infinity has no parts: what is left of it is a NaN, or meets a part that is 0. What was stored as NaN is computed anew in plain
+    // arithmetic.
+    for (int at = 0; at < 32; at++) {
+        int row = m0 + row0 + at / 16 * 16 + group + at % 4 / 2 * 8, column = n0 + column0 + at / 4 % 4 * 8 + 2 * pair + at % 2;
+        if (row >= s.m || column >= s.n) continue;
+        float& stored = to[batch * s.c_batch + (i64)row * s.n + column];
+        if (stored == stored) continue;
+        float v = 0.0f;
+        for (int k = first; k < end; k++) {
+            TA x = a[A_ALONG_K ? row * s.a_line + k : k * s.a_line + row];
+            TB y = b[B_ALONG_K ? column * s.b_line + k : k * s.b_line + column];
+            v = fmaf(to_float(x), to_float(y), v);
+        }
+        stored = bias && chunk == 0 ? v + bias[column] : v;
+    }
 }
 
 /// The sums of the chunks together, in order.

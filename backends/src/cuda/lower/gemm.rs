@@ -5,8 +5,7 @@ use moebius_ir::{DType, Graph, Node, Shape};
 
 use super::few_rows::{self, Few, Operands};
 use super::hopper::{self, End, Segments};
-use super::split;
-use super::{Lowered, dtype, float, int, shapes};
+use super::{Lowered, dtype, float, int, narrow, shapes, short, split};
 use crate::cuda::chip::Chip;
 use crate::cuda::launch::{Action, Arg, Launch, kernel};
 use crate::cuda::source::{GEMM, HALVES, MMA, Source};
@@ -152,6 +151,13 @@ pub(super) fn lower_matmul(graph: &Graph, node: &Node, op: &Matmul, chip: Chip) 
     let dtypes = [0, 1].map(|i| dtype(graph, node, i));
     if let Some(side) = few(batch, m, n, k) {
         return few_rows::launch(chip, dtypes, &product, side, batch, None, operands);
+    }
+    if batch == 1 {
+        for lowered in [narrow::launch, short::launch] {
+            if let Some(launch) = lowered(dtypes, &product, &operands)? {
+                return Ok(launch);
+            }
+        }
     }
     if dtypes.contains(&DType::F32) {
         return split::launch(dtypes, &product, batch, &operands);

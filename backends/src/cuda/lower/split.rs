@@ -6,7 +6,7 @@ use super::few_rows::{Operands, chunks, finish};
 use super::gemm::{Product, Strides};
 use super::{float, int};
 use crate::cuda::launch::{Arg, Launch, Scratch, kernel};
-use crate::cuda::source::{HALVES, MMA, Source, VECTORS};
+use crate::cuda::source::{HALVES, MMA, PARTS, Source, VECTORS};
 
 const TEXT: &str = include_str!("../kernels/split.cu");
 const THREADS: usize = 128;
@@ -50,7 +50,7 @@ pub(super) fn launch(
     for n in [p.m, p.n, p.k, batch, chunks.length] {
         bytes.extend(int(n, "an extent of a product")?.to_le_bytes());
     }
-    let source = Source::new("split.cu", &[VECTORS, HALVES, MMA], TEXT)
+    let source = Source::new("split.cu", &[VECTORS, HALVES, MMA, PARTS], TEXT)
         .define("TA", a)
         .define("TB", b)
         .define("A_PARTS", a_parts)

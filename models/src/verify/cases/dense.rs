@@ -8,7 +8,7 @@ use crate::verify::tolerance::Class;
 
 fn matmul() -> Vec<Case> {
     let mut cases = Vec::new();
-    let sizes: [(&[usize], usize, usize, usize, bool); 17] = [
+    let sizes: [(&[usize], usize, usize, usize, bool); 19] = [
         (&[], 1, 1, 1, true),
         (&[], 5, 3, 7, true),
         (&[], 33, 65, 17, true),
@@ -25,6 +25,9 @@ fn matmul() -> Vec<Case> {
         (&[], 12, 40, 264, true),
         // Few columns.
         (&[], 70, 2, 264, true),
+        // Many rows over a short k.
+        (&[], 136, 72, 24, true),
+        (&[], 130, 68, 40, true),
         (&[2], 20, 11, 257, false),
         (&[3], 9, 20, 11, true),
         (&[3], 9, 20, 11, false),
@@ -55,13 +58,17 @@ fn matmul() -> Vec<Case> {
 /// One factor of 16 bits, the other and the result f32; the second of two cases has them the other way round.
 fn mixed() -> Vec<Case> {
     let mut cases = Vec::new();
-    let sizes: [(&[usize], usize, usize, usize); 6] = [
+    let sizes: [(&[usize], usize, usize, usize); 9] = [
         (&[], 1, 40, 264),
         (&[], 70, 2, 264),
         (&[], 33, 65, 17),
         (&[], 72, 136, 520),
         (&[], 64, 88, 520),
         (&[2], 20, 70, 33),
+        // Long and narrow either way, as a router's products are.
+        (&[], 200, 24, 168),
+        (&[], 40, 136, 1096),
+        (&[], 136, 72, 48),
     ];
     for (outer, m, n, k) in sizes {
         for (ta, tb) in [(false, false), (false, true), (true, false), (true, true)] {
@@ -85,21 +92,27 @@ fn mixed() -> Vec<Case> {
 
 /// Infinities, of which products of parts of numbers would make NaN.
 fn infinities() -> Vec<Case> {
-    vec![case("matmul", "infinities".to_owned(), Class::Sum, WIDE_AND_NARROW, move |s| {
-        let (m, n, k) = (70, 66, 40);
-        let at = |i: usize| match i % 97 {
-            3 => f64::INFINITY,
-            50 => f64::NEG_INFINITY,
-            _ => 1.0 + (i % 7) as f64 / 4.0,
-        };
-        // A row has one of them at most, and nothing is 0, so that no sum is NaN in the reference.
-        let rows = (0..m * k).map(|i| if i % k == 5 { at(i / k) } else { at(0) + (i % 5) as f64 }).collect();
-        let dtype = s.dtype;
-        let x = s.input(Role::Feed, TensorType::new(dtype, [m, k]), rows, false)?;
-        let w = s.float([k, n], |x| x.abs() + 0.25)?;
-        let y = s.graph.matmul(x, w)?;
-        s.aux(y)
-    })]
+    let both = |name: &str, dtypes, wide: bool, [m, n, k]: [usize; 3]| {
+        case("matmul", name.to_owned(), Class::Sum, dtypes, move |s| {
+            let at = |i: usize| match i % 97 {
+                3 => f64::INFINITY,
+                50 => f64::NEG_INFINITY,
+                _ => 1.0 + (i % 7) as f64 / 4.0,
+            };
+            // A row has one of them at most, and nothing is 0, so that no sum is NaN in the reference.
+            let rows = (0..m * k).map(|i| if i % k == 5 { at(i / k) } else { at(0) + (i % 5) as f64 }).collect();
+            let dtype = s.dtype;
+            let x = s.input(Role::Feed, TensorType::new(dtype, [m, k]), rows, false)?;
+            let w = s.float_as(if wide { DType::F32 } else { dtype }, [k, n], |x| x.abs() + 0.25)?;
+            let y = s.graph.matmul(x, w)?;
+            s.aux(y)
+        })
+    };
+    vec![
+        both("infinities", WIDE_AND_NARROW, false, [70, 66, 40]),
+        both("infinities over a short k", WIDE_AND_NARROW, false, [136, 68, 40]),
+        both("infinities, factor 1 f32", &[DType::Bf16, DType::F16], true, [72, 40, 48]),
+    ]
 }
 
 /// Large enough for the tiles that a GPU uses only where there are many of them.

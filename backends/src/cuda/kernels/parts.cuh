@@ -1,0 +1,9 @@
+// An f32 number is the exact sum of three bf16 numbers, each with 8 of its 24 digits. A product of two such sums is made of the
+// six products of parts whose digits reach into f32; what is left out is below 2^-24 of the product.
+
+/// The first part of a number, and what is left of it: the digits are cut off, so that the first is never beyond the largest.
+__device__ __forceinline__ u16 first_part(float& x) {
+    u32 bits = __float_as_uint(x) & 0xffff0000u;
+    x -= __uint_as_float(bits);
+    return (u16)(bits >> 16);
+}
