@@ -7,6 +7,8 @@
 #define OWN 128
 #define COMPUTING 256
 #define THREADS (COMPUTING + 32)
+/// Of the gradients: registers are handed over by whole warpgroups.
+#define GRAD_THREADS (COMPUTING + 128)
 
 struct Stage { u16 x[OTHERS * HEAD], y[OTHERS * HEAD]; };
 
@@ -182,8 +184,8 @@ attention_hopper(const __grid_constant__ TensorMap qkv_map, T* out, float* lse, 
             products_wait<0>();
         }
         // What every lane read of the stage comes before the arrival of one.
-            __syncwarp();
-            if (lane == 0) arrive(&room.empty[turn.stage]);
+        __syncwarp();
+        if (lane == 0) arrive(&room.empty[turn.stage]);
         turn.next();
     }
     float low = quad_sum(sum[0]), high = quad_sum(sum[1]);
@@ -208,6 +210,8 @@ __device__ __forceinline__ void grads(const TensorMap& qkv_map, const TensorMap&
     // A lane that read of a stage by itself gives it back by itself; what only products read, a warp does.
     begin(room, OF_KEYS ? COMPUTING : COMPUTING / 32);
     if (threadIdx.x >= COMPUTING) {
+        fewer_registers<24>();
+        if (threadIdx.x >= COMPUTING + 32) return;
         if (threadIdx.x == COMPUTING)
             load_own(room, qkv_map, OF_KEYS ? &qkv_map : &dout_map, OF_KEYS ? key : head * HEAD,
                      OF_KEYS ? value : head * HEAD, from, b);
@@ -223,6 +227,7 @@ __device__ __forceinline__ void grads(const TensorMap& qkv_map, const TensorMap&
                     });
         return;
     }
+    more_registers<240>();
     int lane = threadIdx.x % 32, first = from + threadIdx.x / 128 * 64, row = first + threadIdx.x % 128 / 32 * 16 + lane / 4;
     float factor = s.scale * LOG2_E, exponent[2] = {}, drop[2] = {};
     if (!OF_KEYS) {
@@ -242,32 +247,47 @@ __device__ __forceinline__ void grads(const TensorMap& qkv_map, const TensorMap&
             barrier_wait(&room.full[turn.stage], turn.parity);
             Stage& stage = room.stages[turn.stage];
             if (!(s.causal && (OF_KEYS ? at + OTHERS - 1 < first : at > first + 63))) {
-                float weight[32], slope[32];
-                u64 x = described(stage.x), y = described(stage.y);
-                products_begin();
-                rows_by_rows(weight, own_x, x);
-                rows_by_rows(slope, own_y, y);
-                products_end();
-                products_wait<0>();
                 bool edge = at + OTHERS > s.tokens || first + 64 > s.tokens ||
                             (s.causal && (OF_KEYS ? first + 63 > at : at + OTHERS - 1 > first));
+                auto other = [&](int i) { return i / 4 * 8 + 2 * (lane % 4) + i % 2; };
+                auto seen = [&](int i) {
+                    int mine = row + i % 4 / 2 * 8, k = OF_KEYS ? mine : at + other(i), q = OF_KEYS ? at + other(i) : mine;
+                    return (k < s.tokens) & (q < s.tokens) & (!s.causal | (k <= q));
+                };
+                float weight[32], slope[32];
+                u32 p[16], ds[16];
+                u64 x = described(stage.x), y = described(stage.y);
+                // Each product runs while what the one before gave is worked on.
+                products_begin();
+                rows_by_rows(weight, own_x, x);
+                products_end();
+                rows_by_rows(slope, own_y, y);
+                products_end();
+                products_wait<1>();
 #pragma unroll
                 for (int i = 0; i < 32; i++) {
-                    int other = i / 4 * 8 + 2 * (lane % 4) + i % 2, half = i % 4 / 2;
-                    float w = exp2_fast(fmaf(factor, weight[i], -(OF_KEYS ? room.exponents[turn.stage][other] : exponent[half])));
-                    float d = w * (slope[i] - (OF_KEYS ? room.drops[turn.stage][other] : drop[half]));
-                    if (edge) {
-                        int mine = row + 8 * half, k = OF_KEYS ? mine : at + other, q = OF_KEYS ? at + other : mine;
-                        if (k >= s.tokens || q >= s.tokens || (s.causal && k > q)) w = d = 0.0f;
-                    }
-                    weight[i] = w, slope[i] = d;
+                    float exponent_of = OF_KEYS ? room.exponents[turn.stage][other(i)] : exponent[i % 4 / 2];
+                    weight[i] = exp2_fast(fmaf(factor, weight[i], -exponent_of));
+                    if (edge) weight[i] = seen(i) ? weight[i] : 0.0f;
                 }
-                u32 p[16], ds[16];
+                if (OF_KEYS) {
+                    held(p, weight);
+                    products_begin();
+                    weights_by_rows(of_y, p, y, 1);
+                    products_end();
+                    products_wait<1>();
+                } else {
+                    products_wait<0>();
+                }
+#pragma unroll
+                for (int i = 0; i < 32; i++) {
+                    slope[i] = weight[i] * (slope[i] - (OF_KEYS ? room.drops[turn.stage][other(i)] : drop[i % 4 / 2]));
+                    // What nobody sees may be infinite.
+                    if (edge) slope[i] = seen(i) ? slope[i] : 0.0f;
+                }
                 held(ds, slope);
-                if (OF_KEYS) held(p, weight);
                 products_begin();
                 weights_by_rows(of_x, ds, x, 1);
-                if (OF_KEYS) weights_by_rows(of_y, p, y, 1);
                 products_end();
                 products_wait<0>();
             }
@@ -280,7 +300,7 @@ __device__ __forceinline__ void grads(const TensorMap& qkv_map, const TensorMap&
 }
 
 /// The gradient of the queries. Grid: blocks of queries, heads, batch.
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(GRAD_THREADS, 1)
 attention_grad_query_hopper(const __grid_constant__ TensorMap qkv_map, const __grid_constant__ TensorMap dout_map,
                             const float* lse, const float* delta, T* dqkv, Heads s) {
     begin();
@@ -290,7 +310,7 @@ attention_grad_query_hopper(const __grid_constant__ TensorMap qkv_map, const __g
 }
 
 /// The gradients of keys and values, summed over the query heads that share them. Grid: blocks of keys, kv heads, batch.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(GRAD_THREADS, 1)
 attention_grad_key_hopper(const __grid_constant__ TensorMap qkv_map, const __grid_constant__ TensorMap dout_map,
                           const float* lse, const float* delta, T* dqkv, Heads s) {
     begin();
