@@ -15,6 +15,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __noinline__
+#define __launch_bounds__(...)
 // One block runs at a time.
 #define __shared__ static
 

@@ -1,7 +1,7 @@
 // What the kernels of AdamW share: the scalars of a step, and the step of one element.
 
 /// Elements of one block of AdamW.
-#define STEP_ELEMENTS 16384
+#define STEP_ELEMENTS 32768
 
 /// A parameter of n elements with its gradient, its moments of type Moment, and where its rounded copy is, or null. Every tensor
 /// begins at a multiple of 16 bytes.
@@ -26,19 +26,24 @@ template <typename Moment> struct Step {
 /// What a step takes from its scalars.
 struct Rule { float scale, beta1, beta2, eps, keep, rate, root; };
 
-/// What one thread of a block computes for all.
+/// What two threads of a block compute for all.
 struct Rates { float keep, rate, root; int skip; };
 
 /// Completes the rule; all threads of a block call it, `rates` is shared memory. False for a step that changes nothing: where lr or the
 /// scale is not finite or the step is below 1.
 template <typename Moment> __device__ __forceinline__ bool begin_step(Rule& rule, Rates& rates, const Step<Moment>& s) {
     rule = {*s.grad_scale, s.beta1, s.beta2, s.eps};
-    if (threadIdx.x == 0) {
+    // Powers in f64 take long: each by another warp.
+    if (threadIdx.x % 32 == 0 && threadIdx.x < 64) {
         float l = *s.lr, t = *s.step;
-        rates.skip = !(fabsf(l) < INF_F) || !(fabsf(rule.scale) < INF_F) || !(t >= 1.0f);
-        rates.keep = (float)(1.0 - (double)l * (double)s.weight_decay);
-        rates.rate = (float)((double)l / (1.0 - pow((double)rule.beta1, (double)t)));
-        rates.root = (float)(1.0 / sqrt(1.0 - pow((double)rule.beta2, (double)t)));
+        double left = 1.0 - pow((double)(threadIdx.x == 0 ? rule.beta1 : rule.beta2), (double)t);
+        if (threadIdx.x == 0) {
+            rates.skip = !(fabsf(l) < INF_F) || !(fabsf(rule.scale) < INF_F) || !(t >= 1.0f);
+            rates.keep = (float)(1.0 - (double)l * (double)s.weight_decay);
+            rates.rate = (float)((double)l / left);
+        } else {
+            rates.root = (float)(1.0 / sqrt(left));
+        }
     }
     __syncthreads();
     rule.keep = rates.keep, rule.rate = rates.rate, rule.root = rates.root;

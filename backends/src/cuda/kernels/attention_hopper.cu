@@ -7,6 +7,8 @@
 #define OWN 128
 #define COMPUTING 256
 #define THREADS (COMPUTING + 32)
+/// Of the gradients: registers are handed over by whole warpgroups.
+#define GRAD_THREADS (COMPUTING + 128)
 
 struct Stage { u16 x[OTHERS * HEAD], y[OTHERS * HEAD]; };
 
@@ -182,8 +184,8 @@ attention_hopper(const __grid_constant__ TensorMap qkv_map, T* out, float* lse, 
             products_wait<0>();
         }
         // What every lane read of the stage comes before the arrival of one.
-            __syncwarp();
-            if (lane == 0) arrive(&room.empty[turn.stage]);
+        __syncwarp();
+        if (lane == 0) arrive(&room.empty[turn.stage]);
         turn.next();
     }
     float low = quad_sum(sum[0]), high = quad_sum(sum[1]);
@@ -205,9 +207,10 @@ __device__ __forceinline__ void grads(const TensorMap& qkv_map, const TensorMap&
     // Queries before a block see none of its keys, nor do those of a block see keys behind it.
     Walk walk = {OF_KEYS && s.causal ? from : 0, !OF_KEYS && s.causal ? min(from + OWN, s.tokens) : s.tokens,
                  OF_KEYS ? head * sharing : head, OF_KEYS ? head * sharing + sharing - 1 : head};
-    // A lane that read of a stage by itself gives it back by itself; what only products read, a warp does.
     begin(room, OF_KEYS ? COMPUTING : COMPUTING / 32);
     if (threadIdx.x >= COMPUTING) {
+        fewer_registers<24>();
+        if (threadIdx.x >= COMPUTING + 32) return;
         if (threadIdx.x == COMPUTING)
             load_own(room, qkv_map, OF_KEYS ? &qkv_map : &dout_map, OF_KEYS ? key : head * HEAD,
                      OF_KEYS ? value : head * HEAD, from, b);
@@ -223,6 +226,7 @@ __device__ __forceinline__ void grads(const TensorMap& qkv_map, const TensorMap&
                     });
         return;
     }
+    more_registers<240>();
     int lane = threadIdx.x % 32, first = from + threadIdx.x / 128 * 64, row = first + threadIdx.x % 128 / 32 * 16 + lane / 4;
     float factor = s.scale * LOG2_E, exponent[2] = {}, drop[2] = {};
     if (!OF_KEYS) {
@@ -232,55 +236,83 @@ __device__ __forceinline__ void grads(const TensorMap& qkv_map, const TensorMap&
             if (query < s.tokens) exponent[half] = LOG2_E * lse[s.row(b, head) + query], drop[half] = delta[s.row(b, head) + query];
         }
     }
-    float of_x[32] = {}, of_y[32] = {};
+    // Both begin with the first product: if they were set to 0, the compiler would have every product wait for the one before.
+    float of_x[32], of_y[32];
+    int begun = 0;
     barrier_wait(&room.own, 0);
     u64 own_x = described(room.own_x + threadIdx.x / 128 * 64 * HEAD);
     u64 own_y = described(room.own_y + threadIdx.x / 128 * 64 * HEAD);
+    // A lane that read of a stage by itself gives it back by itself; what only products read, a warp does.
+    auto give_back = [&](int stage) {
+        if (OF_KEYS || lane == 0) arrive(&room.empty[stage]);
+    };
     Turn turn;
-    for (int h = walk.first; h <= walk.last; h++) {
-        for (int at = walk.begin; at < walk.end; at += OTHERS) {
-            barrier_wait(&room.full[turn.stage], turn.parity);
+    // The stage that products may still read.
+    int reading = -1;
+    int blocks = (walk.last - walk.first + 1) * ((walk.end - walk.begin + OTHERS - 1) / OTHERS);
+    for (int at = walk.begin; blocks > 0; blocks--) {
+        barrier_wait(&room.full[turn.stage], turn.parity);
+        // A row that exists sees one block at least.
+        if (s.causal && (OF_KEYS ? at + OTHERS - 1 < first : at > first + 63)) {
+            give_back(turn.stage);
+        } else {
             Stage& stage = room.stages[turn.stage];
-            if (!(s.causal && (OF_KEYS ? at + OTHERS - 1 < first : at > first + 63))) {
-                float weight[32], slope[32];
-                u64 x = described(stage.x), y = described(stage.y);
-                products_begin();
-                rows_by_rows(weight, own_x, x);
-                rows_by_rows(slope, own_y, y);
-                products_end();
-                products_wait<0>();
-                bool edge = at + OTHERS > s.tokens || first + 64 > s.tokens ||
-                            (s.causal && (OF_KEYS ? first + 63 > at : at + OTHERS - 1 > first));
+            bool edge = at + OTHERS > s.tokens || first + 64 > s.tokens ||
+                        (s.causal && (OF_KEYS ? first + 63 > at : at + OTHERS - 1 > first));
+            auto other = [&](int i) { return i / 4 * 8 + 2 * (lane % 4) + i % 2; };
+            auto seen = [&](int i) {
+                int mine = row + i % 4 / 2 * 8, k = OF_KEYS ? mine : at + other(i), q = OF_KEYS ? at + other(i) : mine;
+                return (k < s.tokens) & (q < s.tokens) & (!s.causal | (k <= q));
+            };
+            float weight[32], slope[32];
+            u32 p[16], ds[16];
+            u64 x = described(stage.x), y = described(stage.y);
+            // Each product runs while what the one before gave is worked on, the last one until the next block's first is done.
+            products_begin();
+            rows_by_rows(weight, own_x, x);
+            products_end();
+            rows_by_rows(slope, own_y, y);
+            products_end();
+            products_wait<1>();
+            if (begun) give_back(reading);
+            reading = turn.stage;
 #pragma unroll
-                for (int i = 0; i < 32; i++) {
-                    int other = i / 4 * 8 + 2 * (lane % 4) + i % 2, half = i % 4 / 2;
-                    float w = exp2_fast(fmaf(factor, weight[i], -(OF_KEYS ? room.exponents[turn.stage][other] : exponent[half])));
-                    float d = w * (slope[i] - (OF_KEYS ? room.drops[turn.stage][other] : drop[half]));
-                    if (edge) {
-                        int mine = row + 8 * half, k = OF_KEYS ? mine : at + other, q = OF_KEYS ? at + other : mine;
-                        if (k >= s.tokens || q >= s.tokens || (s.causal && k > q)) w = d = 0.0f;
-                    }
-                    weight[i] = w, slope[i] = d;
-                }
-                u32 p[16], ds[16];
-                held(ds, slope);
-                if (OF_KEYS) held(p, weight);
+            for (int i = 0; i < 32; i++) {
+                float exponent_of = OF_KEYS ? room.exponents[turn.stage][other(i)] : exponent[i % 4 / 2];
+                weight[i] = exp2_fast(fmaf(factor, weight[i], -exponent_of));
+                if (edge) weight[i] = seen(i) ? weight[i] : 0.0f;
+            }
+            if (OF_KEYS) {
+                held(p, weight);
                 products_begin();
-                weights_by_rows(of_x, ds, x, 1);
-                if (OF_KEYS) weights_by_rows(of_y, p, y, 1);
+                weights_by_rows(of_y, p, y, begun);
                 products_end();
+                products_wait<1>();
+            } else {
                 products_wait<0>();
             }
-            if (OF_KEYS || lane == 0) arrive(&room.empty[turn.stage]);
-            turn.next();
+#pragma unroll
+            for (int i = 0; i < 32; i++) {
+                slope[i] = weight[i] * (slope[i] - (OF_KEYS ? room.drops[turn.stage][other(i)] : drop[i % 4 / 2]));
+                // What nobody sees may be infinite.
+                if (edge) slope[i] = seen(i) ? slope[i] : 0.0f;
+            }
+            held(ds, slope);
+            products_begin();
+            weights_by_rows(of_x, ds, x, begun);
+            products_end();
+            begun = 1;
         }
+        at = at + OTHERS < walk.end ? at + OTHERS : walk.begin;
+        turn.next();
     }
+    products_wait<0>();
     store(dqkv + (OF_KEYS ? s.key(b, g) : s.query(b, head)), s.pitch(), first, s.tokens, of_x, s.scale, s.scale);
     if (OF_KEYS) store(dqkv + s.value(b, g), s.pitch(), first, s.tokens, of_y, 1.0f, 1.0f);
 }
 
 /// The gradient of the queries. Grid: blocks of queries, heads, batch.
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(GRAD_THREADS, 1)
 attention_grad_query_hopper(const __grid_constant__ TensorMap qkv_map, const __grid_constant__ TensorMap dout_map,
                             const float* lse, const float* delta, T* dqkv, Heads s) {
     begin();
@@ -290,7 +322,7 @@ attention_grad_query_hopper(const __grid_constant__ TensorMap qkv_map, const __g
 }
 
 /// The gradients of keys and values, summed over the query heads that share them. Grid: blocks of keys, kv heads, batch.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(GRAD_THREADS, 1)
 attention_grad_key_hopper(const __grid_constant__ TensorMap qkv_map, const __grid_constant__ TensorMap dout_map,
                           const float* lse, const float* delta, T* dqkv, Heads s) {
     begin();

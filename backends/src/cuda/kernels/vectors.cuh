@@ -12,6 +12,16 @@ template <typename Element, int COUNT> union Vector {
     u16 half;
 };
 
+/// The same address, known to be in global memory: one that was itself read from memory could be of any kind, which makes every access
+/// through it slower.
+template <typename Element> __device__ __forceinline__ Element* in_global(Element* at) {
+#ifndef MOEBIUS_EMULATOR
+    asm("" : "+l"(at));
+    __builtin_assume(__isGlobal(at));
+#endif
+    return at;
+}
+
 /// Reads elements from an address at a multiple of their bytes together, at most 16.
 template <int COUNT, typename Element> __device__ __forceinline__ Vector<Element, COUNT> load_vector(const Element* from) {
     const int BYTES = COUNT * sizeof(Element);

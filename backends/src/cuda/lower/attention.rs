@@ -64,11 +64,12 @@ impl Fast {
     }
 }
 
-/// Hopper's kernels: the width of a head, own rows of a block, its threads, and bytes of its shared memory: own rows twice, three
-/// stages of others with their numbers, the barriers, and what aligns them.
+/// Hopper's kernels: the width of a head, own rows of a block, its threads, those of the gradients', and bytes of its shared memory: own
+/// rows twice, three stages of others with their numbers, the barriers, and what aligns them.
 const HOPPER_HEAD: usize = 64;
 const HOPPER_OWN: usize = 128;
 const HOPPER_THREADS: u32 = 288;
+const HOPPER_GRAD_THREADS: u32 = 384;
 const HOPPER_SHARED: usize =
     2 * HOPPER_OWN * HOPPER_HEAD * 2 + 3 * (2 * 64 * HOPPER_HEAD * 2 + 2 * 64 * 4) + 8 * (1 + 2 * 3) + 1024 + 8;
 
@@ -128,7 +129,7 @@ impl Packed {
     }
 
     /// One of Hopper's kernels, a block for each own rows of each of `heads` heads.
-    fn hopper(&self, name: &'static str, heads: usize, args: Vec<Arg>) -> Result<Action, String> {
+    fn hopper(&self, name: &'static str, threads: u32, heads: usize, args: Vec<Arg>) -> Result<Action, String> {
         let rows = instructions(self.dtype, &[64], true, true)? + &held_instruction(self.dtype, 64, false)?;
         let text = format!("{rows}\n#line 1 \"attention_hopper.cu\"\n{HOPPERS}");
         let source =
@@ -137,7 +138,7 @@ impl Packed {
             source: source.define("HEAD", self.head).define("SHARED", HOPPER_SHARED),
             name,
             grid: self.grid(heads, HOPPER_OWN),
-            threads: HOPPER_THREADS,
+            threads,
             shared: HOPPER_SHARED,
             args,
         }))
@@ -159,7 +160,7 @@ pub(super) fn lower_attention(graph: &Graph, node: &Node, op: &Attention, chip: 
     if p.is_for_hopper(chip) {
         let qkv = p.boxed(Arg::Operand(0), p.columns()[0]);
         let args = vec![qkv, Arg::Result(0), Arg::Result(1), p.arg(op.causal, op.scale)?];
-        return Ok(Launch::of(vec![p.hopper("attention_hopper", op.heads, args)?]));
+        return Ok(Launch::of(vec![p.hopper("attention_hopper", HOPPER_THREADS, op.heads, args)?]));
     }
     let args = vec![Arg::Operand(0), Arg::Result(0), Arg::Result(1), p.arg(op.causal, op.scale)?];
     let (source, name, rows) = if let Some(fast) = Fast::of(p.dtype, p.head) {
@@ -193,8 +194,8 @@ pub(super) fn lower_attention_grad(graph: &Graph, node: &Node, op: &AttentionGra
         let [packed, result] = p.columns();
         let boxes = [p.boxed(Arg::Operand(0), packed), p.boxed(Arg::Operand(3), result)];
         let args = [&boxes[..], &[Arg::Operand(2), delta, Arg::Result(0), extents]].concat();
-        let queries = p.hopper("attention_grad_query_hopper", op.heads, args.clone())?;
-        let keys = p.hopper("attention_grad_key_hopper", op.kv_heads, args)?;
+        let queries = p.hopper("attention_grad_query_hopper", HOPPER_GRAD_THREADS, op.heads, args.clone())?;
+        let keys = p.hopper("attention_grad_key_hopper", HOPPER_GRAD_THREADS, op.kv_heads, args)?;
         return Ok(Launch::of(vec![of_deltas, queries, keys]).with_scratch(scratch.bytes()));
     }
     let args = vec![Arg::Operand(0), Arg::Operand(2), Arg::Operand(3), delta, Arg::Result(0), extents];

@@ -7,7 +7,7 @@ use moebius_ir::{DType, Graph, Moments, Node};
 
 use super::{Lowered, dtype, float, typed};
 use crate::cuda::launch::{Action, Arg, Launch, Scratch, Task, Tasks, kernel};
-use crate::cuda::source::{ADAMW, PHILOX, Source, TASKS, VECTORS};
+use crate::cuda::source::{ADAMW, HALVES, PHILOX, Source, TASKS, VECTORS};
 
 const TEXT: &str = include_str!("../kernels/optimizer.cu");
 const NARROW: &str = include_str!("../kernels/adamw_narrow.cu");
@@ -17,7 +17,7 @@ const BLOCK_ELEMENTS: usize = 32_768;
 /// Sums of blocks that a block of the second stage adds up, as in the kernel.
 const BLOCK_PARTS: usize = 2048;
 /// Elements of one block of AdamW, as in the kernels.
-const STEP_ELEMENTS: usize = 16_384;
+const STEP_ELEMENTS: usize = 32_768;
 
 /// The kernels for gradients of a float type and rounded parameters of another.
 fn source(gradient: DType, rounded: Option<DType>) -> Result<Source, String> {
@@ -26,7 +26,7 @@ fn source(gradient: DType, rounded: Option<DType>) -> Result<Source, String> {
 
 /// The kernels for moments in fewer bits.
 fn narrow(gradient: DType, rounded: Option<DType>) -> Result<Source, String> {
-    let source = typed("adamw_narrow.cu", &[VECTORS, TASKS, ADAMW, PHILOX], NARROW, gradient)?;
+    let source = typed("adamw_narrow.cu", &[VECTORS, TASKS, ADAMW, PHILOX, HALVES], NARROW, gradient)?;
     with_rounded(source.exact(), rounded)
 }
 
