@@ -217,7 +217,7 @@ impl Axes {
         self.extents.last().is_some_and(|n| n.is_multiple_of(wanted)) && self.strides.iter().all(fits)
     }
 
-    #[cfg(any(feature = "cuda", test))]
+    #[cfg(feature = "cuda")]
     /// Whether operand `i` is the same for all elements that a thread takes.
     pub(crate) fn is_stretched(&self, i: usize) -> bool {
         self.strides[i].last().is_none_or(|s| *s == 0)

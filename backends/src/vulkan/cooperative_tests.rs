@@ -160,22 +160,30 @@ fn products_are_right_wherever_the_factors_lie() {
     }
 }
 
-/// The large tile: the last one of a batch of many.
+/// The large tiles, that of a b which lies along k too: the last one of a batch of many.
 #[test]
 fn large_tiles_are_right() {
-    let (batch, side, k) = (96, 128, 64);
+    // The sums end within a block of either.
+    let (batch, side, k) = (96, 128, 80);
     let (a, b) = (numbers(batch * side * k, 1), numbers(batch * k * side, 2));
-    let feeds =
-        vec![typed(DType::Bf16, &[batch, side, k], a.clone()), typed(DType::Bf16, &[batch, k, side], b.clone())];
-    let case = Case::new(feeds, (DType::Bf16, batch * side * side), |g, x| g.matmul(x[0], x[1]));
-    let of = kernel(&case.graph, CARD);
-    assert_eq!((of.groups, of.source.cooperative), ([1, 1, batch], Some(DType::Bf16)));
-    let result = case.run(CARD, &[[0, 0, 95]], false);
-    let (of_a, of_b, of_c) = (95 * side * k, 95 * k * side, 95 * side * side);
-    for at in 0..side * side {
-        let (i, j) = (at / side, at % side);
-        let wanted = (0..k).map(|l| f64::from(a[of_a + i * k + l]) * f64::from(b[of_b + l * side + j])).sum();
-        assert!(case.near(result[of_c + at], wanted), "{i}, {j}: {} for {wanted}", result[of_c + at]);
+    for transpose in [false, true] {
+        let of_b = if transpose { [batch, side, k] } else { [batch, k, side] };
+        let feeds = vec![typed(DType::Bf16, &[batch, side, k], a.clone()), typed(DType::Bf16, &of_b, b.clone())];
+        let case = Case::new(feeds, (DType::Bf16, batch * side * side), |g, x| {
+            g.matmul_with(x[0], x[1], None, false, transpose)
+        });
+        let of = kernel(&case.graph, CARD);
+        assert_eq!((of.groups, of.source.cooperative), ([1, 1, batch], Some(DType::Bf16)));
+        // Only the one for a b along k has more than four subgroups.
+        assert_eq!(of.source.text.contains("@workgroup_size(256)"), transpose);
+        let result = case.run(CARD, &[[0, 0, 95]], false);
+        let (of_a, of_b, of_c) = (95 * side * k, 95 * k * side, 95 * side * side);
+        for at in 0..side * side {
+            let (i, j) = (at / side, at % side);
+            let b_at = |l: usize| of_b + if transpose { j * k + l } else { l * side + j };
+            let wanted = (0..k).map(|l| f64::from(a[of_a + i * k + l]) * f64::from(b[b_at(l)])).sum();
+            assert!(case.near(result[of_c + at], wanted), "{i}, {j}: {} for {wanted}", result[of_c + at]);
+        }
     }
 }
 

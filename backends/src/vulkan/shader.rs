@@ -69,6 +69,8 @@ texts! {
     "gemm_m_grouped",
     "gemm_places",
     "gemm_plain",
+    "gemm_put",
+    "gemm_put_eight",
     "gemm_tile",
     "heads",
     "kept_grad",
@@ -192,6 +194,15 @@ impl Shader {
     #[must_use]
     pub(crate) fn parts(mut self, name: &str, at: At) -> Shader {
         self.binding(name, "vec4<f32>", at);
+        self
+    }
+
+    /// With a buffer of floats of 16 bits that are stored eight at a time, with `stored(x)`, the bits of one.
+    #[must_use]
+    pub(crate) fn eights(mut self, name: &str, dtype: DType, at: At) -> Shader {
+        self.binding(name, "vec4<u32>", at);
+        let bits = if dtype == DType::Bf16 { "bf16_bits" } else { "f16_bits" };
+        let _ = writeln!(self.declarations, "fn stored(x: f32) -> u32 {{ return {bits}(x); }}");
         self
     }
 

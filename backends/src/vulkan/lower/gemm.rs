@@ -1,11 +1,12 @@
 //! Launches of everything that is a matrix product: matmul and the expert matmuls.
 //!
 //! A kernel says in its file which product a workgroup has. Its tile is computed by `gemm_plain.wgsl`, by `gemm_few_rows.wgsl`, or on
-//! cooperative matrices, where the device has them and [`cooperative::side`] says so.
+//! cooperative matrices, where the device has them and [`cooperative::tile`] says so.
 
 use moebius_ir::ops::{ExpertMatmul, Matmul};
 use moebius_ir::{DType, Graph, Node, Shape};
 
+use super::cooperative::Tile;
 use super::{Lowered, cooperative, dtype};
 use crate::lowering::shapes;
 use crate::vulkan::launch::{Action, At, Launch};
@@ -41,8 +42,8 @@ enum Way {
     Plain,
     /// So many rows, at most [`MOST_FEW`].
     FewRows(usize),
-    /// On cooperative matrices, with tiles of so many rows and columns.
-    Cooperative(usize),
+    /// On cooperative matrices, with such tiles.
+    Cooperative(Tile),
 }
 
 impl Way {
@@ -52,32 +53,42 @@ impl Way {
     }
 }
 
-/// A kernel of a file that says which product a workgroup has, with what computes it, and the columns of a tile. Its factors are `a`
-/// and `b`.
+/// A kernel of a file that says which product a workgroup has, with what computes it and stores it, and the rows and columns of a tile.
+/// Its factors are `a` and `b`; the result `c`, which begins at element `c_at` and has rows of `n`, is to be stored as 16-bit floats
+/// eight at a time where that can be. `k`: the length of the sums, where it is known.
 fn product(
     limits: Limits,
     name: &'static str,
     way: Way,
     along_k: [bool; 2],
-    [a, b]: [(DType, At); 2],
-) -> (Shader, usize) {
+    [a, b, c]: [(DType, At); 3],
+    [c_at, n]: [usize; 2],
+    k: Option<usize>,
+) -> (Shader, [usize; 2]) {
+    let sized = |shader: Shader, [rows, columns]: [usize; 2]| {
+        shader.constant("TILE_ROWS", rows).constant("TILE_COLUMNS", columns).with("gemm_places").with("gemm_put")
+    };
+    let plain = |shader: Shader| shader.buffer("a", a.0, a.1).buffer("b", b.0, b.1).buffer("c", c.0, c.1);
     match way {
         Way::FewRows(rows) => {
             // A thread's neighbours read what lies together: 32 elements.
             let columns = if along_k[1] { THREADS / 32 } else { 32 };
-            let shader = Shader::file(limits, name, THREADS).with("gemm_places").with("gemm_few_rows");
-            let shader = shader.constant("TILE", columns).constant("SLICES", THREADS / columns).constant("ROWS", rows);
-            let shader = shader.flag("RIGHT_ALONG_K", along_k[1]);
-            (shader.buffer("a", a.0, a.1).buffer("b", b.0, b.1), columns)
+            let shader = sized(Shader::file(limits, name, THREADS), [rows, columns]).with("gemm_few_rows");
+            let shader = shader.constant("SLICES", THREADS / columns).constant("ROWS", rows);
+            (plain(shader.flag("RIGHT_ALONG_K", along_k[1])), [rows, columns])
         }
-        Way::Cooperative(side) => {
-            let shader = cooperative::tiled(limits, name, side, along_k, a.0);
-            (shader.parts("a", a.1).parts("b", b.1), side)
+        Way::Cooperative(tile) => {
+            let eights = c.0.bytes() == 2 && n.is_multiple_of(8) && c_at.is_multiple_of(8);
+            let shader =
+                cooperative::tiled(limits, name, &tile, along_k, a.0, eights, !k.is_some_and(|k| tile.divides(k)));
+            let shader = shader.parts("a", a.1).parts("b", b.1);
+            let shader = if eights { shader.eights("c", c.0, c.1) } else { shader.buffer("c", c.0, c.1) };
+            (shader, [tile.rows, tile.columns])
         }
         Way::Plain => {
             let tile = tile(limits);
-            let shader = tiled(limits, name, tile, along_k).with("gemm_places").with("gemm_plain");
-            (shader.buffer("a", a.0, a.1).buffer("b", b.0, b.1), tile)
+            let shader = sized(tiled(limits, name, tile, along_k), [tile; 2]).with("gemm_plain");
+            (plain(shader), [tile; 2])
         }
     }
 }
@@ -116,13 +127,12 @@ impl Product {
     }
 }
 
-/// Where the matrices of a product are. With `sum` the f32 result goes there and c is left alone; `add` is f32 too.
+/// Where the matrices of a product are; `add` is f32.
 pub(super) struct Places {
     pub(super) a: At,
     pub(super) b: At,
     pub(super) bias: (At, DType),
     pub(super) add: At,
-    pub(super) sum: At,
     pub(super) c: At,
 }
 
@@ -142,19 +152,18 @@ pub(super) fn gemm(limits: Limits, types: [DType; 3], p: &Product, places: &Plac
         ("n", p.n),
         ("k", p.k),
     ];
-    let tiles = |side| p.batch * p.m.div_ceil(side) * p.n.div_ceil(side);
-    let side = cooperative::side(limits, [types[0], types[1]], p, p.m, tiles);
-    let way = side.map_or(Way::of(p.m), Way::Cooperative);
-    let factors = [(types[0], places.a), (types[1], places.b)];
-    let (shader, tile) = product(limits, "gemm", way, [p.a.column == 1, p.b.row == 1], factors);
-    let few = matches!(way, Way::FewRows(_));
+    let tiles = |rows: usize, columns: usize| p.batch * p.m.div_ceil(rows) * p.n.div_ceil(columns);
+    let tile = cooperative::tile(limits, [types[0], types[1]], p, p.m, tiles);
+    let way = tile.map_or(Way::of(p.m), Way::Cooperative);
+    let matrices = [(types[0], places.a), (types[1], places.b), (types[2], places.c)];
+    let (shader, [rows, columns]) =
+        product(limits, "gemm", way, [p.a.column == 1, p.b.row == 1], matrices, [p.c_at, p.n], Some(p.k));
     let shader = strides.iter().fold(shader, |shader, &(name, value)| shader.number(name, value));
-    shader
-        .buffer("bias", places.bias.1, places.bias.0)
-        .buffer("add", DType::F32, places.add)
-        .buffer("sum", DType::F32, places.sum)
-        .buffer("c", types[2], places.c)
-        .grid([p.n.div_ceil(tile), if few { 1 } else { p.m.div_ceil(tile) }, p.batch])
+    shader.buffer("bias", places.bias.1, places.bias.0).buffer("add", DType::F32, places.add).grid([
+        p.n.div_ceil(columns),
+        p.m.div_ceil(rows),
+        p.batch,
+    ])
 }
 
 /// The bias operand, if there is one, and its dtype.
@@ -177,8 +186,8 @@ pub(super) fn lower_matmul(graph: &Graph, node: &Node, op: &Matmul, limits: Limi
         batch,
         ..Product::of(stored(a.last(), op.transpose_a), stored(b.last(), op.transpose_b), m, n, k)
     };
-    let (bias, null) = (bias(graph, node, 2), At::Null);
-    let places = Places { a: At::Operand(0), b: At::Operand(1), bias, add: null, sum: null, c: At::Result(0) };
+    let bias = bias(graph, node, 2);
+    let places = Places { a: At::Operand(0), b: At::Operand(1), bias, add: At::Null, c: At::Result(0) };
     let types = [dtype(graph, node, 0), dtype(graph, node, 1), super::dtype_of_result(graph, node, 0)];
     Ok(Launch::of(vec![gemm(limits, types, &product, &places)?]))
 }
@@ -198,18 +207,20 @@ pub(super) fn lower_expert_matmul(graph: &Graph, node: &Node, op: &ExpertMatmul,
     let types = [ty, dtype(graph, node, 1)];
     // The rows of one expert begin anywhere; a row is whole.
     let of_all = Product { b_batch: k * n, ..Product::of(stored(k, false), w, slots, n, k) };
-    let side = cooperative::side(limits, types, &of_all, slots, |side| slots.div_ceil(side) * n.div_ceil(side));
-    let factors = [(types[0], At::Operand(0)), (types[1], At::Operand(1))];
+    let tiles = |rows: usize, columns: usize| slots.div_ceil(rows) * n.div_ceil(columns);
+    let tile = cooperative::tile(limits, types, &of_all, slots, tiles);
+    let matrices = [(types[0], At::Operand(0)), (types[1], At::Operand(1)), (ty, At::Result(0))];
     let along_k = [true, w.row == 1];
-    let (shader, tile, down) = if slots <= MOST_FEW {
+    let (shader, columns, down) = if slots <= MOST_FEW {
         // Slots rarely share an expert.
-        let (shader, tile) = product(limits, "gemm_by_slot", Way::FewRows(1), along_k, factors);
-        (shader, tile, slots)
+        let (shader, [_, columns]) =
+            product(limits, "gemm_by_slot", Way::FewRows(1), along_k, matrices, [0, n], Some(k));
+        (shader, columns, slots)
     } else {
-        let way = side.map_or(Way::Plain, Way::Cooperative);
-        let (shader, tile) = product(limits, "gemm_m_grouped", way, along_k, factors);
+        let way = tile.map_or(Way::Plain, Way::Cooperative);
+        let (shader, [rows, columns]) = product(limits, "gemm_m_grouped", way, along_k, matrices, [0, n], Some(k));
         let shader = shader.constant("MOST_EXPERTS", MOST_EXPERTS).number("slots", slots);
-        (shader, tile, most_tiles(slots, experts, tile))
+        (shader, columns, most_tiles(slots, experts, rows))
     };
     let shader = shader
         .number("experts", experts)
@@ -218,9 +229,8 @@ pub(super) fn lower_expert_matmul(graph: &Graph, node: &Node, op: &ExpertMatmul,
         .number("w_row", w.row)
         .number("w_column", w.column)
         .buffer("offsets", DType::I32, At::Operand(2))
-        .buffer("bias", of_bias, at)
-        .buffer("c", ty, At::Result(0));
-    Ok(Launch::of(vec![shader.grid([n.div_ceil(tile), down, 1])?]))
+        .buffer("bias", of_bias, at);
+    Ok(Launch::of(vec![shader.grid([n.div_ceil(columns), down, 1])?]))
 }
 
 pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node, limits: Limits) -> Lowered {
@@ -229,16 +239,14 @@ pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node, limits: Limi
     let types = [dtype(graph, node, 0), dtype(graph, node, 1)];
     // Sums are as long as a segment, which begins anywhere: on average a part of all slots.
     let of_all = Product::of(stored(m, true), stored(n, false), m, n, a[0] / experts.max(1));
-    let side = cooperative::side(limits, types, &of_all, m, |side| experts * m.div_ceil(side) * n.div_ceil(side));
-    let factors = [(types[0], At::Operand(0)), (types[1], At::Operand(1))];
-    let way = side.map_or(Way::Plain, Way::Cooperative);
-    let (shader, tile) = product(limits, "gemm_k_grouped", way, [false, false], factors);
-    let shader = shader.number("m", m).number("n", n).buffer("offsets", DType::I32, At::Operand(2)).buffer(
-        "c",
-        super::dtype_of_result(graph, node, 0),
-        At::Result(0),
-    );
-    Ok(Launch::of(vec![shader.grid([n.div_ceil(tile), m.div_ceil(tile), experts])?]))
+    let tiles = |rows: usize, columns: usize| experts * m.div_ceil(rows) * n.div_ceil(columns);
+    let tile = cooperative::tile(limits, types, &of_all, m, tiles);
+    let result = (super::dtype_of_result(graph, node, 0), At::Result(0));
+    let matrices = [(types[0], At::Operand(0)), (types[1], At::Operand(1)), result];
+    let way = tile.map_or(Way::Plain, Way::Cooperative);
+    let (shader, [rows, columns]) = product(limits, "gemm_k_grouped", way, [false, false], matrices, [0, n], None);
+    let shader = shader.number("m", m).number("n", n).buffer("offsets", DType::I32, At::Operand(2));
+    Ok(Launch::of(vec![shader.grid([n.div_ceil(columns), m.div_ceil(rows), experts])?]))
 }
 
 /// The most tiles that `rows` rows in the segments of `experts` experts and an unused one can be cut into: each segment has at

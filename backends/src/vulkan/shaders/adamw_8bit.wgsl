@@ -39,11 +39,11 @@ fn v_of(code: u32, factor: f32) -> f32 { return level((f32(code) + 1.0f) * STEP)
 
 // The scale of a block whose largest number, over `parts`, has these bits.
 fn scale_of(largest: u32, parts: f32) -> f32 {
-    let x = min(bitcast<f32>(min(largest, bitcast<u32>(LARGEST))), LARGEST) / parts;
+    let x = divide(min(bitcast<f32>(min(largest, bitcast<u32>(LARGEST))), LARGEST), parts);
     return select(0.0f, x, x >= 1.17549435e-38f);
 }
 fn inverse_of(factor: f32) -> f32 {
-    if (factor > 0.0f) { return 1.0f / factor; }
+    if (factor > 0.0f) { return divide(1.0f, factor); }
     return 0.0f;
 }
 // The middle of a part of 0..1, by bits 7 to 22.

@@ -4,7 +4,7 @@
 fn one_minus_e_to(x: f32) -> f32 {
     if (x < -0.5f) { return 1.0f - e_to(x); }
     var series = 1.0f;
-    for (var i = 9u; i > 1u; i--) { series = 1.0f + x / f32(i) * series; }
+    for (var i = 9u; i > 1u; i--) { series = 1.0f + divide(x, f32(i)) * series; }
     return -x * series;
 }
 
@@ -20,8 +20,8 @@ fn begin_step() -> bool {
     number = get_steps(0u);
     clip = get_scale(0u);
     keep = 1.0f - lr * p.weight_decay;
-    rate = lr / one_minus_e_to(number * p.ln_beta1);
-    root = 1.0f / sqrt(one_minus_e_to(number * p.ln_beta2));
+    rate = divide(lr, one_minus_e_to(number * p.ln_beta1));
+    root = divide(1.0f, square_root(one_minus_e_to(number * p.ln_beta2)));
     return is_finite(lr) && is_finite(clip) && number >= 1.0f;
 }
 
@@ -33,7 +33,7 @@ fn moments(i: u32, m: f32, v: f32) -> vec2<f32> {
 
 // Moves the parameter by its new moments.
 fn move_param(i: u32, moment: vec2<f32>) {
-    let param = keep * get_param(i) - rate * (moment.x / (sqrt(moment.y) * root + p.eps));
+    let param = keep * get_param(i) - rate * divide(moment.x, square_root(moment.y) * root + p.eps);
     set_param(i, param);
     if (HAS_ROUNDED) { set_rounded(i, param); }
 }

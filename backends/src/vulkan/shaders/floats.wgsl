@@ -52,6 +52,45 @@ fn f16_bits(x: f32) -> u32 {
 fn round_bf16(x: f32) -> f32 { return bf16_to_float(bf16_bits(x)); }
 fn round_f16(x: f32) -> f32 { return f16_to_float(f16_bits(x)); }
 
+// Division and square root may be off by 2.5 units in the last place; here they are rounded to nearest, where neither the numbers nor what
+// they leave over are near the ends of what is representable. Elsewhere they are as they are.
+
+fn is_moderate(x: f32) -> bool { return abs(x) > 8.271806e-25f && abs(x) < 1.2089258e24f; }
+// a - b c without rounding, of a product near a. A fused operation may not be one: the product is made of halves of its factors that
+// multiply without rounding.
+fn left_over(a: f32, b: f32, c: f32) -> f32 {
+    let product = b * c;
+    let b_high = bitcast<f32>(bitcast<u32>(b) & 0xfffff000u);
+    let c_high = bitcast<f32>(bitcast<u32>(c) & 0xfffff000u);
+    let b_low = b - b_high;
+    let c_low = c - c_high;
+    return (a - product) - (((b_high * c_high - product) + b_high * c_low + b_low * c_high) + b_low * c_low);
+}
+// The distance of a positive number to the next one.
+fn unit(x: f32) -> f32 { return bitcast<f32>((bitcast<u32>(x) & 0x7f800000u) - (23u << 23u)); }
+fn divide(a: f32, b: f32) -> f32 {
+    let near = a / b;
+    if (!(is_moderate(a) && is_moderate(b))) { return near; }
+    let x = abs(a);
+    let y = abs(b);
+    var q = abs(near);
+    q += left_over(x, q, y) / y;
+    // Now the quotient or a neighbour of it.
+    let twice = 2.0f * left_over(x, q, y);
+    let step = unit(q);
+    if (twice > y * step) { q += step; } else if (twice < -y * step) { q -= step; }
+    return select(q, -q, (bitcast<i32>(a) ^ bitcast<i32>(b)) < 0);
+}
+fn square_root(x: f32) -> f32 {
+    var root = sqrt(x);
+    if (!(x > 0.0f && is_moderate(x))) { return root; }
+    root += left_over(x, root, root) / (2.0f * root);
+    let rest = left_over(x, root, root);
+    let step = unit(root);
+    if (rest > root * step) { root += step; } else if (rest <= -root * step) { root -= step; }
+    return root;
+}
+
 fn two_to(n: i32) -> f32 { return bitcast<f32>(u32(n + 127) << 23u); }
 
 // e^x within 1.5 units in the last place, as in backends/src/cpu/vmath.rs: x = n ln 2 + r, then a polynomial in r (Cephes' expf).

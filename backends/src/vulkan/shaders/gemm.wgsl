@@ -1,5 +1,5 @@
-// c = a b + bias + add, for each product of a batch. With `sum` the f32 result goes there and c is left alone; `add` is f32 of the same
-// shape, and may be `sum`. Strides are in elements; c is row-major.
+// c = a b + bias + add, for each product of a batch; `add` is f32 of the same shape, and may be c. Strides are in elements; c is
+// row-major.
 
 var<private> a_first: u32;
 var<private> b_first: u32;
@@ -9,8 +9,8 @@ fn place(group: vec3<u32>, thread: u32) -> bool {
     a_first = group.z * p.a_batch;
     b_first = p.b_at + group.z * p.b_batch;
     c_first = group.z * p.c_batch;
-    row0 = group.y * TILE;
-    column0 = group.x * TILE;
+    row0 = group.y * TILE_ROWS;
+    column0 = group.x * TILE_COLUMNS;
     depth = p.k;
     return true;
 }
@@ -20,12 +20,14 @@ fn left_at(row: u32, k: u32) -> u32 {
 fn right_at(k: u32, column: u32) -> u32 {
     return select(NOWHERE, b_first + k * p.b_row + column * p.b_column, k < p.k && column < p.n);
 }
-fn put(row: u32, column: u32, sum: f32) {
-    if (row < p.m && column < p.n) {
-        let at = c_first + row * p.n + column;
-        var v = sum;
-        if (HAS_BIAS) { v += get_bias(column); }
-        if (HAS_ADD) { v += get_add(at); }
-        if (HAS_SUM) { set_sum(at, v); } else { set_c(p.c_at + at, v); }
-    }
+fn left_step() -> u32 { return p.a_column; }
+fn right_step() -> u32 { return p.b_row; }
+fn out_at(row: u32, column: u32) -> u32 {
+    return select(NOWHERE, p.c_at + c_first + row * p.n + column, row < p.m && column < p.n);
+}
+fn finished(at: u32, column: u32, sum: f32) -> f32 {
+    var v = sum;
+    if (HAS_BIAS) { v += get_bias(column); }
+    if (HAS_ADD) { v += get_add(at - p.c_at); }
+    return v;
 }

@@ -8,7 +8,7 @@ fn place(group: vec3<u32>, thread: u32) -> bool {
     expert = 0u;
     while (expert < p.experts && slot >= u32(get_offsets(expert + 1u))) { expert++; }
     row0 = 0u;
-    column0 = group.x * TILE;
+    column0 = group.x * TILE_COLUMNS;
     depth = select(0u, p.k, expert < p.experts);
     return true;
 }
@@ -16,10 +16,9 @@ fn left_at(row: u32, k: u32) -> u32 { return select(NOWHERE, slot * p.k + k, row
 fn right_at(k: u32, column: u32) -> u32 {
     return select(NOWHERE, expert * p.k * p.n + k * p.w_row + column * p.w_column, k < depth && column < p.n);
 }
-fn put(row: u32, column: u32, sum: f32) {
-    if (column < p.n) {
-        var v = sum;
-        if (HAS_BIAS) { if (expert < p.experts) { v += get_bias(expert * p.n + column); } }
-        set_c(slot * p.n + column, v);
-    }
+fn out_at(row: u32, column: u32) -> u32 { return select(NOWHERE, slot * p.n + column, column < p.n); }
+fn finished(at: u32, column: u32, sum: f32) -> f32 {
+    var v = sum;
+    if (HAS_BIAS) { if (expert < p.experts) { v += get_bias(expert * p.n + column); } }
+    return v;
 }

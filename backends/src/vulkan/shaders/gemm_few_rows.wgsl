@@ -1,4 +1,4 @@
-// The tile of a workgroup where there are few rows, so that reading b is the work: TILE columns, whose sums SLICES threads each share. An
+// The tile of a workgroup where there are few rows, so that reading b is the work: TILE_COLUMNS columns, whose sums SLICES threads each share. An
 // element of b is read once, for all ROWS rows of a.
 
 const ROOM: u32 = ROWS * THREADS;
@@ -10,8 +10,8 @@ var<workgroup> room: array<f32, ROOM>;
 fn kernel(group: vec3<u32>, thread: u32) {
     if (!place(group, thread)) { return; }
     // Neighbouring threads read what lies together.
-    let mine = select(thread % TILE, thread / SLICES, RIGHT_ALONG_K);
-    let slice = select(thread / TILE, thread % SLICES, RIGHT_ALONG_K);
+    let mine = select(thread % TILE_COLUMNS, thread / SLICES, RIGHT_ALONG_K);
+    let slice = select(thread / TILE_COLUMNS, thread % SLICES, RIGHT_ALONG_K);
     var sums: array<f32, ROWS>;
     var part: array<f32, ROWS>;
     for (var r = 0u; r < ROWS; r++) {
@@ -36,12 +36,12 @@ fn kernel(group: vec3<u32>, thread: u32) {
             }
         }
     }
-    for (var r = 0u; r < ROWS; r++) { room[(r * SLICES + slice) * TILE + mine] = sums[r] + part[r]; }
+    for (var r = 0u; r < ROWS; r++) { room[(r * SLICES + slice) * TILE_COLUMNS + mine] = sums[r] + part[r]; }
     workgroupBarrier();
-    for (var e = thread; e < ROWS * TILE; e += THREADS) {
-        let r = e / TILE;
+    for (var e = thread; e < ROWS * TILE_COLUMNS; e += THREADS) {
+        let r = e / TILE_COLUMNS;
         var sum = 0.0f;
-        for (var s = 0u; s < SLICES; s++) { sum += room[(r * SLICES + s) * TILE + e % TILE]; }
-        put(row0 + r, column0 + e % TILE, sum);
+        for (var s = 0u; s < SLICES; s++) { sum += room[(r * SLICES + s) * TILE_COLUMNS + e % TILE_COLUMNS]; }
+        put(row0 + r, column0 + e % TILE_COLUMNS, sum);
     }
 }

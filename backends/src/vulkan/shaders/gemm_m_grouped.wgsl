@@ -15,7 +15,7 @@ fn end_of(e: u32) -> u32 { return select(p.slots, u32(get_offsets(min(e + 1u, p.
 
 fn place(group: vec3<u32>, thread: u32) -> bool {
     for (var e = thread; e <= p.experts; e += THREADS) {
-        tiles[e] = (end_of(e) - u32(get_offsets(e)) + TILE - 1u) / TILE;
+        tiles[e] = (end_of(e) - u32(get_offsets(e)) + TILE_ROWS - 1u) / TILE_ROWS;
     }
     if (thread == 0u) { my_expert = MOST_TILES; }
     workgroupBarrier();
@@ -32,8 +32,8 @@ fn place(group: vec3<u32>, thread: u32) -> bool {
     if (expert > p.experts) { return false; }
     first = u32(get_offsets(expert));
     rows = end_of(expert) - first;
-    row0 = my_tile * TILE;
-    column0 = group.x * TILE;
+    row0 = my_tile * TILE_ROWS;
+    column0 = group.x * TILE_COLUMNS;
     depth = select(0u, p.k, expert < p.experts);
     return true;
 }
@@ -41,10 +41,13 @@ fn left_at(row: u32, k: u32) -> u32 { return select(NOWHERE, (first + row) * p.k
 fn right_at(k: u32, column: u32) -> u32 {
     return select(NOWHERE, expert * p.k * p.n + k * p.w_row + column * p.w_column, k < depth && column < p.n);
 }
-fn put(row: u32, column: u32, sum: f32) {
-    if (row < rows && column < p.n) {
-        var v = sum;
-        if (HAS_BIAS) { if (expert < p.experts) { v += get_bias(expert * p.n + column); } }
-        set_c((first + row) * p.n + column, v);
-    }
+fn left_step() -> u32 { return 1u; }
+fn right_step() -> u32 { return p.w_row; }
+fn out_at(row: u32, column: u32) -> u32 {
+    return select(NOWHERE, (first + row) * p.n + column, row < rows && column < p.n);
+}
+fn finished(at: u32, column: u32, sum: f32) -> f32 {
+    var v = sum;
+    if (HAS_BIAS) { if (expert < p.experts) { v += get_bias(expert * p.n + column); } }
+    return v;
 }

@@ -81,7 +81,7 @@ fn kernel(group: u32, thread: u32) {
     var entropy = 0.0f;
     for (var e = 0u; e < p.experts; e++) {
         var prob = softmax(logit(e));
-        if (NORMALISED && finite) { prob = select(own_value(logit(e)) / sum, 1.0f / f32(p.experts), sum < TINY); }
+        if (NORMALISED && finite) { prob = select(divide(own_value(logit(e)), sum), divide(1.0f, f32(p.experts)), sum < TINY); }
         set_probabilities(row + e, prob);
         if (!(prob == 0.0f)) {
             if (NORMALISED) {

@@ -20,7 +20,7 @@ fn look_at(t: u32) {
 }
 // No NaN, and the largest logit is finite.
 fn all_finite() -> bool { return !is_nan(total); }
-fn softmax(l: f32) -> f32 { return e_to(l - greatest) / total; }
+fn softmax(l: f32) -> f32 { return divide(e_to(l - greatest), total); }
 
 fn sigmoid(x: f32) -> f32 {
     let e = e_to(-abs(x));
