@@ -67,7 +67,7 @@ fn left_over(a: f32, b: f32, c: f32) -> f32 {
     return (a - product) - (((b_high * c_high - product) + b_high * c_low + b_low * c_high) + b_low * c_low);
 }
 // The distance of a positive number to the next one.
-fn unit(x: f32) -> f32 { return bitcast<f32>((bitcast<u32>(x) & 0x7f800000u) - (23u << 23u)); }
+fn spacing(x: f32) -> f32 { return bitcast<f32>((bitcast<u32>(x) & 0x7f800000u) - (23u << 23u)); }
 fn divide(a: f32, b: f32) -> f32 {
     let near = a / b;
     if (!(is_moderate(a) && is_moderate(b))) { return near; }
@@ -77,7 +77,7 @@ fn divide(a: f32, b: f32) -> f32 {
     q += left_over(x, q, y) / y;
     // Now the quotient or a neighbour of it.
     let twice = 2.0f * left_over(x, q, y);
-    let step = unit(q);
+    let step = spacing(q);
     if (twice > y * step) { q += step; } else if (twice < -y * step) { q -= step; }
     return select(q, -q, (bitcast<i32>(a) ^ bitcast<i32>(b)) < 0);
 }
@@ -86,7 +86,7 @@ fn square_root(x: f32) -> f32 {
     if (!(x > 0.0f && is_moderate(x))) { return root; }
     root += left_over(x, root, root) / (2.0f * root);
     let rest = left_over(x, root, root);
-    let step = unit(root);
+    let step = spacing(root);
     if (rest > root * step) { root += step; } else if (rest <= -root * step) { root -= step; }
     return root;
 }
