@@ -86,12 +86,7 @@ __device__ __forceinline__ void place_w(u16 (*to)[W_LINES][W_PITCH], const Carri
     for (int i = 0; i < W_SEGMENTS; i++) {
         Walk walk(i);
         Vector<u16, 4> parts[PARTS];
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            float v = carried.segment[i].at[j];
-#pragma unroll
-            for (int p = 0; p < PARTS; p++) parts[p].at[j] = first_part(v);
-        }
+        parts_of(parts, carried.segment[i]);
 #pragma unroll
         for (int p = 0; p < PARTS; p++) store_vector<4>(&to[p][walk.line][walk.at], parts[p]);
     }
@@ -205,11 +200,4 @@ KERNEL narrow(const bf16* x, const float* w, const float* bias, float* partial, 
         }
         stored = bias && blockIdx.z == 0 ? v + bias[column] : v;
     }
-}
-
-/// The sums of the chunks together, in order.
-KERNEL narrow_finish(const float* partial, i64 total, int chunks, float* c) {
-    begin();
-    i64 at = (i64)blockIdx.x * THREADS + threadIdx.x;
-    if (at < total) c[at] = sum_of_chunks(partial, total, chunks, at);
 }

@@ -7,3 +7,21 @@ __device__ __forceinline__ u16 first_part(float& x) {
     x -= __uint_as_float(bits);
     return (u16)(bits >> 16);
 }
+
+/// The parts of numbers that lie together.
+template <int PARTS, int COUNT, typename Element>
+__device__ __forceinline__ void parts_of(Vector<u16, COUNT> (&parts)[PARTS], const Vector<Element, COUNT>& numbers) {
+#pragma unroll
+    for (int j = 0; j < COUNT; j++) {
+        float x = to_float(numbers.at[j]);
+#pragma unroll
+        for (int p = 0; p < PARTS; p++) parts[p].at[j] = first_part(x);
+    }
+}
+
+/// The sums of the chunks of k together, in order.
+KERNEL parts_finish(const float* partial, i64 total, int chunks, float* c) {
+    begin();
+    i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+    if (at < total) c[at] = sum_of_chunks(partial, total, chunks, at);
+}

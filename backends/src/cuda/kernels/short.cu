@@ -72,10 +72,7 @@ KERNEL short_k(const float* x, const float* w, const float* bias, float* c, Size
             v.at[0] = v.at[1] = v.at[2] = v.at[3] = 0.0f;
         }
         Vector<u16, 4> parts[PARTS];
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-#pragma unroll
-            for (int p = 0; p < PARTS; p++) parts[p].at[j] = first_part(v.at[j]);
+        parts_of(parts, v);
 #pragma unroll
         for (int p = 0; p < PARTS; p++) store_vector<4>(&room.w[p][k][column], parts[p]);
     }

@@ -70,12 +70,7 @@ __device__ __forceinline__ void place(u16 (*to)[LINES(ALONG_K)][PITCH(ALONG_K)],
     for (int i = 0; i < SEGMENTS; i++) {
         Walk<ALONG_K> w(i);
         Vector<u16, 8> parts[PARTS];
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            float x = to_float(carried.segment[i].at[j]);
-#pragma unroll
-            for (int p = 0; p < PARTS; p++) parts[p].at[j] = first_part(x);
-        }
+        parts_of(parts, carried.segment[i]);
 #pragma unroll
         for (int p = 0; p < PARTS; p++) *(uint4*)&to[p][w.line][w.at] = parts[p].fours[0];
     }
@@ -194,11 +189,4 @@ KERNEL split(const TA* a, const TB* b, const float* bias, float* partial, float*
         }
         stored = bias && chunk == 0 ? v + bias[column] : v;
     }
-}
-
-/// The sums of the chunks together, in order.
-KERNEL split_finish(const float* partial, i64 total, int chunks, float* c) {
-    begin();
-    i64 at = (i64)blockIdx.x * THREADS + threadIdx.x;
-    if (at < total) c[at] = sum_of_chunks(partial, total, chunks, at);
 }
