@@ -2,7 +2,7 @@
 
 use toml::{Table, Value};
 
-use super::{Config, ConfigError, UnknownKey};
+use super::{Config, ConfigError, UnknownKey, limits};
 
 /// Every key, and whether it can be absent.
 pub(super) const KEYS: [(&str, bool); 73] = [
@@ -116,18 +116,21 @@ fn unknown(key: &str) -> UnknownKey {
     UnknownKey { key: key.to_string(), nearest: nearest(key, KEYS.iter().map(|(k, _)| *k)) }
 }
 
-/// Names every key that no configuration has. What is no table is left to the reader of values, which knows its line.
+/// Unknown keys of a text that are told; there may be hundreds.
+const MOST_TOLD: usize = 16;
+
+/// Names the keys that no configuration has, the first of them. What is no table is left to the reader of values, which
+/// knows its line.
 pub(super) fn check_keys(table: &Table, origin: &str) -> Result<(), ConfigError> {
     let mut keys = Vec::new();
     for (section, value) in table {
         match value.as_table() {
             Some(inner) if section == "model" || section == "train" => {
-                let mut full: Vec<String> = inner.keys().map(|key| format!("{section}.{key}")).collect();
-                if let Some(router) = inner.get("router").and_then(Value::as_table) {
-                    full.extend(router.keys().map(|key| format!("{section}.router.{key}")));
-                }
-                let other = full.iter().filter(|k| KEYS.iter().all(|(known, _)| known != k));
-                keys.extend(other.map(|k| unknown(k)));
+                let router = inner.get("router").and_then(Value::as_table);
+                let router = router.into_iter().flat_map(Table::keys).map(|key| format!("{section}.router.{key}"));
+                let full = inner.keys().map(|key| format!("{section}.{key}")).chain(router);
+                let other = full.filter(|k| KEYS.iter().all(|(known, _)| known != k));
+                keys.extend(other.take(MOST_TOLD).map(|k| unknown(&k)));
             }
             Some(_) => {
                 let nearest = nearest(section, ["model", "train"].into_iter());
@@ -135,6 +138,9 @@ pub(super) fn check_keys(table: &Table, origin: &str) -> Result<(), ConfigError>
             }
             None if section == "model" || section == "train" => {}
             None => keys.push(unknown(section)),
+        }
+        if keys.len() >= MOST_TOLD {
+            break;
         }
     }
     if keys.is_empty() { Ok(()) } else { Err(ConfigError::UnknownKeys { origin: origin.to_string(), keys }) }
@@ -188,7 +194,7 @@ impl Config {
     /// other. Call `validate` after the last change.
     ///
     /// # Errors
-    /// `OverrideForm`; `UnknownKeys` with the nearest keys; `OverrideValue`; `OverrideTooLarge`. The configuration is then as it was.
+    /// `OverrideForm`; `UnknownKeys` with the nearest keys; `OverrideValue`; `OverrideTooLarge`; `TooLong`; `TooManyParts`. The configuration is then as it was.
     pub fn set(&mut self, assignment: &str) -> Result<(), ConfigError> {
         let Some((key, text)) = assignment.split_once('=') else {
             return Err(ConfigError::OverrideForm { found: assignment.to_string() });
@@ -198,6 +204,7 @@ impl Config {
         let Some((&(_, optional), (section, name))) = known.zip(key.rsplit_once('.')) else {
             return Err(ConfigError::UnknownKeys { origin: assignment.to_string(), keys: vec![unknown(key)] });
         };
+        limits::check(text, key)?;
         let mut table = Table::try_from(&*self).map_err(|source| ConfigError::Write { source: Box::new(source) })?;
         let change = |table: &mut Table, section: &str, name: &str, value: Option<Value>| {
             let mut within = Some(table);

@@ -153,9 +153,24 @@ pub enum ConfigError {
         /// Where the text came from.
         origin: String,
         /// Bytes a configuration may have.
-        most: usize,
+        most: u64,
         /// Bytes it has.
         found: u64,
+    },
+    /// A text of more parts than any configuration has: to parse one takes many times its length.
+    #[error(
+        "{origin}: wanted at most {most} parts (a name, number, sign, blank or end of a line is one, a dot or an opening \
+         bracket {table}), found {found}"
+    )]
+    TooManyParts {
+        /// Where the text came from.
+        origin: String,
+        /// Parts a configuration may have.
+        most: usize,
+        /// What a dot or an opening bracket counts as.
+        table: usize,
+        /// Parts it has.
+        found: usize,
     },
     /// Not TOML, or a value of the wrong kind, with its line.
     #[error("{origin}: {source}")]
@@ -176,7 +191,7 @@ pub enum ConfigError {
     UnknownKeys {
         /// Where they came from.
         origin: String,
-        /// All of them.
+        /// The first of them.
         keys: Vec<UnknownKey>,
     },
     /// A preset that does not exist.

@@ -7,6 +7,7 @@ mod count;
 mod edit;
 mod error;
 mod families;
+pub(crate) mod limits;
 mod presets;
 mod router;
 mod schedule;
@@ -369,25 +370,14 @@ impl ModelConfig {
     }
 }
 
-/// The most bytes of a configuration: some dozens of times the largest preset.
-const MOST_BYTES: usize = 64 << 10;
-
-/// Refuses a text that no configuration is as long as.
-fn check_length(bytes: u64, origin: &str) -> Result<(), ConfigError> {
-    if bytes > MOST_BYTES as u64 {
-        return Err(ConfigError::TooLong { origin: origin.to_string(), most: MOST_BYTES, found: bytes });
-    }
-    Ok(())
-}
-
 impl Config {
     /// Reads TOML text. `origin` names it in errors, such as a file's path. What is wrong between values is told by
     /// `validate`, so that a configuration can be changed first.
     ///
     /// # Errors
-    /// `TooLong` above 64 KiB, `Toml` with line and column, `UnknownKeys` with the nearest known ones.
+    /// `TooLong` above 64 KiB, `TooManyParts`, `Toml` with line and column, `UnknownKeys` with the nearest known ones.
     pub fn from_toml(text: &str, origin: &str) -> Result<Config, ConfigError> {
-        check_length(text.len() as u64, origin)?;
+        limits::check(text, origin)?;
         let wrong = |source| ConfigError::Toml { origin: origin.to_string(), source: Box::new(source) };
         edit::check_keys(&text.parse().map_err(wrong)?, origin)?;
         toml::from_str(text).map_err(wrong)
@@ -401,7 +391,7 @@ impl Config {
         let path = path.as_ref();
         let read = |source| ConfigError::Read { path: path.to_path_buf(), source };
         let origin = path.display().to_string();
-        check_length(fs::metadata(path).map_err(read)?.len(), &origin)?;
+        limits::check_bytes(fs::metadata(path).map_err(read)?.len(), &origin)?;
         let text = fs::read_to_string(path).map_err(read)?;
         Self::from_toml(&text, &origin)
     }

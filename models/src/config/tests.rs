@@ -519,3 +519,47 @@ fn a_text_longer_than_a_configuration_is_refused() {
     std::fs::write(file.path(), &text).unwrap();
     assert!(matches!(Config::from_file(file.path()), Err(ConfigError::TooLong { found: 65538, .. })));
 }
+
+#[test]
+fn a_text_of_more_parts_than_a_configuration_has_is_refused() {
+    let list = |entries: usize| format!("[model]\nexperts = [{}]\n", "8,".repeat(entries));
+    let refused = Config::from_toml(&list(600), "dense").unwrap_err().to_string();
+    assert!(refused.starts_with("dense: wanted at most 1024 parts"), "{refused}");
+    // A bracket counts as 12: two of them, three more tokens of the first line, four before the list, two for each entry,
+    // three after.
+    assert!(refused.ends_with("found 1234"), "{refused}");
+    let mut config = Config::preset("tiny-pr-moe").unwrap();
+    let before = config.clone();
+    let set = config.set(&format!("model.experts=[{}]", "8,".repeat(600)));
+    assert!(matches!(set, Err(ConfigError::TooManyParts { most: 1024, .. })));
+    assert_eq!(config, before);
+}
+
+#[test]
+fn the_longest_list_of_experts_is_read_as_it_is_written() {
+    let mut config = Config::preset("tiny-pr-moe").unwrap();
+    (config.model.layers, config.model.expert_interval) = (128, 1);
+    // Every key that can be absent is there, but for the other form of a length.
+    for set in [
+        "model.router=deepseek-v3",
+        "model.kv_heads=4",
+        "model.ffn=64",
+        "model.top_k=2",
+        "model.capacity_factor=1.25",
+        "model.eval_capacity_factor=1.5",
+        "train.warmup_steps=10",
+        "train.decay_steps=100",
+        "train.alarm=drop=0.3",
+        "train.alarm_exit=true",
+        "model.router.shared_ffn=64",
+    ] {
+        config.set(set).unwrap();
+    }
+    config.model.experts = vec![65536; 128];
+    let text = config.to_toml().unwrap();
+    assert_eq!(Config::from_toml(&text, "written").unwrap(), config);
+    config.model.layers = 129;
+    config.model.experts = vec![64; 129];
+    let refused = config.validate().unwrap_err().to_string();
+    assert!(refused.contains("model.experts: wanted at most 128 entries, found 129"), "{refused}");
+}

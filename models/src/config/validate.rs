@@ -8,6 +8,8 @@ pub(crate) const MOST_LAYERS: usize = 1 << 12;
 const MOST_WIDTH: usize = 1 << 20;
 const MOST_VOCAB: usize = 1 << 24;
 pub(crate) const MOST_EXPERTS: usize = 1 << 16;
+/// Entries of a list of experts: with it, a configuration has fewer parts than its text may have.
+const MOST_ENTRIES: usize = 128;
 const MOST_BATCH: usize = 1 << 24;
 /// 16 bytes for each parameter (weight, gradient, two moments) still fit 63 bits.
 const MOST_PARAMETERS: u128 = 1 << 58;
@@ -78,6 +80,8 @@ impl Config {
         if let Some(&most) = m.experts.iter().max() {
             check.that(most <= MOST_EXPERTS, "model.experts", format!("entries of at most {MOST_EXPERTS}"), most);
         }
+        let entries = m.experts.len();
+        check.that(entries <= MOST_ENTRIES, "model.experts", format!("at most {MOST_ENTRIES} entries"), entries);
         if m.expert_interval != 0 {
             let (layers, interval, found) = (m.layers, m.expert_interval, m.experts.len());
             let wanted = layers / interval;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::{DistillError, Stop, Teacher};
-use crate::config::Config;
+use crate::config::{Config, limits};
 use crate::gpt::Distillation;
 use crate::tokenizer::Tokenizer;
 
@@ -111,7 +111,7 @@ impl Course {
     /// The course of the run in `out`, if it is a distilled one.
     ///
     /// # Errors
-    /// [`DistillError::Settings`], [`DistillError::Io`].
+    /// [`DistillError::Settings`], [`DistillError::Config`] for a text longer than any, [`DistillError::Io`].
     pub fn of_run(out: &Path) -> Result<Option<Course>, DistillError> {
         let path = out.join(DISTILL_FILE);
         let text = match std::fs::read_to_string(&path) {
@@ -119,6 +119,7 @@ impl Course {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(DistillError::Io { operation: "read", path, source }),
         };
+        limits::check(&text, &path.display().to_string())?;
         let wrong = |source| DistillError::Settings { path, source: Box::new(source) };
         Ok(Some(Course { settings: toml::from_str(&text).map_err(wrong)?, teacher: None }))
     }

@@ -6,7 +6,7 @@ use std::io;
 use moebius_models::distill::cache::{CacheReader, Identity};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64_with_seed};
 
-use super::{MOST_TIMES, Target, Then, Words};
+use super::{Target, Then, Words};
 
 /// Bytes before the header's text, of which the last eight are the hash of the others and the text.
 const FIXED: usize = 24;
@@ -65,7 +65,6 @@ pub(super) fn target() -> io::Result<Target> {
         seeds,
         words: words.iter().map(ToString::to_string).collect(),
         repair: Box::new(|input, words: &mut Words| if words.once_in(8) { input } else { sealed(input) }),
-        times: MOST_TIMES,
         parse: Box::new(move |input| {
             let _keep = &dir;
             fs::write(&path, input).ok()?;

@@ -4,10 +4,6 @@ use moebius_models::config::Config;
 
 use super::{Target, Then};
 
-/// The crate `toml` lists all tokens and then all events of a text, of some 24 bytes each, before it builds anything, and a
-/// token can be one byte. As a configuration has at most 64 KiB, that is never more than 6 MiB.
-const TIMES: usize = 96;
-
 pub(super) fn target() -> Target {
     let assignments = [
         "train.steps=10",
@@ -31,6 +27,28 @@ pub(super) fn target() -> Target {
             [toml, all].into_iter().chain(one).map(String::into_bytes)
         })
         .collect();
+    // Texts of the shortest names and values, of which a parser makes the most, about as long as they may be.
+    let dense = |count: usize, from: &str, part: &str, to: &str| {
+        let parts = (0..count).map(|i| part.replace('#', &i.to_string())).collect::<String>();
+        format!("{from}{parts}{to}").into_bytes()
+    };
+    let dense = [
+        dense(250, "", "a#=1\n", ""),
+        dense(58, "", "a#.a=1\n", ""),
+        dense(67, "", "[a#]\n", ""),
+        dense(52, "", "[a#]\na=1\n", ""),
+        dense(36, "", "[[a]]\na=1\n", ""),
+        dense(52, "", "a#={a=1}\n", ""),
+        dense(500, "a=[", "1,", "]"),
+        dense(71, "a=[", "[],", "]"),
+        dense(61, "a=[", "{a=1},", "]"),
+        dense(40, "a=[", "{a={a=1}},", "]"),
+        dense(40, "a=[", "{a.a=1},", "]"),
+        dense(45, "", "a=[{", ""),
+        dense(90, "a=", "[", ""),
+        dense(80, "", "a.", "a=1"),
+        dense(1010, "", "\n", ""),
+    ];
     let words = [
         "[model]\n",
         "[train]\n",
@@ -69,10 +87,9 @@ pub(super) fn target() -> Target {
     keys.dedup();
     Target {
         name: "config",
-        seeds: presets,
+        seeds: presets.into_iter().chain(dense).collect(),
         words: words.iter().map(ToString::to_string).chain(keys).collect(),
         repair: Box::new(|input, _| input),
-        times: TIMES,
         parse: Box::new(|input| {
             let text = String::from_utf8_lossy(input);
             let (toml, assignments) = text.split_once("---\n").unwrap_or((&text, ""));

@@ -12,7 +12,7 @@ use moebius_models::metrics::{
 };
 use xxhash_rust::xxh3::xxh3_128;
 
-use super::{MOST_TIMES, Target, Then, Words};
+use super::{Target, Then, Words};
 
 fn other(error: impl std::error::Error + Send + Sync + 'static) -> io::Error {
     io::Error::other(error)
@@ -71,7 +71,6 @@ pub(super) fn safetensors() -> io::Result<Target> {
             "F4",
         ]),
         repair: Box::new(frame),
-        times: MOST_TIMES,
         parse: Box::new(move |input| {
             let _keep = &dir;
             fs::write(&path, input).ok()?;
@@ -128,7 +127,6 @@ pub(super) fn state() -> io::Result<Target> {
             "\"extra\": {",
         ]),
         repair: Box::new(hashed),
-        times: MOST_TIMES,
         parse: Box::new(move |input| {
             let _keep = &dir;
             fs::write(folder.join(STATE_FILE), input).ok()?;
@@ -200,7 +198,6 @@ pub(super) fn metrics() -> io::Result<Target> {
             "{}\n",
         ]),
         repair: Box::new(|input, _| input),
-        times: MOST_TIMES,
         parse: Box::new(move |input| {
             fs::write(&path, input).ok()?;
             let mut last = None;

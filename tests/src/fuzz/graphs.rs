@@ -2,7 +2,7 @@
 
 use moebius_ir::{DType, Fences, Graph, Op, Plan, Stage, passes, verify};
 
-use super::{MOST_TIMES, Target, Then, Words};
+use super::{Target, Then, Words};
 use crate::cases;
 
 /// Longer seeds are mostly literals.
@@ -47,7 +47,6 @@ pub(super) fn target() -> Target {
         seeds: seeds(),
         words: words.iter().chain(Op::NAMES).map(ToString::to_string).chain(dtypes).collect(),
         repair: Box::new(renumber),
-        times: MOST_TIMES,
         parse: Box::new(|input| {
             let graph = Graph::from_text(&String::from_utf8_lossy(input)).ok()?;
             Some(Box::new(move || holds(&graph)) as Then)

@@ -38,8 +38,6 @@ pub struct Target {
     pub words: Vec<String>,
     /// Makes what a change broke whole again (numbers of lines, lengths, hashes), so that later stages are reached too.
     pub repair: Repair,
-    /// How many times an input's size the parser may hold, beside a constant: [`MOST_TIMES`] for our own.
-    pub times: usize,
     /// Reads an input; `None` if it is refused. Memory is measured here only.
     pub parse: Parse,
 }
@@ -83,7 +81,7 @@ impl Meter {
     };
 }
 
-/// A parser of ours may hold this many times the input's size,
+/// A parser may hold this many times the input's size,
 const MOST_TIMES: usize = 16;
 /// and this many bytes besides: a reader's buffer of 64 KiB, an error's text, short inputs of many small parts.
 const MOST_BESIDES: usize = 128 << 10;
@@ -137,7 +135,7 @@ pub fn run(
         watch(index);
         let fail = |what: String| Box::new(Failure { index, what, input: input.clone() });
         let (read, bytes, time) = attempt(target, &input, meter).map_err(fail)?;
-        let allowed = target.times * input.len() + MOST_BESIDES;
+        let allowed = MOST_TIMES * input.len() + MOST_BESIDES;
         if bytes > allowed {
             return Err(fail(format!("{bytes} bytes of memory for {} bytes of input", input.len())));
         }

@@ -7,7 +7,7 @@ use moebius_models::config::Config;
 use moebius_models::routes::{LayerRoutes, Pass, RouteHeader, RouteReader, RouteWriter};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64, xxh3_64_with_seed};
 
-use super::{MOST_TIMES, Target, Then, Words};
+use super::{Target, Then, Words};
 
 /// Bytes before the header's text, of which the last eight are the hash of the others and the text.
 const FIXED: usize = 48;
@@ -62,7 +62,6 @@ pub(super) fn target() -> io::Result<Target> {
         seeds,
         words: words.iter().map(ToString::to_string).collect(),
         repair: Box::new(repaired),
-        times: MOST_TIMES,
         parse: Box::new(move |input| {
             let _keep = &dir;
             fs::write(&path, input).ok()?;
