@@ -19,7 +19,7 @@ fn no_parser_is_broken_by_some_thousands_of_inputs() {
 /// Fifty inputs of a parser.
 fn fifty(parse: Parse) -> Result<Report, Box<Failure>> {
     let (name, seeds, words) = ("planted", vec![b"some text".to_vec()], vec!["word".to_owned()]);
-    let target = Target { name, seeds, words, repair: Box::new(|input, _| input), times: 16, parse };
+    let target = Target { name, seeds, words, repair: Box::new(|input, _| input), parse };
     run((0, &target), 1, 0..50, None, Meter::PEAK, &|_| {})
 }
 
