@@ -23,6 +23,7 @@ mod device_store;
 mod error;
 #[cfg(any(feature = "cuda", feature = "vulkan"))]
 mod finite;
+mod joined;
 mod lowering;
 mod mapped;
 mod places;

@@ -70,7 +70,7 @@ impl Backend for Cpu {
     fn plan(&self, graph: Graph) -> Result<Plan> {
         let scratch: Vec<usize> = self.launches(&graph, |_| None)?.iter().map(|l| l.scratch).collect();
         let fences = if self.checks { Fences::On } else { Fences::Off };
-        Ok(Plan::with_joined(graph, &|_, node: NodeId| scratch[node.index()], &lower::joined, fences)?)
+        Ok(Plan::with_joined(graph, &|_, node: NodeId| scratch[node.index()], &crate::joined::joined, fences)?)
     }
 
     fn compile(&self, plan: Plan) -> Result<Arc<dyn Executable>> {

@@ -7,7 +7,6 @@ mod args;
 mod classifier;
 mod dense;
 mod elementwise;
-mod joined;
 mod movement;
 mod norm;
 mod optimizer;
@@ -16,7 +15,6 @@ mod sparse;
 use moebius_ir::{Graph, NodeId, Op};
 
 pub(crate) use args::{Args, Launch};
-pub(crate) use joined::joined;
 
 use crate::lowering::shapes;
 
