@@ -145,7 +145,7 @@ impl VulkanInstance {
         }
     }
 
-    /// Records the whole plan. `after` is called behind each launch; says it that the next one is to wait, it does.
+    /// Records the whole plan. `after` is called behind each launch; if it says so, what follows waits for that.
     fn record_all(&self, commands: vk::CommandBuffer, mut after: impl FnMut(&Launched) -> bool) {
         let (program, addresses) = (&*self.program, self.addresses());
         let (mut sets, mut hazards) = (self.sets(), Hazards::default());

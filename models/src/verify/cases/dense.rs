@@ -190,6 +190,7 @@ fn attention() -> Vec<Case> {
         (1, 6, 20, 14, 3, 1, 16),
         // More keys than one block of a GPU takes, and room behind them.
         (2, 3, 400, 255, 2, 1, 20),
+        (2, 3, 400, 255, 4, 2, 24),
     ] {
         let name = format!("batch {b}, {t} tokens from {start} of {room}, heads {h}/{g} of {d}");
         cases.push(case("attention_cached", name, Class::Sum, FLOATS, move |s| {
