@@ -199,14 +199,26 @@ pub(crate) fn together(count: usize, run: &(dyn Fn(usize) + Sync)) {
     unsafe { &*before.0 }.together(count, run);
 }
 
-/// Calls `run(worker, task)` for the tasks 0..count on at most `workers` threads. Each worker has a share of neighbouring
-/// tasks, the same one in each launch of this shape, so that a thread finds in its caches what it has just written; who is
-/// done takes tasks of the others.
+/// Calls `run(worker, task)` for the tasks 0..count on at most `workers` threads, as [`share_with`] does.
 pub(crate) fn share(workers: usize, count: usize, run: impl Fn(usize, usize) + Sync) {
+    share_with(workers, count, |worker| worker, |worker, task| run(*worker, task));
+}
+
+/// Calls `run(state, task)` for the tasks 0..count on at most `workers` threads; each has a state of its own, made by
+/// `start(worker)`. Each worker has a share of neighbouring tasks, the same one in each launch of this shape, so that a
+/// thread finds in its caches what it has just written; who is done takes tasks of the others. The tasks of one share are
+/// drawn in rising order.
+pub(crate) fn share_with<S>(
+    workers: usize,
+    count: usize,
+    start: impl Fn(usize) -> S + Sync,
+    run: impl Fn(&mut S, usize) + Sync,
+) {
     let workers = workers.min(count).min(threads());
     // SAFETY: a crew that is led is alive.
     let Some(crew) = unsafe { LED.get().as_ref() }.filter(|_| workers > 1) else {
-        return (0..count).for_each(|task| run(0, task));
+        let mut state = start(0);
+        return (0..count).for_each(|task| run(&mut state, task));
     };
     let slots = &crew.common.slots[..workers];
     let first = |worker: usize| count * worker / workers;
@@ -214,13 +226,14 @@ pub(crate) fn share(workers: usize, count: usize, run: impl Fn(usize, usize) + S
         slot.next.store(first(worker), Ordering::Relaxed);
     }
     together(workers, &|worker| {
+        let mut state = start(worker);
         for of in (worker..workers).chain(0..worker) {
             loop {
                 let task = slots[of].next.fetch_add(1, Ordering::Relaxed);
                 if task >= first(of + 1) {
                     break;
                 }
-                run(worker, task);
+                run(&mut state, task);
             }
         }
     });

@@ -1,13 +1,11 @@
 //! Blocking: the batch becomes tasks (blocks of C), threads draw tasks, a task runs tiles.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-
 use super::kernel::{Isa, KC, MAX_TILE, ROW};
 use super::pack::{ArgsB, GROUP, STAGE};
 use super::problem;
-use super::task::Task;
+use super::task::{Packed, Task};
 use super::{Batch, Gemm, GemmError, Storage};
-use crate::cpu::crew::{share, together};
+use crate::cpu::crew::{share, share_with};
 
 /// Alignment of everything in the workspace: a cache line, and a vector of AVX-512.
 pub(super) const ALIGN: usize = 64;
@@ -135,8 +133,6 @@ struct Shared<'a> {
     layout: Scratch,
     workspace: *mut u8,
     cut: Cut,
-    tasks: usize,
-    next: AtomicUsize,
     /// Where B is packed whole, if it is.
     whole: Option<*mut f32>,
 }
@@ -274,11 +270,11 @@ pub(super) unsafe fn run(
     // SAFETY: both lie within the workspace, as there is room after them.
     let (start, workspace) = unsafe { (workspace.as_mut_ptr().add(skip), workspace.as_mut_ptr().add(skip + whole)) };
     let whole = (whole > 0).then_some(start.cast());
-    let shared = Shared { isa, gemm, layout, workspace, cut, tasks, next: AtomicUsize::new(0), whole };
+    let shared = Shared { isa, gemm, layout, workspace, cut, whole };
     if let Some(whole) = shared.whole {
         shared.pack_whole(whole, threads);
     }
-    together(threads, &|worker| work(&shared, worker));
+    share_with(threads, tasks, |worker| Worker::new(&shared, worker), Worker::run);
     Ok(())
 }
 
@@ -320,41 +316,51 @@ struct Whole(*mut f32);
 // SAFETY: threads write disjoint panels.
 unsafe impl Sync for Whole {}
 
-/// Draws tasks until there are none left.
-fn work(shared: &Shared<'_>, worker: usize) {
-    let gemm = shared.gemm;
-    // SAFETY: `run` made sure of room for every worker.
-    let scratch = unsafe { shared.workspace.add(worker * shared.layout.bytes) };
-    let (mut p, mut first) = (0, 0);
-    let mut packed = None;
-    loop {
-        let drawn = shared.next.fetch_add(1, Ordering::Relaxed);
-        if drawn >= shared.tasks {
-            return;
+/// What one thread remembers from task to task.
+struct Worker<'a> {
+    shared: &'a Shared<'a>,
+    /// Its part of the workspace.
+    scratch: *mut u8,
+    /// The problem of the last task, and the first task of that problem.
+    problem: usize,
+    first: usize,
+    packed: Packed,
+}
+
+impl<'a> Worker<'a> {
+    fn new(shared: &'a Shared<'a>, worker: usize) -> Self {
+        // SAFETY: `run` made sure of room for every worker.
+        let scratch = unsafe { shared.workspace.add(worker * shared.layout.bytes) };
+        Worker { shared, scratch, problem: 0, first: 0, packed: None }
+    }
+
+    fn run(&mut self, drawn: usize) {
+        let &Shared { isa, gemm, ref layout, cut, whole, .. } = self.shared;
+        if drawn < self.first {
+            (self.problem, self.first) = (0, 0);
         }
-        // Tasks are drawn in rising order, so the walk over the problems never turns back.
-        let mut m = problem::size(gemm, p).0;
-        let (mut down, mut across) = shared.cut.one(m, gemm.n);
-        while drawn >= first + down * across {
-            first += down * across;
-            p += 1;
-            m = problem::size(gemm, p).0;
-            (down, across) = shared.cut.one(m, gemm.n);
+        let mut m = problem::size(gemm, self.problem).0;
+        let (mut down, mut across) = cut.one(m, gemm.n);
+        while drawn >= self.first + down * across {
+            self.first += down * across;
+            self.problem += 1;
+            m = problem::size(gemm, self.problem).0;
+            (down, across) = cut.one(m, gemm.n);
         }
-        let (i, j) = ((drawn - first) % down, (drawn - first) / down);
-        let cols = shared.cut.cols(m);
+        let (i, j) = ((drawn - self.first) % down, (drawn - self.first) / down);
+        let cols = cut.cols(m);
         let task = Task {
-            isa: shared.isa,
+            isa,
             gemm,
-            layout: &shared.layout,
-            scratch,
-            problem: problem::get(gemm, p),
-            strip: m <= shared.cut.strip,
-            whole: shared.whole.map(<*mut f32>::cast_const),
+            layout,
+            scratch: self.scratch,
+            problem: problem::get(gemm, self.problem),
+            strip: m <= cut.strip,
+            whole: whole.map(<*mut f32>::cast_const),
             rows: (m * i / down, m * (i + 1) / down),
             cols: (j * cols, ((j + 1) * cols).min(gemm.n)),
         };
         // SAFETY: `super::gemm`'s contract; this task's block is drawn by this worker alone.
-        unsafe { task.run(&mut packed) };
+        unsafe { task.run(&mut self.packed) };
     }
 }
