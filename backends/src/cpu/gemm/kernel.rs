@@ -4,6 +4,7 @@ use std::sync::OnceLock;
 
 use half::{bf16, f16};
 
+use super::ahead::{Ahead, FETCH_STEPS};
 use super::finish::{AddBias, LoadTile, StoreTile};
 use super::pack::{PackA, PackB};
 use super::{Storage, Stored};
@@ -43,6 +44,8 @@ pub(super) trait Simd: Copy {
     unsafe fn split_bf16(v: Self::V) -> (Self::V, Self::V);
     /// Brings a cache line into L1; any address is fine.
     unsafe fn prefetch(p: *const u8);
+    /// Brings a cache line into L2; any address is fine.
+    unsafe fn prefetch_l2(p: *const u8);
 }
 
 /// A storage type the kernels can read and write in vectors.
@@ -89,11 +92,11 @@ impl Source for f16 {
 }
 
 /// `c[MR][NV*LANES] (+)= a · b` over `k` steps: `a(i, p) = a[i*RS + p*CS]`, `b(p, ..) = b[p*b_step ..]`.
-/// `AHEAD`: bytes of each row of B to prefetch ahead, for a B that is not packed; 0 for one that is. Then the tile at `next`,
-/// whose rows are `ldc` apart too, is brought near row after row: all at once they would keep B from being loaded.
+/// `AHEAD`: bytes of each row of B to prefetch ahead, for a B that is not packed; 0 for one that is. Then what `next` names is
+/// brought near little by little: all at once it would keep B from being loaded.
 ///
 /// # Safety
-/// All pointers but `next` cover what the formula reaches; with `load` C is initialised.
+/// All pointers but those of `next` cover what the formula reaches; with `load` C is initialised.
 #[inline(always)]
 pub(super) unsafe fn tile<
     S: Simd,
@@ -111,7 +114,7 @@ pub(super) unsafe fn tile<
     c: *mut f32,
     ldc: usize,
     load: bool,
-    next: *const f32,
+    next: &Ahead,
 ) {
     // SAFETY: the caller's contract; prefetches and the last, unread steps of `a` and `b` use wrapping arithmetic.
     unsafe {
@@ -125,12 +128,19 @@ pub(super) unsafe fn tile<
         }
         let (mut left, mut fetched) = (k, 0);
         while left > 0 {
-            if AHEAD == 0 && fetched < MR {
-                let row = next.wrapping_add(fetched * ldc).cast::<u8>();
-                let mut byte = 0;
-                while byte < NV * S::LANES * 4 {
-                    S::prefetch(row.wrapping_add(byte));
-                    byte += 64;
+            if AHEAD == 0 {
+                if fetched < MR {
+                    let row = next.c.wrapping_add(fetched * ldc).cast::<u8>();
+                    let mut byte = 0;
+                    while byte < NV * S::LANES * 4 {
+                        S::prefetch(row.wrapping_add(byte));
+                        byte += 64;
+                    }
+                }
+                for lines in [&next.a, &next.b] {
+                    let line = lines.from.wrapping_offset(fetched as isize * lines.step);
+                    S::prefetch_l2(line);
+                    S::prefetch_l2(line.wrapping_offset(lines.second));
                 }
                 fetched += 1;
             }
@@ -277,7 +287,7 @@ pub(super) unsafe fn columns<S: Simd, T: Source, const MR: usize>(
 }
 
 /// A [`tile`] instance over packed B (or f32 B in place): `(k, a, b, b_step, c, ldc, load, next)`.
-pub(super) type TileFn = unsafe fn(usize, *const f32, *const f32, usize, *mut f32, usize, bool, *const f32);
+pub(super) type TileFn = unsafe fn(usize, *const f32, *const f32, usize, *mut f32, usize, bool, &Ahead);
 /// A [`tile`] instance over B in place, of the storage it is listed under.
 pub(super) type WideFn = unsafe fn(usize, *const f32, *const u8, usize, *mut f32, usize, bool);
 
@@ -362,14 +372,14 @@ macro_rules! isa {
     ($(#[$attr:meta])? $name:literal, $simd:ty, [$($mr:literal x $wide:literal),+]) => {
         mod table {
             use super::*;
+            use crate::cpu::gemm::ahead::Ahead;
             use crate::cpu::gemm::kernel::{self, ColumnsFn, Isa, ROW, Source, Streams, TileFn, Wide};
             use crate::cpu::gemm::{Bias, MatMut, finish, pack};
             use half::{bf16, f16};
 
             $(#[$attr])?
             unsafe fn tile<const MR: usize, const NV: usize, const RS: usize, const CS: usize>(
-                k: usize, a: *const f32, b: *const f32, b_step: usize, c: *mut f32, ldc: usize, load: bool,
-                next: *const f32,
+                k: usize, a: *const f32, b: *const f32, b_step: usize, c: *mut f32, ldc: usize, load: bool, next: &Ahead,
             ) {
                 // SAFETY: the caller's contract.
                 unsafe { kernel::tile::<$simd, f32, MR, NV, RS, CS, 0>(k, a, b, b_step, c, ldc, load, next) }
@@ -378,8 +388,9 @@ macro_rules! isa {
             unsafe fn wide<T: Source, const MR: usize, const NV: usize, const AHEAD: usize>(
                 k: usize, a: *const f32, b: *const u8, b_step: usize, c: *mut f32, ldc: usize, load: bool,
             ) {
+                let next = Ahead::only(c);
                 // SAFETY: the caller's contract.
-                unsafe { kernel::tile::<$simd, T, MR, NV, ROW, 1, AHEAD>(k, a, b.cast(), b_step, c, ldc, load, c) }
+                unsafe { kernel::tile::<$simd, T, MR, NV, ROW, 1, AHEAD>(k, a, b.cast(), b_step, c, ldc, load, &next) }
             }
             $(#[$attr])?
             unsafe fn columns<T: Source, const MR: usize>(
@@ -464,9 +475,6 @@ macro_rules! isa {
     };
 }
 pub(super) use isa;
-
-/// Steps of k between the rows of the next tile that are fetched.
-const FETCH_STEPS: usize = 16;
 
 /// Steps of k of a packed B to prefetch ahead: from L2, also where a panel begins.
 const PACKED_AHEAD: usize = 16;

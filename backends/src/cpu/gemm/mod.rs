@@ -9,6 +9,7 @@
 //! kernel that ran. So a token's result does not depend on its batch. (Without FMA hardware the chain multiplies and
 //! adds with two roundings; still one order, but not the bits of a machine with FMA.)
 
+mod ahead;
 mod drive;
 mod finish;
 mod kernel;

@@ -86,6 +86,8 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn prefetch(_: *const u8) {}
+    #[inline(always)]
+    unsafe fn prefetch_l2(_: *const u8) {}
 }
 
 isa!("portable", Portable, [1 x 8, 2 x 4, 3 x 4, 4 x 2, 5 x 2, 6 x 2]);

@@ -1,10 +1,11 @@
 //! One task: a block of C of one problem, computed by one thread.
 
+use super::ahead::{Ahead, Region};
 use super::drive::{Scratch, chunks, group_tiles, panel_step, sums_aside, tile_step};
 use super::finish::Spot;
 use super::kernel::{Isa, MAX_TILE, ROW, Wide, WideFn};
 use super::pack::{ArgsA, ArgsB, edge};
-use super::problem::Problem;
+use super::problem::{self, Problem};
 use super::{Gemm, MatMut, Part, Storage};
 
 /// A block of C: `rows` and `cols` (from, to) of one problem.
@@ -101,11 +102,50 @@ impl Task<'_, '_> {
         })
     }
 
-    /// The groups of tiles of the block's rows: first row (within the problem) and height, as even as can be.
-    fn groups(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
-        let (from, rows) = (self.rows.0, self.rows.1 - self.rows.0);
-        let count = rows.div_ceil(group_tiles(self.isa, rows) * self.isa.mr());
-        (0..count).map(move |i| (from + edge(rows, count, i), edge(rows, count, i + 1) - edge(rows, count, i)))
+    /// How many groups of tiles the block's rows make.
+    fn groups(&self) -> usize {
+        let rows = self.rows.1 - self.rows.0;
+        rows.div_ceil(group_tiles(self.isa, rows) * self.isa.mr())
+    }
+
+    /// The first row (within the problem) and the height of a group; they are as even as can be.
+    fn group(&self, i: usize) -> (usize, usize) {
+        let (rows, count) = (self.rows.1 - self.rows.0, self.groups());
+        (self.rows.0 + edge(rows, count, i), edge(rows, count, i + 1) - edge(rows, count, i))
+    }
+
+    /// The chunk after this one; after the last one the first, which the block below it, if there is one, begins with.
+    fn chunk_after(&self, chunk: Chunk) -> Option<Chunk> {
+        let below = self.rows.1 < problem::size(self.gemm, self.problem.index).0;
+        self.chunks().find(|next| next.k == chunk.k + chunk.len).or_else(|| self.chunks().next().filter(|_| below))
+    }
+
+    /// What of A is packed after group `i` of a chunk.
+    fn a_after(&self, i: usize, chunk: Chunk) -> Region {
+        let Problem { a, row_list: None, k_list: None, .. } = self.problem else { return Region::NONE };
+        let (row, height, chunk) = match (i + 1 < self.groups(), self.chunk_after(chunk)) {
+            (true, _) => {
+                let (row, height) = self.group(i + 1);
+                (row, height, chunk)
+            }
+            (false, None) => return Region::NONE,
+            (false, Some(next)) => {
+                let (row, height) = self.group(0);
+                (if next.k > chunk.k { row } else { self.rows.1 }, height, next)
+            }
+        };
+        Region::of(a.from(row as isize, chunk.k as isize), height, chunk.len)
+    }
+
+    /// What of B is packed after the block of a chunk.
+    fn b_after(&self, chunk: Chunk) -> Region {
+        match self.chunk_after(chunk) {
+            Some(next) if self.whole.is_none() && next.k != chunk.k => {
+                let b = self.problem.b.from(next.k as isize, self.cols.0 as isize);
+                Region::of(b, next.len, self.cols.1 - self.cols.0)
+            }
+            Some(_) | None => Region::NONE,
+        }
     }
 
     /// Packs rows of A for one chunk, shared out among tiles.
@@ -275,10 +315,10 @@ impl Task<'_, '_> {
                         } else {
                             let kernel = isa.by_row[rows - 1][cols.div_ceil(isa.lanes) - 1];
                             if b.storage == Storage::F32 && cols.is_multiple_of(isa.lanes) {
-                                kernel(len, a, from.cast(), ldb, sums.at, sums.stride, load, sums.at);
+                                kernel(len, a, from.cast(), ldb, sums.at, sums.stride, load, &Ahead::only(sums.at));
                             } else {
                                 self.pack_b(part, col, cols);
-                                kernel(len, a, self.b(), isa.nr(), sums.at, sums.stride, load, sums.at);
+                                kernel(len, a, self.b(), isa.nr(), sums.at, sums.stride, load, &Ahead::only(sums.at));
                             }
                         }
                         col += cols;
@@ -325,7 +365,7 @@ impl Task<'_, '_> {
                     } else {
                         self.pack_b(chunk, col, cols);
                         let kernel = isa.by_row[rows - 1][cols.div_ceil(isa.lanes) - 1];
-                        kernel(chunk.len, a, self.b(), isa.nr(), sums.at, sums.stride, load, sums.at);
+                        kernel(chunk.len, a, self.b(), isa.nr(), sums.at, sums.stride, load, &Ahead::only(sums.at));
                     }
                 }
                 self.finish(at, &sums);
@@ -360,7 +400,10 @@ impl Task<'_, '_> {
                         (self.b().cast_const(), panel_step(isa, chunk.len))
                     }
                 };
-                for (group, height) in self.groups() {
+                let mut b_after = self.b_after(chunk);
+                for i in 0..self.groups() {
+                    let (group, height) = self.group(i);
+                    let mut a_after = self.a_after(i, chunk);
                     let tiles = height.div_ceil(isa.mr());
                     self.pack_a(group, height, tiles, chunk, by_col, self.a());
                     for tile in 0..tiles {
@@ -386,7 +429,8 @@ impl Task<'_, '_> {
                                 true => self.after(row + rows, at).cast_const().cast(),
                                 false => sums.at,
                             };
-                            kernel(chunk.len, a, b, nr, sums.at, sums.stride, load, next);
+                            let next = Ahead { c: next, a: a_after.next(a), b: b_after.next(a) };
+                            kernel(chunk.len, a, b, nr, sums.at, sums.stride, load, &next);
                             if chunk.last {
                                 self.finish(at, &sums);
                             } else if !sums.in_c && !keep {
