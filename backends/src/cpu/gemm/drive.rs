@@ -247,7 +247,8 @@ pub(super) unsafe fn run(
     let mut cut = Cut { strip, rows: MAX_ROWS, cols: MAX_COLS, strip_cols: STRIP_COLS };
     if whole > 0 {
         let aside = sums_aside(gemm.c.storage, gemm.k);
-        cut.rows = WHOLE_ROWS;
+        // As many blocks for each thread: one more for one of them is the time of a block that all others wait.
+        cut.rows = gemm.m.div_ceil(gemm.m.div_ceil(WHOLE_ROWS).next_multiple_of(threads));
         cut.cols = if aside { MAX_COLS } else { gemm.n.next_multiple_of(isa.nr()) };
     }
     let mut tasks = cut.all(gemm);
