@@ -7,8 +7,8 @@ use crate::cpu::element::Element;
 const BLOCK_ELEMENTS: usize = 1 << 14;
 /// Running sums along a row, and running maxima: enough registers to hide the latency of an addition.
 const SUMS: usize = 32;
-/// Terms of a sum that are computed before they are added.
-const TERMS: usize = 128;
+/// Terms of a sum that are computed before they are added: four for each running sum.
+const TERMS: usize = 4 * SUMS;
 
 /// Calls `block(first, count)` for consecutive blocks of the `rows` rows of `width` elements, in parallel where it pays.
 pub(super) fn for_blocks(rows: usize, width: usize, block: impl Fn(usize, usize) + Sync) {
@@ -69,11 +69,20 @@ pub(super) fn sum_over<A: Element, B: Element, C: Element>(
     let n = a.len();
     let (b, c) = (&b[..n], &c[..n]);
     let mut sums = [0.0f32; SUMS];
-    for from in (0..n).step_by(TERMS) {
-        let count = TERMS.min(n - from);
+    let whole = n / TERMS * TERMS;
+    for from in (0..whole).step_by(TERMS) {
+        // Terms of a fixed number stay in registers.
+        let (a, b, c) = (&a[from..][..TERMS], &b[from..][..TERMS], &c[from..][..TERMS]);
+        let terms: [f32; TERMS] = std::array::from_fn(|x| term(a[x].to_f32(), b[x].to_f32(), c[x].to_f32()));
+        for x in 0..SUMS {
+            let halves = |x: usize| terms[x] + terms[x + TERMS / 2];
+            sums[x] += halves(x) + halves(x + SUMS);
+        }
+    }
+    if whole < n {
         // The terms are written down first: the compiler vectorises this loop, but not one that adds to an array.
-        let mut terms = [0.0f32; TERMS];
-        let (a, b, c) = (&a[from..][..count], &b[from..][..count], &c[from..][..count]);
+        let (mut terms, count) = ([0.0f32; TERMS], n - whole);
+        let (a, b, c) = (&a[whole..], &b[whole..], &c[whole..]);
         for x in 0..count {
             terms[x] = term(a[x].to_f32(), b[x].to_f32(), c[x].to_f32());
         }
