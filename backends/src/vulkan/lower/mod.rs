@@ -15,6 +15,7 @@ mod norm;
 mod optimizer;
 mod parts;
 mod reduce;
+mod router;
 mod sparse;
 
 use moebius_ir::{DType, Graph, Node, NodeId, Op};
@@ -87,9 +88,9 @@ pub(crate) fn lower(graph: &Graph, id: NodeId, limits: Limits) -> Lowered {
             classifier::lower_linear_distillation_cached_grad(graph, node, op.temperature, limits)
         }
 
-        Op::Route(op) => sparse::lower_route(graph, node, op, limits),
-        Op::RouteGrad(op) => sparse::lower_route_grad(graph, node, op, limits),
-        Op::Assign(op) => sparse::lower_assign(graph, node, op, limits),
+        Op::Route(op) => router::lower_route(graph, node, op, limits),
+        Op::RouteGrad(op) => router::lower_route_grad(graph, node, op, limits),
+        Op::Assign(op) => router::lower_assign(graph, node, op, limits),
         Op::Dispatch(_) => sparse::lower_dispatch(graph, node, limits),
         Op::Combine(op) => sparse::lower_combine(graph, node, *op, limits),
         Op::GateGrad(_) => sparse::lower_gate_grad(graph, node, limits),
