@@ -1,8 +1,8 @@
 //! Launches of everything that is a matrix product: matmul and the expert matmuls.
 //!
 //! A kernel says in its file which product a workgroup has. Its tile is computed by `gemm_plain.wgsl`, on cooperative matrices, where the
-//! device has them and [`cooperative::tile`] says so, or, if it has few rows, by [`few_rows`] or `gemm_few_rows.wgsl`. The sums of a
-//! matmul with few tiles are cut into [`parts`].
+//! device has them and [`cooperative::tile`] says so, if it has few rows, by [`few_rows`] or `gemm_few_rows.wgsl`, or, if it has few
+//! columns, by [`narrow`]. The sums of a matmul with few tiles are cut into [`parts`].
 
 use moebius_ir::ops::{ExpertMatmul, Matmul};
 use moebius_ir::{DType, Graph, Node, Shape};
@@ -10,7 +10,7 @@ use moebius_ir::{DType, Graph, Node, Shape};
 use super::cooperative::Tile;
 use super::few_rows::Few;
 use super::parts::{self, Parts};
-use super::{Lowered, cooperative, dtype};
+use super::{Lowered, cooperative, dtype, narrow};
 use crate::lowering::shapes;
 use crate::vulkan::launch::{Action, At, Launch, Scratch};
 use crate::vulkan::limits::Limits;
@@ -51,6 +51,8 @@ enum Way {
     FewRows(usize),
     /// Few rows, by loads of eight elements.
     Eights(Few),
+    /// Few columns, by loads of eight elements.
+    Narrow,
     /// On cooperative matrices, with such tiles.
     Cooperative(Tile),
 }
@@ -60,6 +62,9 @@ impl Way {
     fn of(limits: Limits, types: [DType; 2], p: &Product, tiles: impl Fn(usize, usize) -> usize) -> Way {
         if let Some(tile) = cooperative::tile(limits, types, p, p.m, tiles) {
             return Way::Cooperative(tile);
+        }
+        if p.m > MOST_FEW && narrow::fits(p) {
+            return Way::Narrow;
         }
         if p.m > MOST_FEW {
             return Way::plain(limits, p.m, p.n);
@@ -80,6 +85,7 @@ impl Way {
             // A thread's neighbours read what lies together: 32 elements.
             Way::FewRows(rows) => [*rows, if along_k { THREADS / 32 } else { 32 }],
             Way::Eights(few) => [few.rows, few.columns()],
+            Way::Narrow => narrow::TILE,
             Way::Cooperative(tile) => [tile.rows, tile.columns],
         }
     }
@@ -88,6 +94,7 @@ impl Way {
     fn parts(&self, tiles: usize, k: usize) -> Parts {
         match self {
             Way::Plain(_) => Parts::of(tiles, k, LEAST[0], ENOUGH[0]),
+            Way::Narrow => Parts::of(tiles, k, LEAST[0], ENOUGH[0] / 2),
             Way::Cooperative(_) => Parts::of(tiles, k, LEAST[1], ENOUGH[1]),
             // Eight loads of a thread and more.
             Way::Eights(few) => Parts::of(tiles, k, 8 * few.step(), ENOUGH[2]),
@@ -125,6 +132,10 @@ fn product(
                 cooperative::tiled(limits, name, &tile, along_k, a.0, eights, !k.is_some_and(|k| tile.divides(k)));
             let shader = shader.parts("a", a.1).parts("b", b.1);
             if eights { shader.eights("c", c.0, c.1) } else { shader.buffer("c", c.0, c.1) }
+        }
+        Way::Narrow => {
+            let shader = narrow::kernel(limits, name).by_eight("a", a.0, a.1).by_eight("b", b.0, b.1);
+            shader.buffer("c", c.0, c.1)
         }
         Way::Eights(few) => {
             let shader = few.kernel(limits, name).by_eight("a", a.0, a.1).by_eight("b", b.0, b.1);

@@ -11,6 +11,7 @@ mod embedding;
 mod few_rows;
 mod gemm;
 mod movement;
+mod narrow;
 mod norm;
 mod optimizer;
 mod parts;
