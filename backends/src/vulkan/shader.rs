@@ -45,6 +45,7 @@ texts! {
     "assign_in_order",
     "attend_cache",
     "attend_cache_eight",
+    "attend_one",
     "attention",
     "attention_delta",
     "attention_grad_key",
