@@ -208,15 +208,6 @@ impl Shader {
         self
     }
 
-    /// With a buffer of floats of 16 bits that are stored eight at a time, with `stored(x)`, the bits of one.
-    #[must_use]
-    pub(crate) fn eights(mut self, name: &str, dtype: DType, at: At) -> Shader {
-        self.binding(name, "vec4<u32>", at);
-        let bits = if dtype == DType::Bf16 { "bf16_bits" } else { "f16_bits" };
-        let _ = writeln!(self.declarations, "fn stored(x: f32) -> u32 {{ return {bits}(x); }}");
-        self
-    }
-
     /// With a buffer of floats that are read by `eight_NAME(at)` and stored by `set_eight_NAME(at, value)`, eight at a time, from element
     /// `at` on, a multiple of eight; for texts with `eight.wgsl`.
     #[must_use]
