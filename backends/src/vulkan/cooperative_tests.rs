@@ -1,12 +1,13 @@
 //! Products on cooperative matrices, run by the interpreter, against plain loops in f64; and the rule which products they are.
 
 use half::{bf16, f16};
-use moebius_ir::{DType, Graph, TensorType, Value, passes};
+use moebius_ir::ops::UnaryFn;
+use moebius_ir::{DType, Fences, Graph, TensorType, Value, passes};
 
 use super::interpreter;
 use super::launch::{Action, At, Kernel, Number};
 use super::limits::Limits;
-use super::{launches, spirv};
+use super::{launches, planned, spirv};
 
 /// A card of which there is none here.
 const CARD: Limits = Limits {
@@ -48,8 +49,8 @@ fn floats(dtype: DType, bytes: &[u8]) -> Vec<f32> {
 
 /// The kernels of a graph of one product: one, or two if the sums are cut into parts.
 fn kernels(graph: &Graph, limits: Limits) -> Vec<Kernel> {
-    let graph = passes::optimise(graph).unwrap();
-    let actions = launches(&graph, limits).unwrap().into_iter().flat_map(|l| l.actions);
+    let plan = planned(passes::optimise(graph).unwrap(), limits, Fences::Off).unwrap();
+    let actions = launches(plan.graph(), |id| plan.joined(id), limits).unwrap().into_iter().flat_map(|l| l.actions);
     actions.filter_map(|a| if let Action::Kernel(k) = a { Some(k) } else { None }).collect()
 }
 
@@ -64,6 +65,8 @@ struct Case {
     feeds: Vec<(DType, Vec<f32>)>,
     out: DType,
     len: usize,
+    /// Where the kernel leaves it.
+    result: At,
 }
 
 impl Case {
@@ -78,7 +81,7 @@ impl Case {
         let y = build(&mut graph, &values).unwrap();
         graph.output("y", y).unwrap();
         let feeds = feeds.into_iter().map(|(ty, data)| (ty.dtype, data)).collect();
-        Case { graph, feeds, out: out.0, len: out.1 }
+        Case { graph, feeds, out: out.0, len: out.1, result: At::Result(0) }
     }
 
     /// The result on such a device; of these workgroups only, if there are any.
@@ -86,7 +89,7 @@ impl Case {
         let kernels = kernels(&self.graph, limits);
         assert!(kernels.len() <= 2 && (only.is_empty() || kernels.len() == 1));
         // The result, and sums of parts.
-        let mut made: Vec<(At, Vec<u8>)> = vec![(At::Result(0), vec![0xff; self.len * self.out.bytes()])];
+        let mut made: Vec<(At, Vec<u8>)> = vec![(self.result, vec![0xff; self.len * self.out.bytes()])];
         for kernel in kernels {
             let words = spirv::compile(&kernel.source.text, kernel.source.cooperative, true).unwrap();
             let mut buffers: Vec<Vec<u8>> = kernel
@@ -116,7 +119,7 @@ impl Case {
                 }
             }
         }
-        floats(self.out, &made.iter().find(|(at, _)| *at == At::Result(0)).unwrap().1)
+        floats(self.out, &made.iter().find(|(at, _)| *at == self.result).unwrap().1)
     }
 
     /// On cooperative matrices, whatever lane is first, and by the plain kernel, the result is this one.
@@ -167,6 +170,28 @@ fn products_are_right_wherever_the_factors_lie() {
         let element = |at: usize| {
             let (i, j) = (at / n, at % n);
             (0..k).map(|l| of_a(i, l) * of_b(l, j)).sum::<f64>() + f64::from(bias[j])
+        };
+        case.check(&(0..m * n).map(element).collect::<Vec<_>>());
+    }
+}
+
+/// A chain that is joined onto the product, which nothing else reads; eight elements leave at a time, or one.
+#[test]
+fn chains_behind_products_are_right() {
+    for (dtype, m, n, k) in [(DType::Bf16, 72, 88, 40), (DType::F16, 40, 48, 64)] {
+        let (a, b) = (numbers(m * k, 1), numbers(k * n, 2));
+        let feeds = vec![typed(dtype, &[m, k], a.clone()), typed(dtype, &[k, n], b.clone())];
+        let case = Case::new(feeds, (dtype, m * n), |g, x| {
+            let y = g.matmul(x[0], x[1])?;
+            g.unary(UnaryFn::GeluTanh, y)
+        });
+        // The chain's results follow the product's.
+        let case = Case { result: At::Result(1), ..case };
+        assert!(kernel(&case.graph, CARD).buffers.iter().all(|at| *at != At::Result(0)), "the product is stored");
+        let element = |at: usize| {
+            let (i, j) = (at / n, at % n);
+            let x = (0..k).map(|l| f64::from(a[i * k + l]) * f64::from(b[l * n + j])).sum::<f64>();
+            0.5 * x * (1.0 + (0.797_884_560_802_865_4 * (x + 0.044_715 * x * x * x)).tanh())
         };
         case.check(&(0..m * n).map(element).collect::<Vec<_>>());
     }

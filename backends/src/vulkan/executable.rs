@@ -1,5 +1,6 @@
 //! A compiled plan: every step with its kernels made, and how they are recorded.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use ash::vk;
@@ -24,6 +25,10 @@ pub(super) enum Bound {
 /// A step that runs a node.
 pub(super) struct Launched {
     pub(super) node: NodeId,
+    /// The chain of the next step, whose work this one does too.
+    pub(super) chain: Option<NodeId>,
+    /// Whether the node's results are in memory afterwards: the chain may be all that reads them.
+    pub(super) stored: bool,
     /// Number of the step, from 1: what kernels note a rejection under.
     pub(super) number: u32,
     pub(super) places: StepPlaces,
@@ -35,7 +40,7 @@ pub(super) struct Launched {
 
 /// A step.
 pub(super) enum Work {
-    Launch(Launched),
+    Launch(Box<Launched>),
     Copy { from: Place, to: Place, bytes: usize },
 }
 
@@ -97,7 +102,7 @@ impl Program {
 
     /// The steps that run a node.
     pub(super) fn launches(&self) -> impl Iterator<Item = &Launched> {
-        self.work.iter().filter_map(|work| if let Work::Launch(launched) = work { Some(launched) } else { None })
+        self.work.iter().filter_map(|work| if let Work::Launch(launched) = work { Some(&**launched) } else { None })
     }
 
     /// Records the kernels of a step, whose buffers are `sets`, each behind those before it that it must wait for.
@@ -157,29 +162,38 @@ impl VulkanExecutable {
             .collect();
         let mut pipelines = device.pipelines(&sources)?.into_iter();
         // The kernels in the order of the launches, the launches by node.
-        type Made = (Vec<(Action, Option<Pipeline>)>, Option<Rejects>);
+        type Made = (Vec<(Action, Option<Pipeline>)>, Option<Rejects>, bool);
         let mut made: Vec<Option<Made>> = Vec::with_capacity(launches.len());
         for launch in launches {
             let with_pipeline = |action| match action {
                 Action::Kernel(_) => (action, pipelines.next()),
                 Action::Clear { .. } => (action, None),
             };
-            made.push(Some((launch.actions.into_iter().map(with_pipeline).collect(), launch.rejects)));
+            made.push(Some((launch.actions.into_iter().map(with_pipeline).collect(), launch.rejects, launch.stored)));
         }
         let states = states(&plan);
         let graph = plan.graph();
+        let chains: HashSet<NodeId> = graph.nodes_with_ids().filter_map(|(id, _)| plan.joined(id)).collect();
+        let done_before = |step: &Step| matches!(step, Step::Run { node, .. } if chains.contains(node));
         let work = (plan.steps().iter().enumerate())
+            .filter(|(_, step)| !done_before(step))
             .map(|(at, step)| match *step {
                 Step::Run { node, scratch, scratch_bytes } => {
-                    let places = of_step(&plan, &states, at, node, (scratch, scratch_bytes));
+                    let mut places = of_step(&plan, &states, at, node, (scratch, scratch_bytes));
                     let taken = made[node.index()].take();
-                    let (actions, rejects) = taken.unwrap_or_else(|| unreachable!("a node is run once"));
+                    let (actions, rejects, stored) = taken.unwrap_or_else(|| unreachable!("a node is run once"));
                     let number = at as u32 + 1;
                     let actions =
                         actions.into_iter().map(|(action, pipeline)| bound(action, pipeline, number)).collect();
-                    let of = |values: &[Value]| values.iter().map(|&v| graph.ty(v).bytes()).collect();
-                    let bytes = [of(&graph.node(node).operands), of(&graph.node(node).results)];
-                    Work::Launch(Launched { node, number, places, rejects, actions, bytes })
+                    let of = |values: &[Value]| values.iter().map(|&v| graph.ty(v).bytes()).collect::<Vec<_>>();
+                    let mut bytes = [of(&graph.node(node).operands), of(&graph.node(node).results)];
+                    let chain = plan.joined(node);
+                    if let Some(chain) = chain {
+                        places.append(of_step(&plan, &states, at, chain, (0, 0)));
+                        bytes[0].extend(of(&graph.node(chain).operands));
+                        bytes[1].extend(of(&graph.node(chain).results));
+                    }
+                    Work::Launch(Box::new(Launched { node, chain, stored, number, places, rejects, actions, bytes }))
                 }
                 Step::Copy { state, new } => Work::Copy {
                     from: place(&plan, &states, new),

@@ -1,9 +1,8 @@
 //! Which commands must wait for those before them: where one reads what another writes, or writes what another reads or writes.
 
-use moebius_ir::{Graph, NodeId, Plan, Step, Value};
+use moebius_ir::{Plan, Step, Value};
 
 use super::launch::{Action, At, Launch};
-use crate::Result;
 use crate::places::{Place, StepPlaces, of_step, place, states};
 
 /// A stretch of memory that a command uses.
@@ -58,11 +57,10 @@ fn buffers(action: &Action) -> Vec<(At, Option<usize>)> {
     }
 }
 
-/// How many commands a run of a graph is, kernels and others, and how many of them wait for those before; without a device, for
+/// How many commands a run of a plan is, kernels and others, and how many of them wait for those before; without a device, for
 /// launches by node.
-pub(super) fn count(graph: Graph, launches: &[Launch]) -> Result<[usize; 2]> {
-    let plan = Plan::new(graph, &|_, node: NodeId| launches[node.index()].scratch, moebius_ir::Fences::Off)?;
-    let (graph, states) = (plan.graph(), states(&plan));
+pub(super) fn count(plan: &Plan, launches: &[Launch]) -> [usize; 2] {
+    let (graph, states) = (plan.graph(), states(plan));
     // The arena, then a buffer for each tensor.
     let at = |place: Place| match place {
         Place::Arena(offset) => (1, offset),
@@ -76,14 +74,19 @@ pub(super) fn count(graph: Graph, launches: &[Launch]) -> Result<[usize; 2]> {
     for (i, step) in plan.steps().iter().enumerate() {
         match *step {
             Step::Run { node, scratch, scratch_bytes } => {
-                let places: StepPlaces = of_step(&plan, &states, i, node, (scratch, scratch_bytes));
-                let bytes = |v: &Value| graph.ty(*v).bytes();
+                let mut places: StepPlaces = of_step(plan, &states, i, node, (scratch, scratch_bytes));
+                let of = |values: &[Value]| -> Vec<usize> { values.iter().map(|&v| graph.ty(v).bytes()).collect() };
+                let mut bytes = [of(&graph.node(node).operands), of(&graph.node(node).results)];
+                if let Some(chain) = plan.joined(node) {
+                    places.append(of_step(plan, &states, i, chain, (0, 0)));
+                    bytes[0].extend(of(&graph.node(chain).operands));
+                    bytes[1].extend(of(&graph.node(chain).results));
+                }
                 for action in &launches[node.index()].actions {
                     let used = buffers(action).into_iter().map(|(of, some)| {
-                        let node = graph.node(node);
                         let ((buffer, from), bytes) = match of {
-                            At::Operand(i) => (at(places.operands[i]), bytes(&node.operands[i])),
-                            At::Result(i) => (at(places.results[i]), bytes(&node.results[i])),
+                            At::Operand(i) => (at(places.operands[i]), bytes[0][i]),
+                            At::Result(i) => (at(places.results[i]), bytes[1][i]),
                             At::Scratch { at, bytes } => ((1, places.scratch.0 + at), bytes),
                             At::Fault | At::Null => ((2, 0), 8),
                         };
@@ -95,14 +98,14 @@ pub(super) fn count(graph: Graph, launches: &[Launch]) -> Result<[usize; 2]> {
             }
             Step::Copy { state, new } => {
                 let of = |v, writes| {
-                    let (buffer, from) = at(place(&plan, &states, v));
+                    let (buffer, from) = at(place(plan, &states, v));
                     Use { buffer, from: from as u64, bytes: graph.ty(v).bytes() as u64, writes }
                 };
                 next(&[of(new, false), of(state, true)]);
             }
         }
     }
-    Ok(counts)
+    counts
 }
 
 #[cfg(test)]

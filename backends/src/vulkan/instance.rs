@@ -292,8 +292,8 @@ impl Instance for VulkanInstance {
         let mut found = None;
         let graph = program.plan.graph();
         self.run_steps(&mut queue, |queue, step| {
-            let node = graph.node(step.node);
-            for &value in &node.results {
+            let nodes = step.stored.then_some(step.node).into_iter().chain(step.chain).map(|id| graph.node(id));
+            for (node, &value) in nodes.flat_map(|node| node.results.iter().map(move |value| (node, value))) {
                 let mut bytes = vec![0; graph.ty(value).bytes()];
                 program.device.download(queue, self.region(value), &mut bytes)?;
                 if let Some(element) = non_finite(graph.ty(value).dtype, &bytes) {

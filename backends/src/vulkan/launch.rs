@@ -53,8 +53,7 @@ pub(crate) enum Action {
     },
 }
 
-/// The work of a node.
-#[derive(Default)]
+/// The work of a node, and of the chain that is joined onto it.
 pub(crate) struct Launch {
     /// Bytes of scratch memory.
     pub(crate) scratch: usize,
@@ -62,12 +61,20 @@ pub(crate) struct Launch {
     pub(crate) actions: Vec<Action>,
     /// If kernels of it note rejected values.
     pub(crate) rejects: Option<Rejects>,
+    /// Whether the node's results are in memory afterwards: the chain may be all that reads them.
+    pub(crate) stored: bool,
+}
+
+impl Default for Launch {
+    fn default() -> Launch {
+        Launch::of(Vec::new())
+    }
 }
 
 impl Launch {
     /// Work without scratch memory.
     pub(crate) fn of(actions: Vec<Action>) -> Launch {
-        Launch { scratch: 0, actions, rejects: None }
+        Launch { scratch: 0, actions, rejects: None, stored: true }
     }
 
     /// With this scratch memory.

@@ -27,10 +27,12 @@ mod pipelines;
 mod shader;
 mod spirv;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use moebius_ir::{DType, Fences, Graph, NodeId, Plan};
 
+use self::launch::Launch;
 use crate::cache::Cache;
 use crate::{Backend, Executable, Result, Store, lowering};
 
@@ -128,10 +130,11 @@ impl Vulkan {
     /// The kernels that an optimised graph needs on such a device, each once. Needs no device.
     ///
     /// # Errors
-    /// [`crate::Error::Unsupported`].
+    /// [`crate::Error::Unsupported`], or that of the plan.
     pub fn kernels(graph: &Graph, limits: Limits) -> Result<Vec<ShaderText>> {
+        let plan = planned(graph.clone(), limits, Fences::Off)?;
         let mut texts = Vec::new();
-        for launch in launches(graph, limits)? {
+        for launch in launches(plan.graph(), |id| plan.joined(id), limits)? {
             for action in launch.actions {
                 if let launch::Action::Kernel(k) = action {
                     let shader::Source { title, text, cooperative, .. } = k.source;
@@ -150,14 +153,25 @@ impl Vulkan {
     /// # Errors
     /// [`crate::Error::Unsupported`], or that of the plan.
     pub fn commands(graph: Graph, limits: Limits) -> Result<[usize; 2]> {
-        let launches = launches(&graph, limits)?;
-        hazards::count(graph, &launches)
+        let plan = planned(graph, limits, Fences::Off)?;
+        let launches = launches(plan.graph(), |id| plan.joined(id), limits)?;
+        Ok(hazards::count(&plan, &launches))
     }
 }
 
-/// The launch of every node, or all refusals.
-fn launches(graph: &Graph, limits: Limits) -> Result<Vec<launch::Launch>> {
-    lowering::launches(BACKEND, graph, |id| lower::lower(graph, id, limits))
+/// The launch of every node, or all refusals; with the chains that `joined` joins onto nodes, which have nothing to do themselves.
+fn launches(graph: &Graph, joined: impl Fn(NodeId) -> Option<NodeId>, limits: Limits) -> Result<Vec<Launch>> {
+    let done: HashSet<NodeId> = graph.nodes_with_ids().filter_map(|(id, _)| joined(id)).collect();
+    let lowered =
+        |id| if done.contains(&id) { Ok(Launch::default()) } else { lower::lower(graph, id, joined(id), limits) };
+    lowering::launches(BACKEND, graph, lowered)
+}
+
+/// The plan of a graph for such a device.
+fn planned(graph: Graph, limits: Limits, fences: Fences) -> Result<Plan> {
+    let scratch: Vec<usize> = launches(&graph, |_| None, limits)?.iter().map(|l| l.scratch).collect();
+    let join = |graph: &Graph, id| lower::joined(graph, id, limits);
+    Ok(Plan::with_joined(graph, &|_, node: NodeId| scratch[node.index()], &join, fences)?)
 }
 
 impl Backend for Vulkan {
@@ -170,18 +184,19 @@ impl Backend for Vulkan {
     }
 
     fn plan(&self, graph: Graph) -> Result<Plan> {
-        let scratch: Vec<usize> = launches(&graph, self.device.limits)?.iter().map(|l| l.scratch).collect();
-        let fences = if self.checks { Fences::On } else { Fences::Off };
-        Ok(Plan::new(graph, &|_, node: NodeId| scratch[node.index()], fences)?)
+        planned(graph, self.device.limits, if self.checks { Fences::On } else { Fences::Off })
     }
 
     fn compile(&self, plan: Plan) -> Result<Arc<dyn Executable>> {
-        let launches = launches(plan.graph(), self.device.limits)?;
+        let launches = launches(plan.graph(), |id| plan.joined(id), self.device.limits)?;
         Ok(Arc::new(executable::VulkanExecutable::new(Arc::clone(&self.device), plan, launches, self.checks)?))
     }
 
     fn prepare(&self, graphs: &mut dyn Iterator<Item = Graph>) -> Result<()> {
-        let taken = graphs.filter_map(|graph| launches(&graph, self.device.limits).ok());
+        let taken = graphs.filter_map(|graph| {
+            let plan = planned(graph, self.device.limits, Fences::Off).ok()?;
+            launches(plan.graph(), |id| plan.joined(id), self.device.limits).ok()
+        });
         let actions = taken.flatten().flat_map(|launch| launch.actions);
         let kernel = |action| if let launch::Action::Kernel(k) = action { Some(k.source) } else { None };
         let sources: Vec<shader::Source> = actions.filter_map(kernel).collect();

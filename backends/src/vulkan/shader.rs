@@ -42,8 +42,10 @@ texts! {
     "adamw_bf16",
     "adamw_rule",
     "assign",
+    "assign_in_order",
     "attend_cache",
     "attend_cache_eight",
+    "attend_one",
     "attention",
     "attention_delta",
     "attention_grad_key",
@@ -83,9 +85,11 @@ texts! {
     "kept_rows",
     "kept_tiles",
     "layer_norm",
+    "layer_norm_eight",
     "logits",
     "move_views",
     "norm_grad",
+    "norm_grad_eight",
     "norm_of_parts",
     "norm_weights",
     "norm_weights_finish",
@@ -97,8 +101,9 @@ texts! {
     "reduce_finish",
     "reduce_rows",
     "rms_norm",
+    "rms_norm_eight",
     "route",
-    "route_experts",
+    "route_end",
     "route_grad",
     "route_totals",
     "router",
@@ -200,15 +205,6 @@ impl Shader {
     #[must_use]
     pub(crate) fn parts(mut self, name: &str, at: At) -> Shader {
         self.binding(name, "vec4<f32>", at);
-        self
-    }
-
-    /// With a buffer of floats of 16 bits that are stored eight at a time, with `stored(x)`, the bits of one.
-    #[must_use]
-    pub(crate) fn eights(mut self, name: &str, dtype: DType, at: At) -> Shader {
-        self.binding(name, "vec4<u32>", at);
-        let bits = if dtype == DType::Bf16 { "bf16_bits" } else { "f16_bits" };
-        let _ = writeln!(self.declarations, "fn stored(x: f32) -> u32 {{ return {bits}(x); }}");
         self
     }
 

@@ -59,6 +59,20 @@ fn word(value: &Value) -> Result<u32, String> {
     if let Value::Word(word) = value { Ok(*word) } else { Err(format!("{value:?} is no word")) }
 }
 
+/// A function of words on values, or on each part of them.
+fn each(values: &[&Value], f: &dyn Fn(&[u32]) -> u32) -> Result<Value, String> {
+    let Some(Value::Many(parts)) = values.first() else {
+        let words = values.iter().map(|v| word(v)).collect::<Result<Vec<_>, _>>()?;
+        return Ok(Value::Word(f(&words)));
+    };
+    let part = |i: usize| {
+        let of = |v: &&Value| if let Value::Many(parts) = v { parts.get(i).cloned() } else { None };
+        let own = values.iter().map(of).collect::<Option<Vec<_>>>().ok_or("not as many parts")?;
+        each(&own.iter().collect::<Vec<_>>(), f)
+    };
+    Ok(Value::Many((0..parts.len()).map(part).collect::<Result<_, _>>()?))
+}
+
 impl<'a> Lane<'a> {
     pub(super) fn new(
         module: &'a Module,
@@ -312,9 +326,13 @@ impl<'a> Lane<'a> {
             Value::Many(parts) => Ok(parts.clone()),
             other => Err(format!("{other:?} has no parts")),
         };
-        let ints = |f: fn(u32, u32) -> u32| Ok(Value::Word(f(self.word(w[2])?, self.word(w[3])?)));
-        let floats = |f: fn(f32, f32) -> f32| Ok(Value::Word(f(self.float(w[2])?, self.float(w[3])?).to_bits()));
-        let test = |f: fn(f32, f32) -> bool| Ok(Value::Word(u32::from(f(self.float(w[2])?, self.float(w[3])?))));
+        let both = |f: &dyn Fn(u32, u32) -> u32| match (self.value(w[2])?, self.value(w[3])?) {
+            (Value::Word(a), Value::Word(b)) => Ok(Value::Word(f(*a, *b))),
+            (a, b) => each(&[a, b], &|of| f(of[0], of[1])),
+        };
+        let ints = |f: fn(u32, u32) -> u32| both(&f);
+        let floats = |f: fn(f32, f32) -> f32| both(&|a, b| f(f32::from_bits(a), f32::from_bits(b)).to_bits());
+        let test = |f: fn(f32, f32) -> bool| both(&|a, b| u32::from(f(f32::from_bits(a), f32::from_bits(b))));
         let bits = |id: u32| match self.module.types[&id] {
             Type::Int { bits } => bits,
             _ => 32,
@@ -322,9 +340,13 @@ impl<'a> Lane<'a> {
         match operation {
             1 => Ok(self.module.zero(w[0])),
             12 => match w[3] {
+                4 => Ok(Value::Word(self.float(w[4])?.abs().to_bits())),
                 38 => Ok(Value::Word(self.word(w[4])?.min(self.word(w[5])?))),
                 41 => Ok(Value::Word(self.word(w[4])?.max(self.word(w[5])?))),
-                50 => Ok(Value::Word(self.float(w[4])?.mul_add(self.float(w[5])?, self.float(w[6])?).to_bits())),
+                50 => each(&[self.value(w[4])?, self.value(w[5])?, self.value(w[6])?], &|of| {
+                    let [a, b, c] = [of[0], of[1], of[2]].map(f32::from_bits);
+                    a.mul_add(b, c).to_bits()
+                }),
                 other => Err(format!("function {other} is unknown")),
             },
             77 => {
@@ -355,13 +377,19 @@ impl<'a> Lane<'a> {
             132 => ints(u32::wrapping_mul),
             133 => floats(|a, b| a * b),
             134 => ints(|a, b| a.checked_div(b).unwrap_or(0)),
+            136 => floats(|a, b| a / b),
             137 => ints(|a, b| a.checked_rem(b).unwrap_or(0)),
             164 | 170 => ints(|a, b| u32::from(a == b)),
             165 | 171 => ints(|a, b| u32::from(a != b)),
             166 => ints(|a, b| a | b),
             167 => ints(|a, b| a & b),
             168 => Ok(Value::Word(1 - self.word(w[2])?)),
-            169 => Ok(self.value(if self.word(w[2])? != 0 { w[3] } else { w[4] })?.clone()),
+            169 => match self.value(w[2])? {
+                Value::Many(_) => each(&[self.value(w[2])?, self.value(w[3])?, self.value(w[4])?], &|of| {
+                    if of[0] != 0 { of[1] } else { of[2] }
+                }),
+                one => Ok(self.value(if word(one)? != 0 { w[3] } else { w[4] })?.clone()),
+            },
             172 => ints(|a, b| u32::from(a > b)),
             174 => ints(|a, b| u32::from(a >= b)),
             176 => ints(|a, b| u32::from(a < b)),
@@ -372,6 +400,7 @@ impl<'a> Lane<'a> {
             188 => test(|a, b| a <= b),
             190 => test(|a, b| a >= b),
             194 => ints(|a, b| a >> (b & 31)),
+            195 => ints(|a, b| (a as i32 >> (b & 31)) as u32),
             196 => ints(|a, b| a << (b & 31)),
             197 => ints(|a, b| a | b),
             198 => ints(|a, b| a ^ b),

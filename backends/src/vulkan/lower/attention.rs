@@ -128,20 +128,26 @@ pub(super) fn lower_attention_cached(graph: &Graph, node: &Node, op: &AttentionC
     };
     // The caches are results 1 and 2, in the storage of operands 1 and 2.
     let places = [("qkv", At::Operand(0)), ("k_cache", At::Result(1)), ("v_cache", At::Result(2))];
+    let by_eight = |shader: Shader| places.iter().fold(shader.with("eight"), |s, &(name, at)| s.by_eight(name, ty, at));
     let by_one = |shader: Shader| places.iter().fold(shader, |s, &(name, at)| s.buffer(name, ty, at));
+    let wanted =
+        format!("a start of at most {}, so that {tokens} tokens fit the {room} rows of the cache", room - tokens);
+    let groups = batch * tokens * op.heads;
+    if head.is_multiple_of(8) && tokens == 1 {
+        let shader = by_eight(kernel("attend_one", CACHE_THREADS)).with("cache_places").rejecting();
+        let actions = vec![shader.buffer("y", ty, At::Result(0)).line(groups)?];
+        return Ok(Launch::of(actions).rejecting(wanted, "a start of"));
+    }
     let attend = if head.is_multiple_of(8) {
-        let shader = kernel("attend_cache_eight", CACHE_THREADS).with("eight");
-        places.iter().fold(shader, |s, &(name, at)| s.by_eight(name, ty, at))
+        by_eight(kernel("attend_cache_eight", CACHE_THREADS))
     } else {
         by_one(kernel("attend_cache", THREADS)).constant("COLUMNS", head.div_ceil(THREADS))
     };
     let attend = attend.with("cache_places");
     let actions = vec![
         by_one(kernel("cache_rows", THREADS)).rejecting().line(batch * tokens)?,
-        attend.buffer("y", ty, At::Result(0)).line(batch * tokens * op.heads)?,
+        attend.buffer("y", ty, At::Result(0)).line(groups)?,
     ];
-    let wanted =
-        format!("a start of at most {}, so that {tokens} tokens fit the {room} rows of the cache", room - tokens);
     Ok(Launch::of(actions).rejecting(wanted, "a start of"))
 }
 

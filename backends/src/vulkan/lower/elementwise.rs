@@ -17,11 +17,14 @@ const THREADS: usize = 256;
 const EIGHT: usize = 8;
 const LEAST_THREADS: usize = 2048;
 
+/// Where the elements of an `Eight` are.
+pub(super) const PLACES: [&str; EIGHT] = ["even.x", "odd.x", "even.y", "odd.y", "even.z", "odd.z", "even.w", "odd.w"];
+
 /// WGSL; bools are u32 in registers.
-struct Wgsl;
+pub(super) struct Wgsl;
 
 /// The type of a register.
-fn register(dtype: DType) -> &'static str {
+pub(super) fn register(dtype: DType) -> &'static str {
     match dtype {
         DType::F32 | DType::Bf16 | DType::F16 => "f32",
         DType::I32 => "i32",
@@ -80,7 +83,7 @@ impl Language for Wgsl {
 }
 
 /// The coordinates of element `i`, if operands are read by them.
-fn coordinates(chain: &Chain<'_>) -> String {
+pub(super) fn coordinates(chain: &Chain<'_>) -> String {
     let mut text = String::new();
     if chain.axes.has_coordinates() {
         text.push_str("    var rest = i;\n");
@@ -106,8 +109,6 @@ fn by_eight(chain: &Chain<'_>) -> bool {
 
 /// The kernel whose threads have eight elements.
 fn lower_by_eight(chain: &Chain<'_>, limits: Limits) -> Lowered {
-    let places: [String; EIGHT] =
-        std::array::from_fn(|e| format!("{}.{}", if e % 2 == 0 { "even" } else { "odd" }, ["x", "y", "z", "w"][e / 2]));
     let results: Vec<(u32, DType)> = chain.results().collect();
     let fields: String = (0..results.len()).map(|o| format!("    o{o}: f32,\n")).collect();
     let given = chain.loaded.iter().enumerate().map(|(at, &l)| format!("a{at}: {}", register(chain.dtypes[l])));
@@ -126,7 +127,7 @@ fn lower_by_eight(chain: &Chain<'_>, limits: Limits) -> Lowered {
         let get = if chain.axes.is_stretched(at) { "get" } else { "eight" };
         let _ = writeln!(body, "    let x{at} = {get}_p{l}({});", chain.axes.index(at, ""));
     }
-    for (e, place) in places.iter().enumerate() {
+    for (e, place) in PLACES.iter().enumerate() {
         let of = |at: usize| if chain.axes.is_stretched(at) { format!("x{at}") } else { format!("x{at}.{place}") };
         let given: Vec<String> = (0..chain.loaded.len()).map(of).collect();
         let _ = writeln!(body, "    let v{e} = element({});", given.join(", "));

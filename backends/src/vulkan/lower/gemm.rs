@@ -1,16 +1,17 @@
 //! Launches of everything that is a matrix product: matmul and the expert matmuls.
 //!
 //! A kernel says in its file which product a workgroup has. Its tile is computed by `gemm_plain.wgsl`, on cooperative matrices, where the
-//! device has them and [`cooperative::tile`] says so, or, if it has few rows, by [`few_rows`] or `gemm_few_rows.wgsl`. The sums of a
-//! matmul with few tiles are cut into [`parts`].
+//! device has them and [`cooperative::tile`] says so, if it has few rows, by [`few_rows`] or `gemm_few_rows.wgsl`, or, if it has few
+//! columns, by [`narrow`]. The sums of a matmul with few tiles are cut into [`parts`].
 
 use moebius_ir::ops::{ExpertMatmul, Matmul};
 use moebius_ir::{DType, Graph, Node, Shape};
 
 use super::cooperative::Tile;
 use super::few_rows::Few;
+use super::joined::{self, Joined};
 use super::parts::{self, Parts};
-use super::{Lowered, cooperative, dtype};
+use super::{Lowered, cooperative, dtype, narrow};
 use crate::lowering::shapes;
 use crate::vulkan::launch::{Action, At, Launch, Scratch};
 use crate::vulkan::limits::Limits;
@@ -51,6 +52,8 @@ enum Way {
     FewRows(usize),
     /// Few rows, by loads of eight elements.
     Eights(Few),
+    /// Few columns, by loads of eight elements.
+    Narrow,
     /// On cooperative matrices, with such tiles.
     Cooperative(Tile),
 }
@@ -60,6 +63,9 @@ impl Way {
     fn of(limits: Limits, types: [DType; 2], p: &Product, tiles: impl Fn(usize, usize) -> usize) -> Way {
         if let Some(tile) = cooperative::tile(limits, types, p, p.m, tiles) {
             return Way::Cooperative(tile);
+        }
+        if p.m > MOST_FEW && narrow::fits(p) {
+            return Way::Narrow;
         }
         if p.m > MOST_FEW {
             return Way::plain(limits, p.m, p.n);
@@ -80,6 +86,7 @@ impl Way {
             // A thread's neighbours read what lies together: 32 elements.
             Way::FewRows(rows) => [*rows, if along_k { THREADS / 32 } else { 32 }],
             Way::Eights(few) => [few.rows, few.columns()],
+            Way::Narrow => narrow::TILE,
             Way::Cooperative(tile) => [tile.rows, tile.columns],
         }
     }
@@ -88,6 +95,7 @@ impl Way {
     fn parts(&self, tiles: usize, k: usize) -> Parts {
         match self {
             Way::Plain(_) => Parts::of(tiles, k, LEAST[0], ENOUGH[0]),
+            Way::Narrow => Parts::of(tiles, k, LEAST[0], ENOUGH[0] / 2),
             Way::Cooperative(_) => Parts::of(tiles, k, LEAST[1], ENOUGH[1]),
             // Eight loads of a thread and more.
             Way::Eights(few) => Parts::of(tiles, k, 8 * few.step(), ENOUGH[2]),
@@ -96,41 +104,57 @@ impl Way {
     }
 }
 
+/// Where a product's result goes.
+struct Out<'a> {
+    dtype: DType,
+    at: At,
+    /// Its first element, and the length of its rows.
+    first: usize,
+    n: usize,
+    joined: Option<&'a Joined<'a>>,
+}
+
+impl Out<'_> {
+    /// With what becomes of an element; eight at a time if asked.
+    fn of(&self, shader: Shader, eights: bool) -> Shader {
+        joined::leaving(shader, (self.dtype, self.at), eights, self.joined)
+    }
+}
+
 /// A kernel of a file that says which product a workgroup has, with what computes it and stores it, and the rows and columns of a tile.
-/// Its factors are `a` and `b`; the result `c`, which begins at element `c_at` and has rows of `n`, is to be stored as 16-bit floats
-/// eight at a time where that can be. `k`: the length of the sums, where it is known.
+/// Its factors are `a` and `b`; a result of 16-bit floats is to be stored eight at a time where that can be. `k`: the length of the sums,
+/// where it is known.
 fn product(
     limits: Limits,
     name: &'static str,
     way: Way,
     along_k: [bool; 2],
-    [a, b, c]: [(DType, At); 3],
-    [c_at, n]: [usize; 2],
+    [a, b]: [(DType, At); 2],
+    out: &Out<'_>,
     k: Option<usize>,
 ) -> (Shader, [usize; 2]) {
     let [rows, columns] = way.tile(along_k[1]);
     let sized = |shader: Shader| {
         shader.constant("TILE_ROWS", rows).constant("TILE_COLUMNS", columns).with("gemm_places").with("gemm_put")
     };
-    let plain = |shader: Shader| shader.buffer("a", a.0, a.1).buffer("b", b.0, b.1).buffer("c", c.0, c.1);
+    let by_one = |shader: Shader| out.of(shader.buffer("a", a.0, a.1).buffer("b", b.0, b.1), false);
+    let by_eight = |shader: Shader| out.of(shader.by_eight("a", a.0, a.1).by_eight("b", b.0, b.1), false);
     let shader = match way {
         Way::FewRows(rows) => {
             let shader = sized(Shader::file(limits, name, THREADS)).with("gemm_few_rows");
             let shader = shader.constant("SLICES", THREADS / columns).constant("ROWS", rows);
-            plain(shader.flag("RIGHT_ALONG_K", along_k[1]))
+            by_one(shader.flag("RIGHT_ALONG_K", along_k[1]))
         }
         Way::Cooperative(tile) => {
-            let eights = c.0.bytes() == 2 && n.is_multiple_of(8) && c_at.is_multiple_of(8);
+            let eights = out.dtype.bytes() == 2 && out.n.is_multiple_of(8) && out.first.is_multiple_of(8);
+            let eights = eights && joined::by_eight(out.joined);
             let shader =
                 cooperative::tiled(limits, name, &tile, along_k, a.0, eights, !k.is_some_and(|k| tile.divides(k)));
-            let shader = shader.parts("a", a.1).parts("b", b.1);
-            if eights { shader.eights("c", c.0, c.1) } else { shader.buffer("c", c.0, c.1) }
+            out.of(shader.parts("a", a.1).parts("b", b.1), eights)
         }
-        Way::Eights(few) => {
-            let shader = few.kernel(limits, name).by_eight("a", a.0, a.1).by_eight("b", b.0, b.1);
-            shader.buffer("c", c.0, c.1)
-        }
-        Way::Plain(tile) => plain(sized(tiled(limits, name, tile, along_k)).with("gemm_plain")),
+        Way::Narrow => by_eight(narrow::kernel(limits, name)),
+        Way::Eights(few) => by_eight(few.kernel(limits, name)),
+        Way::Plain(tile) => by_one(sized(tiled(limits, name, tile, along_k)).with("gemm_plain")),
     };
     (shader, [rows, columns])
 }
@@ -175,16 +199,18 @@ impl Product {
 }
 
 /// Where the matrices of a product are; `add` is f32.
-pub(super) struct Places {
+pub(super) struct Places<'a> {
     pub(super) a: At,
     pub(super) b: At,
     pub(super) bias: (At, DType),
     pub(super) add: At,
     pub(super) c: At,
+    /// The chain that C goes through.
+    pub(super) joined: Option<&'a Joined<'a>>,
 }
 
 /// The product of matrices of these dtypes as an action; the result's is the third one.
-pub(super) fn gemm(limits: Limits, types: [DType; 3], p: &Product, places: &Places) -> Result<Action, String> {
+pub(super) fn gemm(limits: Limits, types: [DType; 3], p: &Product, places: &Places<'_>) -> Result<Action, String> {
     kernel(limits, way(limits, types, p), types, p, places, Parts::whole(p.k))
 }
 
@@ -193,7 +219,7 @@ fn gemm_in_parts(
     limits: Limits,
     types: [DType; 3],
     p: &Product,
-    places: &Places,
+    places: &Places<'_>,
     scratch: &mut Scratch,
 ) -> Result<Vec<Action>, String> {
     let way = way(limits, types, p);
@@ -204,10 +230,11 @@ fn gemm_in_parts(
     }
     let total = p.batch * p.m * p.n;
     let sums = scratch.take(4 * parts.count * total);
-    let of_parts = Places { bias: (At::Null, DType::F32), c: sums, ..*places };
+    let out = Out { dtype: types[2], at: places.c, first: 0, n: p.n, joined: places.joined };
+    let of_parts = Places { bias: (At::Null, DType::F32), c: sums, joined: None, ..*places };
     Ok(vec![
         kernel(limits, way, [types[0], types[1], DType::F32], p, &of_parts, parts)?,
-        parts::finish(limits, parts, [total, p.n], sums, places.bias, (types[2], places.c))?,
+        parts::finish(limits, parts, [total, p.n], sums, places.bias, |s| out.of(s, false))?,
     ])
 }
 
@@ -220,7 +247,7 @@ fn kernel(
     way: Way,
     types: [DType; 3],
     p: &Product,
-    places: &Places,
+    places: &Places<'_>,
     parts: Parts,
 ) -> Result<Action, String> {
     let strides = [
@@ -239,10 +266,11 @@ fn kernel(
         ("part", parts.length),
         ("total", if parts.count == 1 { 0 } else { p.batch * p.m * p.n }),
     ];
-    let matrices = [(types[0], places.a), (types[1], places.b), (types[2], places.c)];
+    let factors = [(types[0], places.a), (types[1], places.b)];
+    let out = Out { dtype: types[2], at: places.c, first: p.c_at, n: p.n, joined: places.joined };
     // A part is a multiple of every block: the last one ends as k does.
     let (shader, [rows, columns]) =
-        product(limits, "gemm", way, [p.a.column == 1, p.b.row == 1], matrices, [p.c_at, p.n], Some(p.k));
+        product(limits, "gemm", way, [p.a.column == 1, p.b.row == 1], factors, &out, Some(p.k));
     let shader = strides.iter().fold(shader.constant("PARTS", parts.count), |s, &(name, value)| s.number(name, value));
     shader.buffer("bias", places.bias.1, places.bias.0).buffer("add", DType::F32, places.add).grid([
         p.n.div_ceil(columns),
@@ -256,7 +284,13 @@ fn bias(graph: &Graph, node: &Node, i: usize) -> (At, DType) {
     if i < node.operands.len() { (At::Operand(i), dtype(graph, node, i)) } else { (At::Null, DType::F32) }
 }
 
-pub(super) fn lower_matmul(graph: &Graph, node: &Node, op: &Matmul, limits: Limits) -> Lowered {
+pub(super) fn lower_matmul(
+    graph: &Graph,
+    node: &Node,
+    op: &Matmul,
+    joined: Option<&Joined<'_>>,
+    limits: Limits,
+) -> Lowered {
     let [a, b] = shapes(graph, node);
     let out = &graph.ty(node.results[0]).shape;
     let (n, k) = (out.last(), a[a.len() - if op.transpose_a { 2 } else { 1 }]);
@@ -272,7 +306,7 @@ pub(super) fn lower_matmul(graph: &Graph, node: &Node, op: &Matmul, limits: Limi
         ..Product::of(stored(a.last(), op.transpose_a), stored(b.last(), op.transpose_b), m, n, k)
     };
     let bias = bias(graph, node, 2);
-    let places = Places { a: At::Operand(0), b: At::Operand(1), bias, add: At::Null, c: At::Result(0) };
+    let places = Places { a: At::Operand(0), b: At::Operand(1), bias, add: At::Null, c: At::Result(0), joined };
     let types = [dtype(graph, node, 0), dtype(graph, node, 1), super::dtype_of_result(graph, node, 0)];
     let mut scratch = Scratch::default();
     let actions = gemm_in_parts(limits, types, &product, &places, &mut scratch)?;
@@ -285,7 +319,13 @@ fn experts(offsets: &Shape) -> Result<usize, String> {
     if experts > MOST_EXPERTS { Err(format!("at most {MOST_EXPERTS} experts, not {experts}")) } else { Ok(experts) }
 }
 
-pub(super) fn lower_expert_matmul(graph: &Graph, node: &Node, op: &ExpertMatmul, limits: Limits) -> Lowered {
+pub(super) fn lower_expert_matmul(
+    graph: &Graph,
+    node: &Node,
+    op: &ExpertMatmul,
+    joined: Option<&Joined<'_>>,
+    limits: Limits,
+) -> Lowered {
     let [rows, w, offsets] = shapes(graph, node);
     let experts = experts(&offsets)?;
     let (slots, k, n) = (rows[0], rows[1], graph.shape(node.results[0])[1]);
@@ -296,16 +336,17 @@ pub(super) fn lower_expert_matmul(graph: &Graph, node: &Node, op: &ExpertMatmul,
     let of_all = Product { b_batch: k * n, ..Product::of(stored(k, false), w, slots, n, k) };
     let tiles = |rows: usize, columns: usize| slots.div_ceil(rows) * n.div_ceil(columns);
     let tile = cooperative::tile(limits, types, &of_all, slots, tiles);
-    let matrices = [(types[0], At::Operand(0)), (types[1], At::Operand(1)), (ty, At::Result(0))];
+    let factors = [(types[0], At::Operand(0)), (types[1], At::Operand(1))];
+    let out = Out { dtype: ty, at: At::Result(0), first: 0, n, joined };
     let along_k = [true, w.row == 1];
     let (shader, columns, down) = if slots <= MOST_FEW {
         // Slots rarely share an expert.
         let way = Few::of(&of_all, 1, slots).map_or(Way::FewRows(1), Way::Eights);
-        let (shader, [_, columns]) = product(limits, "gemm_by_slot", way, along_k, matrices, [0, n], Some(k));
+        let (shader, [_, columns]) = product(limits, "gemm_by_slot", way, along_k, factors, &out, Some(k));
         (shader, columns, slots)
     } else {
         let way = tile.map_or_else(|| Way::plain(limits, slots, n), Way::Cooperative);
-        let (shader, [rows, columns]) = product(limits, "gemm_m_grouped", way, along_k, matrices, [0, n], Some(k));
+        let (shader, [rows, columns]) = product(limits, "gemm_m_grouped", way, along_k, factors, &out, Some(k));
         let shader = shader.constant("MOST_EXPERTS", MOST_EXPERTS).number("slots", slots);
         (shader, columns, most_tiles(slots, experts, rows))
     };
@@ -328,10 +369,11 @@ pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node, limits: Limi
     let of_all = Product::of(stored(m, true), stored(n, false), m, n, a[0] / experts.max(1));
     let tiles = |rows: usize, columns: usize| experts * m.div_ceil(rows) * n.div_ceil(columns);
     let tile = cooperative::tile(limits, types, &of_all, m, tiles);
-    let result = (super::dtype_of_result(graph, node, 0), At::Result(0));
-    let matrices = [(types[0], At::Operand(0)), (types[1], At::Operand(1)), result];
+    let dtype = super::dtype_of_result(graph, node, 0);
+    let out = Out { dtype, at: At::Result(0), first: 0, n, joined: None };
+    let factors = [(types[0], At::Operand(0)), (types[1], At::Operand(1))];
     let way = tile.map_or_else(|| Way::plain(limits, m, n), Way::Cooperative);
-    let (shader, [rows, columns]) = product(limits, "gemm_k_grouped", way, [false, false], matrices, [0, n], None);
+    let (shader, [rows, columns]) = product(limits, "gemm_k_grouped", way, [false, false], factors, &out, None);
     let shader = shader.number("m", m).number("n", n).buffer("offsets", DType::I32, At::Operand(2));
     Ok(Launch::of(vec![shader.grid([n.div_ceil(columns), m.div_ceil(rows), experts])?]))
 }

@@ -10,11 +10,14 @@ mod elementwise;
 mod embedding;
 mod few_rows;
 mod gemm;
+mod joined;
 mod movement;
+mod narrow;
 mod norm;
 mod optimizer;
 mod parts;
 mod reduce;
+mod router;
 mod sparse;
 
 use moebius_ir::{DType, Graph, Node, NodeId, Op};
@@ -35,12 +38,20 @@ fn dtype_of_result(graph: &Graph, node: &Node, i: usize) -> DType {
     graph.ty(node.results[i]).dtype
 }
 
-/// The launch of a node on a device with such limits.
+/// The chain to run with a node on a device with such limits.
+pub(crate) fn joined(graph: &Graph, id: NodeId, limits: Limits) -> Option<NodeId> {
+    let chain = crate::joined::joined(graph, id)?;
+    joined::Joined::new(graph, graph.node(id), chain, limits).map(|_| chain)
+}
+
+/// The launch of a node on a device with such limits; with a chain that is joined onto it, the chain's operands and results follow the
+/// node's.
 ///
 /// # Errors
 /// What the backend wants instead.
-pub(crate) fn lower(graph: &Graph, id: NodeId, limits: Limits) -> Lowered {
+pub(crate) fn lower(graph: &Graph, id: NodeId, chain: Option<NodeId>, limits: Limits) -> Lowered {
     let node = graph.node(id);
+    let joined = chain.and_then(|chain| joined::Joined::new(graph, node, chain, limits));
     for &value in node.operands.iter().chain(&node.results) {
         let ty = graph.ty(value);
         if ty.bytes() > limits.range {
@@ -68,7 +79,7 @@ pub(crate) fn lower(graph: &Graph, id: NodeId, limits: Limits) -> Lowered {
         Op::RmsNorm(op) => norm::lower_rms_norm(graph, node, op.eps, limits),
         Op::RmsNormGrad(_) => norm::lower_rms_norm_grad(graph, node, limits),
 
-        Op::Matmul(op) => gemm::lower_matmul(graph, node, op, limits),
+        Op::Matmul(op) => gemm::lower_matmul(graph, node, op, joined.as_ref(), limits),
         Op::Attention(op) => attention::lower_attention(graph, node, op, limits),
         Op::AttentionGrad(op) => attention::lower_attention_grad(graph, node, op, limits),
         Op::AttentionCached(op) => attention::lower_attention_cached(graph, node, op, limits),
@@ -87,18 +98,19 @@ pub(crate) fn lower(graph: &Graph, id: NodeId, limits: Limits) -> Lowered {
             classifier::lower_linear_distillation_cached_grad(graph, node, op.temperature, limits)
         }
 
-        Op::Route(op) => sparse::lower_route(graph, node, op, limits),
-        Op::RouteGrad(op) => sparse::lower_route_grad(graph, node, op, limits),
-        Op::Assign(op) => sparse::lower_assign(graph, node, op, limits),
+        Op::Route(op) => router::lower_route(graph, node, op, limits),
+        Op::RouteGrad(op) => router::lower_route_grad(graph, node, op, limits),
+        Op::Assign(op) => router::lower_assign(graph, node, op, limits),
         Op::Dispatch(_) => sparse::lower_dispatch(graph, node, limits),
         Op::Combine(op) => sparse::lower_combine(graph, node, *op, limits),
         Op::GateGrad(_) => sparse::lower_gate_grad(graph, node, limits),
         Op::SegmentSum(_) => sparse::lower_segment_sum(graph, node, limits),
-        Op::ExpertMatmul(op) => gemm::lower_expert_matmul(graph, node, op, limits),
+        Op::ExpertMatmul(op) => gemm::lower_expert_matmul(graph, node, op, joined.as_ref(), limits),
         Op::ExpertMatmulWgrad(_) => gemm::lower_expert_matmul_wgrad(graph, node, limits),
 
         Op::GlobalNorm(_) => optimizer::lower_global_norm(graph, node, limits),
         Op::Adamw(op) => optimizer::lower_adamw(graph, node, op, limits),
     };
-    launch.map(Launch::trimmed)
+    let stored = joined.as_ref().is_none_or(|j| j.kept);
+    launch.map(|launch| Launch { stored, ..launch.trimmed() })
 }

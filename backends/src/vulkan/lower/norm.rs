@@ -1,4 +1,4 @@
-//! Launches of softmax and norms, a workgroup for each row.
+//! Launches of softmax and norms, a workgroup for each row. Norms of rows of a multiple of eight elements read 16 bytes at a time.
 
 use moebius_ir::{DType, Graph, Node};
 
@@ -10,11 +10,32 @@ use crate::vulkan::shader::Shader;
 const THREADS: usize = 128;
 /// Rows whose parts of dgamma one thread adds up.
 const CHUNK: usize = 64;
+/// The most elements of a row of which a thread keeps what it has.
+const MOST_KEPT: usize = 8192;
 
 /// A kernel on the rows of the node's first operand, and how many there are.
 fn by_row(graph: &Graph, node: &Node, name: &'static str, limits: Limits) -> (Shader, usize) {
     let shape = &graph.ty(node.operands[0]).shape;
     (Shader::file(limits, name, THREADS).with("sums").number("d", shape.last()), shape.rows())
+}
+
+/// A kernel of a norm: that for rows of multiples of eight elements, of which a thread keeps its own, where the rows are such. And whether
+/// it is that one.
+fn norm(graph: &Graph, node: &Node, [one, eight]: [&'static str; 2], limits: Limits) -> (Shader, usize, bool) {
+    let shape = &graph.ty(node.operands[0]).shape;
+    let d = shape.last();
+    if !(d.is_multiple_of(8) && (1..=MOST_KEPT).contains(&d)) {
+        let (shader, rows) = by_row(graph, node, one, limits);
+        return (shader, rows, false);
+    }
+    let threads = (d / 8).next_power_of_two().clamp(32, 256);
+    let shader = Shader::file(limits, eight, threads).with("sums").with("eight").number("d", d);
+    (shader.constant("OWN", (d / 8).div_ceil(threads)), shape.rows(), true)
+}
+
+/// A buffer of such a kernel.
+fn row(shader: Shader, eight: bool, name: &str, dtype: DType, at: At) -> Shader {
+    if eight { shader.by_eight(name, dtype, at) } else { shader.buffer(name, dtype, at) }
 }
 
 pub(super) fn lower_softmax(graph: &Graph, node: &Node, limits: Limits) -> Lowered {
@@ -31,25 +52,26 @@ pub(super) fn lower_softmax_grad(graph: &Graph, node: &Node, limits: Limits) -> 
 }
 
 pub(super) fn lower_layer_norm(graph: &Graph, node: &Node, eps: f32, limits: Limits) -> Lowered {
-    let (shader, rows) = by_row(graph, node, "layer_norm", limits);
+    let (shader, rows, eight) = norm(graph, node, ["layer_norm", "layer_norm_eight"], limits);
     let of = |i| dtype(graph, node, i);
-    let shader = shader.float("eps", eps).buffer("x", of(0), At::Operand(0)).buffer("gamma", of(1), At::Operand(1));
-    let shader = shader.buffer("beta", of(2), At::Operand(2)).buffer("y", of(0), At::Result(0));
+    let shader = row(shader.float("eps", eps), eight, "x", of(0), At::Operand(0));
+    let shader = row(shader, eight, "gamma", of(1), At::Operand(1));
+    let shader = row(row(shader, eight, "beta", of(2), At::Operand(2)), eight, "y", of(0), At::Result(0));
     let shader = shader.buffer("mean", DType::F32, At::Result(1)).buffer("rstd", DType::F32, At::Result(2));
     Ok(Launch::of(vec![shader.line(rows)?]))
 }
 
 pub(super) fn lower_rms_norm(graph: &Graph, node: &Node, eps: f32, limits: Limits) -> Lowered {
-    let (shader, rows) = by_row(graph, node, "rms_norm", limits);
+    let (shader, rows, eight) = norm(graph, node, ["rms_norm", "rms_norm_eight"], limits);
     let of = |i| dtype(graph, node, i);
-    let shader = shader.float("eps", eps).buffer("x", of(0), At::Operand(0)).buffer("gamma", of(1), At::Operand(1));
-    let shader = shader.buffer("y", of(0), At::Result(0)).buffer("rstd", DType::F32, At::Result(1));
-    Ok(Launch::of(vec![shader.line(rows)?]))
+    let shader = row(shader.float("eps", eps), eight, "x", of(0), At::Operand(0));
+    let shader = row(row(shader, eight, "gamma", of(1), At::Operand(1)), eight, "y", of(0), At::Result(0));
+    Ok(Launch::of(vec![shader.buffer("rstd", DType::F32, At::Result(1)).line(rows)?]))
 }
 
 /// The gradient of either norm; `mean`, `rstd` and `dy` are operands, the mean only of layer_norm.
 fn lower_grad(graph: &Graph, node: &Node, mean: Option<usize>, rstd: usize, dy: usize, limits: Limits) -> Lowered {
-    let (of_x, rows) = by_row(graph, node, "norm_grad", limits);
+    let (of_x, rows, eight) = norm(graph, node, ["norm_grad", "norm_grad_eight"], limits);
     let d = graph.ty(node.operands[0]).shape.last();
     let (of, result) = (|i| dtype(graph, node, i), |i| dtype_of_result(graph, node, i));
     let chunks = rows.div_ceil(CHUNK);
@@ -57,16 +79,15 @@ fn lower_grad(graph: &Graph, node: &Node, mean: Option<usize>, rstd: usize, dy: 
     let gammas = scratch.take(4 * chunks * d);
     let betas = if mean.is_some() { scratch.take(4 * chunks * d) } else { At::Null };
     let dbeta = if mean.is_some() { At::Result(2) } else { At::Null };
-    let operands = |shader: Shader| {
-        shader
-            .buffer("x", of(0), At::Operand(0))
-            .buffer("mean", DType::F32, mean.map_or(At::Null, At::Operand))
-            .buffer("rstd", DType::F32, At::Operand(rstd))
-            .buffer("dy", of(dy), At::Operand(dy))
+    let operands = |shader: Shader, eight: bool| {
+        let shader = row(shader, eight, "x", of(0), At::Operand(0));
+        let shader = shader.buffer("mean", DType::F32, mean.map_or(At::Null, At::Operand));
+        row(shader.buffer("rstd", DType::F32, At::Operand(rstd)), eight, "dy", of(dy), At::Operand(dy))
     };
-    let of_x = operands(of_x).buffer("gamma", of(1), At::Operand(1)).buffer("dx", result(0), At::Result(0));
+    let of_x = row(operands(of_x, eight), eight, "gamma", of(1), At::Operand(1));
+    let of_x = row(of_x, eight, "dx", result(0), At::Result(0));
     let of_weights = Shader::file(limits, "norm_weights", THREADS).number("rows", rows).number("d", d);
-    let of_weights = operands(of_weights.number("chunk", CHUNK).number("chunks", chunks))
+    let of_weights = operands(of_weights.number("chunk", CHUNK).number("chunks", chunks), false)
         .buffer("gammas", DType::F32, gammas)
         .buffer("betas", DType::F32, betas);
     let finish = Shader::file(limits, "norm_weights_finish", THREADS)

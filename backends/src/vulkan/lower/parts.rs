@@ -37,23 +37,23 @@ impl Parts {
     }
 }
 
-/// Adds up the sums of `parts` of a product of `total` elements, which has rows of `n`, and the bias, into the result of this dtype.
+/// Adds up the sums of `parts` of a product of `total` elements, which has rows of `n`, and the bias, into what `leaving` makes of
+/// an element.
 pub(super) fn finish(
     limits: Limits,
     parts: Parts,
     [total, n]: [usize; 2],
     sums: At,
     bias: (At, DType),
-    c: (DType, At),
+    leaving: impl FnOnce(Shader) -> Shader,
 ) -> Result<Action, String> {
-    Shader::file(limits, "gemm_finish", THREADS)
+    let shader = Shader::file(limits, "gemm_finish", THREADS)
         .number("total", total)
         .number("parts", parts.count)
         .number("n", n)
         .buffer("sums", DType::F32, sums)
-        .buffer("bias", bias.1, bias.0)
-        .buffer("c", c.0, c.1)
-        .line(total.div_ceil(THREADS))
+        .buffer("bias", bias.1, bias.0);
+    leaving(shader).line(total.div_ceil(THREADS))
 }
 
 #[cfg(test)]

@@ -1,7 +1,8 @@
-// Slots for the chosen experts: a workgroup for each expert. Every workgroup counts the choices of all experts and so knows where its
-// own segment begins. Then it goes through the choices in order and gives each of its own the next slot.
+// Slots for the chosen experts, of which none keeps more than `capacity`, and not the first ones in their order: a workgroup for each
+// expert. Every workgroup counts the choices of all experts and so knows where its own segment begins. Then it goes through the choices
+// in order and gives each of its own that stays the next slot.
 //
-// index [choices]; LIMITED: no expert keeps more than `capacity`. `kept` is scratch: whether a choice stays, where not all do.
+// index [choices]; `kept` is scratch: whether a choice stays, where not all do.
 
 var<workgroup> load: array<atomic<i32>, MOST_EXPERTS>;
 var<workgroup> scan: array<i32, THREADS>;
@@ -52,15 +53,14 @@ fn kernel(group: u32, thread: u32) {
         lost = 0;
         for (var e = 0u; e < p.experts; e++) {
             let here = atomicLoad(&load[e]);
-            var keep = here;
-            if (LIMITED) { keep = min(here, i32(p.capacity)); }
+            let keep = min(here, i32(p.capacity));
             if (e < group) { begin += keep; }
             all_kept += keep;
             lost += here - keep;
         }
     }
     workgroupBarrier();
-    let full = LIMITED && atomicLoad(&load[group]) > i32(p.capacity);
+    let full = atomicLoad(&load[group]) > i32(p.capacity);
 
     if (full && HAS_PRIORITY) {
         for (var c = thread; c < choices; c += THREADS) {

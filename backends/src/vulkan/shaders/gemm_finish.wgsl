@@ -6,5 +6,5 @@ fn kernel(group: u32, thread: u32) {
     var v = 0.0f;
     for (var part = 0u; part < p.parts; part++) { v += get_sums(part * p.total + at); }
     if (HAS_BIAS) { v += get_bias(at % p.n); }
-    set_c(at, v);
+    leave(at, v);
 }

@@ -1,5 +1,5 @@
-// An element of a product is stored, if it is one.
+// An element of a product leaves, if it is one.
 fn put(row: u32, column: u32, sum: f32) {
     let at = out_at(row, column);
-    if (at != NOWHERE) { set_c(at, finished(at, column, sum)); }
+    if (at != NOWHERE) { leave(at, finished(at, column, sum)); }
 }

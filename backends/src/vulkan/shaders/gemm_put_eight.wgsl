@@ -1,13 +1,11 @@
-// Eight elements of a row of a product, at a multiple of eight, are stored as 16 bytes, if they are elements. A row has a multiple of
-// eight.
-fn pair(at: u32, column: u32, low: f32, high: f32) -> u32 {
-    return stored(finished(at, column, low)) | (stored(finished(at + 1u, column + 1u, high)) << 16u);
-}
+// Eight elements of a row of a product, at a multiple of eight, leave together, if they are elements. A row has a multiple of eight.
 fn put_eight(row: u32, column: u32, low: vec4<f32>, high: vec4<f32>) {
     let at = out_at(row, column);
     if (at != NOWHERE) {
-        c[at >> 3u] = vec4<u32>(
-            pair(at, column, low.x, low.y), pair(at + 2u, column + 2u, low.z, low.w),
-            pair(at + 4u, column + 4u, high.x, high.y), pair(at + 6u, column + 6u, high.z, high.w));
+        leave_eight(at,
+            vec4<f32>(finished(at, column, low.x), finished(at + 1u, column + 1u, low.y),
+                finished(at + 2u, column + 2u, low.z), finished(at + 3u, column + 3u, low.w)),
+            vec4<f32>(finished(at + 4u, column + 4u, high.x), finished(at + 5u, column + 5u, high.y),
+                finished(at + 6u, column + 6u, high.z), finished(at + 7u, column + 7u, high.w)));
     }
 }

@@ -1,128 +1,212 @@
-// The choice of experts: a thread for each token. What the statistics need of it goes to `probabilities` [n, experts] and `of_tokens`
-// [n, 2] (lse squared, entropy). GROUPS (0: none), KEEP and TOP2 describe groups of experts. LATER says that noise is for the choices
-// after the first.
+// The choice of experts, and what the statistics need of a workgroup's tokens; if it has ALL of them, the statistics. `parts` has two
+// numbers of each workgroup, then one of each expert; `choices` two of each expert. GROUPS (0: none), KEEP and TOP2 describe groups of
+// experts. LATER says that noise is for the choices after the first.
 
 const GROUP_SCORES: u32 = max(GROUPS, 1u);
+const ALL_SCORES: u32 = TOKENS * GROUP_SCORES;
 
-// Chosen, or in a group that is left out.
-var<private> closed: array<u32, WORDS>;
+var<workgroup> scores: array<f32, ALL_SCORES>;
+var<workgroup> room_of_places: array<u32, THREADS>;
+var<workgroup> room_of_few_places: array<u32, THREADS>;
+
+// Chosen, or in a group that is left out: bit i is the lane's i-th expert. What the choice goes by for those.
+var<private> closed: u32;
+var<private> ranks: array<f32, OWN>;
 var<private> finite: bool;
 
-fn close(e: u32) { closed[e / 32u] |= 1u << (e % 32u); }
-fn is_open(e: u32) -> bool { return (closed[e / 32u] >> (e % 32u) & 1u) == 0u; }
-
-fn value_of(e: u32) -> f32 {
+fn value_of(l: f32) -> f32 {
     if (!finite) { return nan(); }
-    if (SCORE == 0u) { return softmax(logit(e)); }
-    return own_value(logit(e));
+    if (SCORE == 0u) { return softmax(l); }
+    return own_value(l);
 }
 // What the choice goes by: the score values, or logits + noise, plus the bias.
-fn rank(e: u32, noisy: bool) -> f32 {
+fn rank(e: u32, l: f32, noisy: bool) -> f32 {
     var r = 0.0f;
-    if (noisy) { r = logit(e) + get_noise(row + e); } else { r = value_of(e); }
+    if (noisy) { r = l + get_noise(row + e); } else { r = value_of(l); }
     if (HAS_BIAS) { r += get_bias(e); }
     // -0 and 0 are equal, and a NaN comes last.
     return select(r + 0.0f, -inf(), is_nan(r));
 }
 // The lowest expert with the largest rank among those that are open.
-fn best_open(noisy: bool) -> u32 {
+fn best_open_of_lanes(thread: u32) -> u32 {
     var best = -inf();
     var at = p.experts;
-    for (var e = 0u; e < p.experts; e++) {
-        if (is_open(e)) {
-            let r = rank(e, noisy);
-            if (at == p.experts || r > best) {
+    for (var i = 0u; i < OWN; i++) {
+        if (has(i) && (closed >> i & 1u) == 0u && (at == p.experts || ranks[i] > best)) {
+            best = ranks[i];
+            at = expert(i);
+        }
+    }
+    room[thread] = best;
+    room_of_places[thread] = at;
+    workgroupBarrier();
+    if (lane < FEW) {
+        for (var i = 1u; i < IN_TURN; i++) {
+            let r = room[thread + i * FEW];
+            let e = room_of_places[thread + i * FEW];
+            if (r > best || (r == best && e < at)) {
                 best = r;
                 at = e;
             }
+        }
+        room_of_few[thread] = best;
+        room_of_few_places[thread] = at;
+    }
+    workgroupBarrier();
+    best = room_of_few[first];
+    at = room_of_few_places[first];
+    for (var i = 1u; i < FEW; i++) {
+        let r = room_of_few[first + i];
+        let e = room_of_few_places[first + i];
+        if (r > best || (r == best && e < at)) {
+            best = r;
+            at = e;
         }
     }
     return at;
 }
 // Closes every expert outside of the best groups.
-fn close_groups(noisy: bool) {
-    if (GROUPS == 0u) { return; }
+fn close_groups_by_lanes(noisy: bool) {
     let size = p.experts / GROUP_SCORES;
-    var scores: array<f32, GROUP_SCORES>;
-    for (var g = 0u; g < GROUPS; g++) {
-        var first = -inf();
+    let of_token = first / LANES * GROUP_SCORES;
+    for (var g = lane; g < GROUPS; g += LANES) {
+        var most = -inf();
         var second = -inf();
         for (var e = g * size; e < (g + 1u) * size; e++) {
-            let r = rank(e, noisy);
-            second = max(second, min(first, r));
-            first = max(first, r);
+            let r = rank(e, logit(e), noisy);
+            second = max(second, min(most, r));
+            most = max(most, r);
         }
-        let score = select(first, first + second, TOP2);
-        scores[g] = select(score + 0.0f, -inf(), is_nan(score));
+        let score = select(most, most + second, TOP2);
+        scores[of_token + g] = select(score + 0.0f, -inf(), is_nan(score));
     }
-    for (var g = 0u; g < GROUPS; g++) {
+    workgroupBarrier();
+    for (var i = 0u; i < OWN; i++) {
+        if (!has(i)) { continue; }
+        let g = expert(i) / size;
+        let score = scores[of_token + g];
         var better = 0u;
         for (var other = 0u; other < GROUPS; other++) {
-            if (scores[other] > scores[g] || (scores[other] == scores[g] && other < g)) { better++; }
+            if (scores[of_token + other] > score || (scores[of_token + other] == score && other < g)) { better++; }
         }
-        if (better >= KEEP) {
-            for (var e = g * size; e < (g + 1u) * size; e++) { close(e); }
-        }
+        if (better >= KEEP) { closed |= 1u << i; }
     }
 }
 
-fn kernel(group: u32, thread: u32) {
-    let t = group * THREADS + thread;
-    if (t >= p.n) { return; }
-    look_at(t);
-    finite = all_finite();
-    for (var i = 0u; i < WORDS; i++) {
-        taken[i] = 0u;
-        closed[i] = 0u;
-    }
-    let lse = greatest + ln(total);
+fn probabilities_by_lanes(thread: u32, there: bool) {
     var sum = 0.0f;
-    if (NORMALISED) { sum = sum_of_values(); }
+    if (NORMALISED) { sum = lanes_sum_of_values(thread); }
+    let log_total = ln(total);
     var entropy = 0.0f;
-    for (var e = 0u; e < p.experts; e++) {
-        var prob = softmax(logit(e));
-        if (NORMALISED && finite) { prob = select(divide(own_value(logit(e)), sum), divide(1.0f, f32(p.experts)), sum < TINY); }
-        set_probabilities(row + e, prob);
+    for (var i = 0u; i < OWN; i++) {
+        if (!has(i)) { continue; }
+        var prob = softmax(own[i]);
+        if (NORMALISED && finite) { prob = select(divide(own_value(own[i]), sum), divide(1.0f, f32(p.experts)), sum < TINY); }
+        if (there) { of_experts[i] += prob; }
         if (!(prob == 0.0f)) {
             if (NORMALISED) {
                 entropy -= prob * ln(at_least(prob, TINY));
             } else {
-                entropy -= prob * (logit(e) - greatest - ln(total));
+                entropy -= prob * (own[i] - greatest - log_total);
             }
         }
     }
-    set_of_tokens(2u * t, lse * lse);
-    set_of_tokens(2u * t + 1u, entropy);
+    entropy = lanes_sum(thread, entropy);
+    if (there && lane == 0u) {
+        let lse = greatest + log_total;
+        of_z += lse * lse;
+        of_entropy += entropy;
+    }
+}
 
+// The j-th choice of a token, of an expert of the lane.
+fn note(at: u32, j: u32, x: i32, there: bool) {
+    var gate = 0.0f;
+    if (x >= 0) {
+        let i = u32(x) / LANES;
+        closed |= 1u << i;
+        let l = logit(u32(x));
+        if (SCORE == 4u && finite) {
+            gate = mixer_share(select(l, -inf(), (taken >> i & 1u) == 1u));
+            taken |= 1u << i;
+        } else {
+            gate = value_of(l);
+        }
+        for (var o = 0u; o < OWN; o++) {
+            if (there && o == i) {
+                all_of[o]++;
+                if (j < p.counted) { counted_of[o]++; }
+            }
+        }
+    }
+    if (there) {
+        set_gate(at, gate);
+        set_index(at, x);
+    }
+}
+
+fn choose_by_lanes(thread: u32, t: u32, there: bool) {
+    taken = 0u;
+    closed = 0u;
     var used = true;
     if (HAS_USED) { used = get_used(t) != 0u; }
     let noisy = HAS_NOISE && !LATER;
-    if (!HAS_GIVEN && used && finite) { close_groups(noisy); }
+    if (GROUPS > 0u && !HAS_GIVEN) { close_groups_by_lanes(noisy); }
     for (var j = 0u; j < p.k; j++) {
+        var best = 0u;
+        if (!HAS_GIVEN) {
+            if (j == 0u || (j == 1u && HAS_NOISE && LATER)) {
+                for (var i = 0u; i < OWN; i++) {
+                    if (has(i)) { ranks[i] = rank(expert(i), own[i], noisy || (HAS_NOISE && LATER && j > 0u)); }
+                }
+            }
+            best = best_open_of_lanes(thread);
+        }
         var x = -1;
         if (used) {
             if (HAS_GIVEN) {
                 x = get_given(t * p.k + j);
                 if (x < 0 || x >= i32(p.experts)) { x = -1; }
-            } else if (!finite) {
-                x = i32(j);
-            } else {
-                let best = best_open(noisy || (HAS_NOISE && LATER && j > 0u));
-                close(best);
+            } else if (finite) {
                 x = i32(best);
-            }
-        }
-        var gate = 0.0f;
-        if (x >= 0) {
-            if (SCORE == 4u && finite) {
-                look_at_mixer();
-                gate = mixer_share(left_of(u32(x)));
-                take(u32(x));
             } else {
-                gate = value_of(u32(x));
+                x = i32(j);
             }
         }
-        set_gate(t * p.k + j, gate);
-        set_index(t * p.k + j, x);
+        if (SCORE == 4u) { look_at_mixer_by_lanes(thread); }
+        // The lane whose expert it is notes the choice; the first one, that there is none.
+        if (u32(max(x, 0)) % LANES == lane) { note(t * p.k + j, j, x, there); }
     }
+}
+
+// The workgroup's part of the statistics.
+fn leave(group: u32, thread: u32) {
+    if (thread >= LANES) { return; }
+    for (var i = 0u; i < OWN; i++) {
+        if (has(i)) {
+            let at = group * p.experts + expert(i);
+            set_parts(2u * p.groups + at, of_experts[i]);
+            set_choices(2u * at, all_of[i]);
+            set_choices(2u * at + 1u, counted_of[i]);
+        }
+    }
+    if (thread == 0u) {
+        set_parts(2u * group, of_z);
+        set_parts(2u * group + 1u, of_entropy);
+    }
+}
+
+fn kernel(group: u32, thread: u32) {
+    begin(thread);
+    for (var round = 0u; round < p.rounds; round++) {
+        // Threads without a token work on the last one, for nothing.
+        let nth = (group * p.rounds + round) * TOKENS + thread / LANES;
+        let t = min(nth, p.n - 1u);
+        look_at_by_lanes(thread, t);
+        finite = all_finite();
+        probabilities_by_lanes(thread, nth < p.n);
+        choose_by_lanes(thread, t, nth < p.n);
+    }
+    together_by_lanes(thread);
+    if (ALL) { end_by_lanes(thread); } else { leave(group, thread); }
 }

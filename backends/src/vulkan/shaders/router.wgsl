@@ -1,22 +1,94 @@
-// What routing knows of one token: a thread works on it. SCORE: 0 softmax, 1 sigmoid, 2 square root of
-// softplus, 3 identity, 4 SparseMixer, the last with `jitter()`, twice its epsilon.
+// What routing knows of one token: LANES threads work on it, of which each has the experts lane, lane + LANES and so on, up to OWN of
+// them; a workgroup has TOKENS tokens at a time. The order of a sum depends on the number of experts alone. SCORE: 0 softmax, 1 sigmoid,
+// 2 square root of softplus, 3 identity, 4 SparseMixer, the last with `jitter()`, twice its epsilon.
+//
+// What is named after lanes is called by all threads of a workgroup at once.
 
 const NORMALISED: bool = SCORE == 1u || SCORE == 2u;
 const TINY: f32 = 1.17549435e-38f;
+// Lanes are added up in two steps.
+const FEW: u32 = max(LANES / 4u, 1u);
+const IN_TURN: u32 = LANES / FEW;
 
-// Where the token's logits begin; the largest of them, and the sum of e^(l - largest).
+var<workgroup> room: array<f32, THREADS>;
+var<workgroup> room_of_few: array<f32, THREADS>;
+var<workgroup> room_of_counts: array<i32, THREADS>;
+
+var<private> lane: u32;
+// The first thread of the token, and where its logits begin; those of the lane; the largest of all, and the sum of e^(l - largest).
+var<private> first: u32;
 var<private> row: u32;
+var<private> own: array<f32, OWN>;
 var<private> greatest: f32;
 var<private> total: f32;
 
 fn logit(e: u32) -> f32 { return get_logits(row + e); }
+// The lane's i-th expert, and whether there is one.
+fn expert(i: u32) -> u32 { return i * LANES + lane; }
+fn has(i: u32) -> bool { return i * LANES + lane < p.experts; }
 
-fn look_at(t: u32) {
+fn lanes_sum(thread: u32, x: f32) -> f32 {
+    room[thread] = x;
+    workgroupBarrier();
+    if (lane < FEW) {
+        var some = room[thread];
+        for (var i = 1u; i < IN_TURN; i++) { some += room[thread + i * FEW]; }
+        room_of_few[thread] = some;
+    }
+    workgroupBarrier();
+    var sum = room_of_few[first];
+    for (var i = 1u; i < FEW; i++) { sum += room_of_few[first + i]; }
+    return sum;
+}
+// The largest; NaN if any is.
+fn lanes_max(thread: u32, x: f32) -> f32 {
+    room[thread] = x;
+    workgroupBarrier();
+    if (lane < FEW) {
+        var some = room[thread];
+        for (var i = 1u; i < IN_TURN; i++) { some = max_nan(some, room[thread + i * FEW]); }
+        room_of_few[thread] = some;
+    }
+    workgroupBarrier();
+    var most = room_of_few[first];
+    for (var i = 1u; i < FEW; i++) { most = max_nan(most, room_of_few[first + i]); }
+    return most;
+}
+// Over the same lane of all tokens of the workgroup.
+fn tokens_sum_of_lanes(thread: u32, x: f32) -> f32 {
+    room[thread] = x;
+    workgroupBarrier();
+    var sum = 0.0f;
+    for (var s = 0u; s < TOKENS; s++) { sum += room[s * LANES + lane]; }
+    workgroupBarrier();
+    return sum;
+}
+fn tokens_count_of_lanes(thread: u32, x: i32) -> i32 {
+    room_of_counts[thread] = x;
+    workgroupBarrier();
+    var sum = 0;
+    for (var s = 0u; s < TOKENS; s++) { sum += room_of_counts[s * LANES + lane]; }
+    workgroupBarrier();
+    return sum;
+}
+
+fn begin(thread: u32) {
+    lane = thread % LANES;
+    first = thread - lane;
+}
+fn look_at_by_lanes(thread: u32, t: u32) {
     row = t * p.experts;
-    greatest = -inf();
-    for (var e = 0u; e < p.experts; e++) { greatest = max_nan(greatest, logit(e)); }
-    total = 0.0f;
-    for (var e = 0u; e < p.experts; e++) { total += e_to(logit(e) - greatest); }
+    var most = -inf();
+    for (var i = 0u; i < OWN; i++) {
+        if (has(i)) {
+            own[i] = logit(expert(i));
+            most = max_nan(most, own[i]);
+        }
+    }
+    greatest = lanes_max(thread, most);
+    var sum = 0.0f;
+    for (var i = 0u; i < OWN; i++) { if (has(i)) { sum += e_to(own[i] - greatest); } }
+    total = lanes_sum(thread, sum);
 }
 // No NaN, and the largest logit is finite.
 fn all_finite() -> bool { return !is_nan(total); }
@@ -39,21 +111,18 @@ fn own_slope(l: f32, value: f32) -> f32 {
     if (SCORE == 2u) { return select(0.0f, sigmoid(l) / (2.0f * value), value > 0.0f); }
     return 1.0f;
 }
-fn sum_of_values() -> f32 {
+fn lanes_sum_of_values(thread: u32) -> f32 {
     var sum = 0.0f;
-    for (var e = 0u; e < p.experts; e++) { sum += own_value(logit(e)); }
-    return sum;
+    for (var i = 0u; i < OWN; i++) { if (has(i)) { sum += own_value(own[i]); } }
+    return lanes_sum(thread, sum);
 }
 
-// Sets of experts.
-const WORDS: u32 = MOST_EXPERTS / 32u;
-// SparseMixer's choices so far.
-var<private> taken: array<u32, WORDS>;
+// SparseMixer's choices so far: bit i is the lane's i-th expert. What is left of a logit is -inf for those.
+var<private> taken: u32;
 
-fn take(e: u32) { taken[e / 32u] |= 1u << (e % 32u); }
-fn left_of(e: u32) -> f32 { return select(logit(e), -inf(), (taken[e / 32u] >> (e % 32u) & 1u) == 1u); }
+fn left_of(i: u32) -> f32 { return select(own[i], -inf(), (taken >> i & 1u) == 1u); }
 
-// SparseMixer's softmax over the logits that are left (taken ones are -inf): the best of them and the sum of the weights.
+// SparseMixer's softmax over the logits that are left: the best of them and the sum of the weights.
 var<private> mixer_best: f32;
 var<private> mixer_sum: f32;
 
@@ -62,10 +131,11 @@ fn mixer_weight(l: f32) -> f32 {
     return select(0.0f, e_to(l - mixer_best), near);
 }
 fn mixer_share(l: f32) -> f32 { return select(0.0f, mixer_weight(l) / mixer_sum, mixer_sum > 0.0f); }
-fn look_at_mixer() {
-    mixer_best = -inf();
-    mixer_sum = 0.0f;
-    for (var e = 0u; e < p.experts; e++) { mixer_best = max_nan(mixer_best, left_of(e)); }
-    if (mixer_best == -inf()) { return; }
-    for (var e = 0u; e < p.experts; e++) { mixer_sum += mixer_weight(left_of(e)); }
+fn look_at_mixer_by_lanes(thread: u32) {
+    var most = -inf();
+    for (var i = 0u; i < OWN; i++) { if (has(i)) { most = max_nan(most, left_of(i)); } }
+    mixer_best = lanes_max(thread, most);
+    var sum = 0.0f;
+    for (var i = 0u; i < OWN; i++) { if (has(i)) { sum += mixer_weight(left_of(i)); } }
+    mixer_sum = lanes_sum(thread, sum);
 }

@@ -65,7 +65,7 @@ fn matmul() -> Vec<Case> {
 /// One factor of 16 bits, the other and the result f32; the second of two cases has them the other way round.
 fn mixed() -> Vec<Case> {
     let mut cases = Vec::new();
-    let sizes: [(&[usize], usize, usize, usize); 9] = [
+    let sizes: [(&[usize], usize, usize, usize); 10] = [
         (&[], 1, 40, 264),
         (&[], 70, 2, 264),
         (&[], 33, 65, 17),
@@ -74,6 +74,7 @@ fn mixed() -> Vec<Case> {
         (&[2], 20, 70, 33),
         // Long and narrow either way, as a router's products are.
         (&[], 200, 24, 168),
+        (&[], 100, 40, 520),
         (&[], 40, 136, 552),
         (&[], 136, 72, 48),
     ];
@@ -190,6 +191,8 @@ fn attention() -> Vec<Case> {
         (2, 5, 40, 0, 2, 2, 5),
         (1, 6, 20, 14, 3, 1, 16),
         // More keys than one block of a GPU takes, and room behind them.
+        (1, 1, 9, 0, 2, 2, 8),
+        (2, 1, 400, 300, 4, 2, 24),
         (2, 3, 400, 255, 2, 1, 20),
         (2, 3, 400, 255, 4, 2, 24),
     ] {

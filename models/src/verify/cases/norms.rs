@@ -70,7 +70,7 @@ fn softmax() -> Vec<Case> {
 
 fn norms() -> Vec<Case> {
     let mut cases = Vec::new();
-    for shape in [vec![6, 40], vec![2, 3, 1], vec![7], vec![3, 515]] {
+    for shape in [vec![6, 40], vec![2, 3, 1], vec![7], vec![3, 515], vec![2056]] {
         let d = shape[shape.len() - 1];
         let rows = TensorType::f32(shape[..shape.len() - 1].to_vec());
         let name = format!("{shape:?}");

@@ -117,8 +117,32 @@ pub(super) fn cases() -> Vec<Case> {
             cases.push(grad.of_terms(GATE_TERMS, 0.0));
         }
         cases.extend(edges(score));
+        cases.extend(crowd(score));
     }
     cases
+}
+
+/// So many tokens that they are taken in turns and their statistics added up in parts.
+fn crowd(score: Score) -> [Case; 2] {
+    let (n, e, k) = (2200, 20, 2);
+    let named = |what: &str| format!("{score:?}, {what}").to_lowercase();
+    let router = Router { score, ..Router::softmax(k, Balance::FirstChoice) };
+    let forward = case("route", named("a crowd"), Class::Sum, ONE, move |s| {
+        // Whatever is rounded, no choice changes.
+        let logit = |i: usize| 0.25 * ((i % e * 7 + i / e * 3) % e) as f64 - 2.0 + 1e-3 * (i / e % 64) as f64;
+        let logits = s.fixed(TensorType::f32([n, e]), (0..n * e).map(logit).collect())?;
+        let results = s.graph.route_with(logits, &router, RouteInputs::default())?;
+        results.into_iter().try_for_each(|v| s.aux(v))
+    });
+    let backward = case("route_grad", named("a crowd"), Class::Sum, ONE, move |s| {
+        let logits = s.float([n, e], |x| 2.0 * x)?;
+        let index = given(s, n, e, k)?;
+        let (d_gate, d_balance, d_z) = (s.float([n, k], |x| x)?, s.float([], |x| x)?, s.float([], |x| x)?);
+        s.wrt.clear();
+        let d = s.graph.route_grad(logits, index, d_gate, d_balance, d_z, &router)?;
+        s.aux(d)
+    });
+    [forward, backward.of_terms(GATE_TERMS, 0.0)]
 }
 
 /// Where values are equal or not finite, which no difference quotient tells.

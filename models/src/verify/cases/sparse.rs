@@ -52,7 +52,7 @@ pub fn routings() -> Vec<Routing> {
 }
 
 /// slot_choice, choice_slot and offsets of a routing.
-fn assigned(s: &mut Sketch, r: &Routing) -> Result<[Value; 3]> {
+pub(super) fn assigned(s: &mut Sketch, r: &Routing) -> Result<[Value; 3]> {
     let index = s.ints([r.tokens, r.k], &r.expert_index)?;
     let [slot_choice, choice_slot, offsets, _] =
         s.graph.assign(index, None, r.experts, r.capacity, Order::ChoiceMajor)?;
@@ -130,9 +130,25 @@ fn route() -> Vec<Case> {
     cases
 }
 
+/// So many choices that they are counted in parts, and in more than a few turns.
+fn crowds() -> Vec<Routing> {
+    let crowd = |name, tokens: usize, k, experts: usize, capacity| {
+        // Some choose nothing, and some experts are chosen more often than others.
+        let choose =
+            |c: usize| if c % 11 == 5 { -1 } else { ((c * c / 7 + c) % (experts + experts / 3) % experts) as i32 };
+        Routing { name, tokens, k, experts, capacity, expert_index: (0..tokens * k).map(choose).collect() }
+    };
+    vec![
+        crowd("a crowd", 300, 2, 40, None),
+        crowd("a crowd that overflows", 300, 2, 40, Some(14)),
+        crowd("a crowd of first choices that overflows", 600, 1, 9, Some(60)),
+        crowd("more choices than parts", 33_000, 1, 300, None),
+    ]
+}
+
 fn assign() -> Vec<Case> {
     let mut cases = Vec::new();
-    for r in routings() {
+    for r in routings().into_iter().chain(crowds()) {
         for order in [Order::TokenMajor, Order::ChoiceMajor] {
             for prioritised in [false, true] {
                 if prioritised && r.capacity.is_none() {

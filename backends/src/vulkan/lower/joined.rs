@@ -1,0 +1,189 @@
+//! Chains that are joined onto a product: the text by which its kernel does their work on each element that it stores.
+
+use std::fmt::Write;
+
+use moebius_ir::{DType, Graph, Node, NodeId, Op, Value};
+
+use super::elementwise::{PLACES, Wgsl, coordinates, register};
+use crate::chain::Chain;
+use crate::joined::base;
+use crate::vulkan::launch::At;
+use crate::vulkan::limits::Limits;
+use crate::vulkan::shader::Shader;
+
+/// Buffers that a product has itself, at most.
+const OF_PRODUCT: usize = 6;
+
+/// A chain for the kernel of the product before it. Its operands and results follow those of the product.
+pub(super) struct Joined<'a> {
+    chain: Chain<'a>,
+    /// Of the operands that are read: whether it is the product.
+    product: Vec<bool>,
+    /// Operands and results of the product's node.
+    before: [usize; 2],
+    /// The product's dtype.
+    dtype: DType,
+    /// Whether the product is read by others too.
+    pub(super) kept: bool,
+}
+
+impl<'a> Joined<'a> {
+    /// The chain of node `chain` behind `node`, if it can be joined onto that on such a device.
+    pub(super) fn new(graph: &'a Graph, node: &Node, chain: NodeId, limits: Limits) -> Option<Joined<'a>> {
+        let (product, after) = (*node.results.first()?, graph.node(chain));
+        let Op::Elementwise(op) = &after.op else { return None };
+        let of = Chain::of(graph, after, op).ok()?;
+        // Other results share words.
+        let floats = of.results().all(|(_, dtype)| dtype.is_float());
+        let buffers = OF_PRODUCT + of.loaded.len() + op.outputs.len();
+        if !floats || buffers > limits.buffers {
+            return None;
+        }
+        Some(Joined {
+            product: of.loaded.iter().map(|&i| base(graph, after.operands[i]) == product).collect(),
+            chain: of,
+            before: [node.operands.len(), node.results.len()],
+            dtype: graph.ty(product).dtype,
+            kept: is_kept(graph, product, chain),
+        })
+    }
+
+    /// Whether eight neighbours of a row may be taken together, as floats of 16 bytes.
+    fn by_eight(&self) -> bool {
+        let float = |at: usize| self.chain.axes.is_stretched(at) || self.chain.dtypes[self.chain.loaded[at]].is_float();
+        self.chain.axes.together(8) && (0..self.product.len()).all(float)
+    }
+
+    /// The operands that are read beside the product: where among those loaded, and which.
+    fn others(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
+        self.chain.loaded.iter().enumerate().filter(|(at, _)| !self.product[*at]).map(|(at, &i)| (at, i))
+    }
+
+    /// `element(a0, a1, ..)`, which gives an element's results from what is loaded.
+    fn element(&self) -> String {
+        let chain = &self.chain;
+        let results: Vec<(u32, DType)> = chain.results().collect();
+        let fields: String = (0..results.len()).map(|o| format!("    o{o}: f32,\n")).collect();
+        let given = chain.loaded.iter().enumerate().map(|(at, &l)| format!("a{at}: {}", register(chain.dtypes[l])));
+        let given = given.collect::<Vec<_>>().join(", ");
+        let mut s = format!("struct Results {{\n{fields}}}\nfn element({given}) -> Results {{\n");
+        s.push_str(&chain.statements(&Wgsl, |at| format!("a{at}")));
+        let of_results: Vec<String> = results.iter().map(|(r, _)| format!("r{r}")).collect();
+        let _ = writeln!(s, "    return Results({});\n}}", of_results.join(", "));
+        s
+    }
+
+    /// The arguments of `element`: of the product and, for another operand, of its place among those loaded.
+    fn arguments(&self, product: &str, other: impl Fn(usize) -> String) -> String {
+        let of = |at: usize| if self.product[at] { product.to_owned() } else { other(at) };
+        (0..self.product.len()).map(of).collect::<Vec<_>>().join(", ")
+    }
+
+    /// An expression as the product's dtype would keep it.
+    fn rounded(&self, x: &str) -> String {
+        match self.dtype {
+            DType::Bf16 => format!("round_bf16({x})"),
+            DType::F16 => format!("round_f16({x})"),
+            DType::F32 | DType::I32 | DType::U32 | DType::Bool => x.to_owned(),
+        }
+    }
+
+    /// `leave`, for one element.
+    fn one(&self, shader: Shader) -> Shader {
+        let chain = &self.chain;
+        let mut s = self.element();
+        let _ = writeln!(s, "fn leave(i: u32, x: f32) {{\n    let v = {};\n    set_c(i, v);", self.rounded("x"));
+        s.push_str(&coordinates(chain));
+        let other = |at: usize| format!("get_p{}({})", chain.loaded[at], chain.axes.index(at, ""));
+        let _ = writeln!(s, "    let found = element({});", self.arguments("v", other));
+        for o in 0..chain.results().count() {
+            let _ = writeln!(s, "    set_o{o}(i, found.o{o});");
+        }
+        s.push_str("}\n");
+        let mut shader = shader.with("functions").declare(&s);
+        for (_, i) in self.others() {
+            shader = shader.buffer(&format!("p{i}"), chain.dtypes[i], At::Operand(self.before[0] + i));
+        }
+        for (o, (_, dtype)) in chain.results().enumerate() {
+            shader = shader.buffer(&format!("o{o}"), dtype, At::Result(self.before[1] + o));
+        }
+        shader
+    }
+
+    /// `leave_eight`, for eight of a row.
+    fn eight(&self, shader: Shader) -> Shader {
+        let chain = &self.chain;
+        let mut s = self.element();
+        s.push_str("fn leave_eight(i: u32, low: vec4<f32>, high: vec4<f32>) {\n");
+        for e in 0..8 {
+            let x = format!("{}.{}", if e < 4 { "low" } else { "high" }, ["x", "y", "z", "w"][e % 4]);
+            let _ = writeln!(s, "    let x{e} = {};", self.rounded(&x));
+        }
+        let four = |name: &str, first: usize, field: &str| {
+            (0..4).map(|i| format!("{name}{}{field}", first + 2 * i)).collect::<Vec<_>>().join(", ")
+        };
+        let _ =
+            writeln!(s, "    set_eight_c(i, Eight(vec4<f32>({}), vec4<f32>({})));", four("x", 0, ""), four("x", 1, ""));
+        s.push_str(&coordinates(chain));
+        for (at, i) in self.others() {
+            let get = if chain.axes.is_stretched(at) { "get" } else { "eight" };
+            let _ = writeln!(s, "    let y{at} = {get}_p{i}({});", chain.axes.index(at, ""));
+        }
+        for (e, place) in PLACES.iter().enumerate() {
+            let other =
+                |at: usize| if chain.axes.is_stretched(at) { format!("y{at}") } else { format!("y{at}.{place}") };
+            let _ = writeln!(s, "    let v{e} = element({});", self.arguments(&format!("x{e}"), other));
+        }
+        for o in 0..chain.results().count() {
+            let field = format!(".o{o}");
+            let (even, odd) = (four("v", 0, &field), four("v", 1, &field));
+            let _ = writeln!(s, "    set_eight_o{o}(i, Eight(vec4<f32>({even}), vec4<f32>({odd})));");
+        }
+        s.push_str("}\n");
+        let mut shader = shader.with("functions").declare(&s);
+        for (at, i) in self.others() {
+            let (name, dtype, from) = (format!("p{i}"), chain.dtypes[i], At::Operand(self.before[0] + i));
+            shader = if chain.axes.is_stretched(at) {
+                shader.buffer(&name, dtype, from)
+            } else {
+                shader.by_eight(&name, dtype, from)
+            };
+        }
+        for (o, (_, dtype)) in chain.results().enumerate() {
+            shader = shader.by_eight(&format!("o{o}"), dtype, At::Result(self.before[1] + o));
+        }
+        shader
+    }
+}
+
+/// Whether elements of a result may leave a kernel eight at a time.
+pub(super) fn by_eight(joined: Option<&Joined<'_>>) -> bool {
+    joined.is_none_or(Joined::by_eight)
+}
+
+/// With the buffer `c` of a product's result and `leave(i, x)`, which does with an element, as it was summed up, what is to be done: it is
+/// stored, or given to the chain, or both. With `eights` it is `leave_eight(i, low, high)`, for eight from a multiple of eight on.
+pub(super) fn leaving(shader: Shader, (dtype, at): (DType, At), eights: bool, joined: Option<&Joined<'_>>) -> Shader {
+    let at = if joined.is_some_and(|j| !j.kept) { At::Null } else { at };
+    let shader = if eights { shader.with("eight").by_eight("c", dtype, at) } else { shader.buffer("c", dtype, at) };
+    match (joined, eights) {
+        (Some(joined), true) => joined.eight(shader),
+        (Some(joined), false) => joined.one(shader),
+        (None, true) => shader.declare(
+            "fn leave_eight(i: u32, low: vec4<f32>, high: vec4<f32>) {\n    \
+             set_eight_c(i, Eight(vec4<f32>(low.x, low.z, high.x, high.z), vec4<f32>(low.y, low.w, high.y, high.w)));\n}\n",
+        ),
+        (None, false) => shader.declare("fn leave(i: u32, x: f32) { set_c(i, x); }\n"),
+    }
+}
+
+/// Whether anything but the chain needs the product: a node, an output or an update.
+fn is_kept(graph: &Graph, product: Value, chain: NodeId) -> bool {
+    let is = |v: Value| base(graph, v) == product;
+    let reads = |(id, node): (NodeId, &Node)| {
+        id != chain && !matches!(node.op, Op::Reshape(_)) && node.operands.iter().any(|&v| is(v))
+    };
+    graph.outputs().iter().any(|(_, v)| is(*v))
+        || graph.updates().iter().any(|u| is(u.new))
+        || graph.nodes_with_ids().any(reads)
+}
