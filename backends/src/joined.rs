@@ -38,7 +38,7 @@ pub(crate) fn joined(graph: &Graph, id: NodeId) -> Option<NodeId> {
 }
 
 /// What a value is a reshape of.
-fn base(graph: &Graph, mut value: Value) -> Value {
+pub(crate) fn base(graph: &Graph, mut value: Value) -> Value {
     while let Op::Reshape(_) = graph.node(graph.producer(value)).op {
         value = graph.node(graph.producer(value)).operands[0];
     }

@@ -31,6 +31,16 @@ pub(crate) struct StepPlaces {
     pub(crate) fences: Vec<(usize, usize)>,
 }
 
+#[cfg(feature = "cuda")]
+impl StepPlaces {
+    /// With the values of the chain that is joined onto the step's node behind its own.
+    pub(crate) fn append(&mut self, mut chain: StepPlaces) {
+        self.operands.append(&mut chain.operands);
+        self.results.append(&mut chain.results);
+        self.fresh.append(&mut chain.fresh);
+    }
+}
+
 /// The parameters and states of a plan, in the order of the table that [`Place::State`] points into.
 pub(crate) fn states(plan: &Plan) -> Vec<Value> {
     let inputs = plan.graph().inputs().iter().map(|&(_, v)| v);

@@ -127,6 +127,18 @@ impl Action {
     }
 }
 
+/// What a launch does of the chain that is joined onto its node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum OfChain {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// All of it, beside the node's own result.
+    Beside,
+    /// All of it, without the node's own result, which nothing else reads.
+    Instead,
+}
+
 /// The work of a node.
 #[derive(Default)]
 pub(crate) struct Launch {
@@ -136,6 +148,8 @@ pub(crate) struct Launch {
     pub(crate) actions: Vec<Action>,
     /// If kernels of it note rejected values.
     pub(crate) rejects: Option<Rejects>,
+    /// Of the chain that was offered with the node. Its operands and results follow the node's.
+    pub(crate) of_chain: OfChain,
 }
 
 /// The most blocks along y or z of a grid.
@@ -146,7 +160,7 @@ const MOST_X: usize = i32::MAX as usize;
 impl Launch {
     /// Work without scratch memory.
     pub(crate) fn of(actions: Vec<Action>) -> Launch {
-        Launch { scratch: 0, actions, rejects: None }
+        Launch { scratch: 0, actions, rejects: None, of_chain: OfChain::Nothing }
     }
 
     /// One kernel without scratch memory.

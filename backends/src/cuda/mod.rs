@@ -21,6 +21,7 @@ mod recording;
 mod source;
 mod tasks;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use moebius_ir::{Fences, Graph, NodeId, Plan};
@@ -92,7 +93,12 @@ impl Cuda {
     /// [`crate::Error::Unsupported`].
     pub fn kernels(graph: &Graph, chip: Chip) -> Result<Vec<KernelText>> {
         let mut texts = Vec::new();
-        for launch in launches(graph, chip)? {
+        let joined = graph.nodes_with_ids().filter_map(|(id, _)| {
+            let chain = lower::joined(graph, id, chip)?;
+            lower::lower(graph, id, Some(chain), chip).ok()
+        });
+        // The order of a plan decides whether a chain can be joined: it may need a kernel of its own as well.
+        for launch in launches(graph, chip, &|_| None)?.into_iter().chain(joined) {
             for action in launch.actions {
                 if let launch::Action::Kernel(k) = action {
                     let (title, text, options) = (k.source.title(), k.source.text(), k.source.options().to_vec());
@@ -106,9 +112,12 @@ impl Cuda {
     }
 }
 
-/// The launch of every node, or all refusals.
-fn launches(graph: &Graph, chip: Chip) -> Result<Vec<launch::Launch>> {
-    lowering::launches(BACKEND, graph, |id| lower::lower(graph, id, chip))
+/// The launch of every node, or all refusals; with the chains that `joined` joins onto nodes, which then have nothing to do themselves.
+fn launches(graph: &Graph, chip: Chip, joined: &dyn Fn(NodeId) -> Option<NodeId>) -> Result<Vec<launch::Launch>> {
+    let chains: HashSet<NodeId> = graph.nodes_with_ids().filter_map(|(id, _)| joined(id)).collect();
+    lowering::launches(BACKEND, graph, |id| {
+        if chains.contains(&id) { Ok(launch::Launch::default()) } else { lower::lower(graph, id, joined(id), chip) }
+    })
 }
 
 impl Backend for Cuda {
@@ -129,18 +138,23 @@ impl Backend for Cuda {
     }
 
     fn plan(&self, graph: Graph) -> Result<Plan> {
-        let scratch: Vec<usize> = launches(&graph, self.device.chip)?.iter().map(|l| l.scratch).collect();
+        let chip = self.device.chip;
+        let scratch: Vec<usize> = launches(&graph, chip, &|_| None)?.iter().map(|l| l.scratch).collect();
         let fences = if self.checks { Fences::On } else { Fences::Off };
-        Ok(Plan::new(graph, &|_, node: NodeId| scratch[node.index()], fences)?)
+        let join = |graph: &Graph, node: NodeId| lower::joined(graph, node, chip);
+        Ok(Plan::with_joined(graph, &|_, node: NodeId| scratch[node.index()], &join, fences)?)
     }
 
     fn compile(&self, plan: Plan) -> Result<Arc<dyn Executable>> {
-        let launches = launches(plan.graph(), self.device.chip)?;
+        let launches = launches(plan.graph(), self.device.chip, &|id| plan.joined(id))?;
         Ok(Arc::new(executable::CudaExecutable::new(Arc::clone(&self.device), plan, launches, self.checks)?))
     }
 
     fn prepare(&self, graphs: &mut dyn Iterator<Item = Graph>) -> Result<()> {
-        let taken = graphs.filter_map(|graph| launches(&graph, self.device.chip).ok());
+        let taken = graphs.filter_map(|graph| {
+            let plan = self.plan(graph).ok()?;
+            launches(plan.graph(), self.device.chip, &|id| plan.joined(id)).ok()
+        });
         let actions = taken.flatten().flat_map(|launch| launch.actions);
         let kernel = |action| if let launch::Action::Kernel(k) = action { Some(k.source) } else { None };
         let sources: Vec<source::Source> = actions.filter_map(kernel).collect();

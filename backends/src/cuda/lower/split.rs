@@ -64,7 +64,7 @@ pub(super) fn launch(
     let mut actions =
         vec![kernel(source.clone(), "split", [rows, columns, chunks.count * batch], THREADS as u32, args)];
     if chunks.count > 1 {
-        actions.push(finish(source, "parts_finish", THREADS, 1, (partial, total), &chunks)?);
+        actions.push(finish(source, "parts_finish", THREADS, 1, (partial, total), &chunks, None)?);
     }
     Ok(Launch::of(actions).with_scratch(scratch.bytes()))
 }
