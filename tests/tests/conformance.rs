@@ -34,7 +34,7 @@ macro_rules! groups {
     };
 }
 
-groups! { elementwise, movement, norms, dense, distillation, router, sparse, optimizer }
+groups! { elementwise, movement, norms, dense, chains, distillation, router, sparse, optimizer }
 
 /// What a kernel rejects is an error of the run, or of reading after it, and is forgotten with that.
 #[test]

@@ -52,7 +52,7 @@ pub fn routings() -> Vec<Routing> {
 }
 
 /// slot_choice, choice_slot and offsets of a routing.
-fn assigned(s: &mut Sketch, r: &Routing) -> Result<[Value; 3]> {
+pub(super) fn assigned(s: &mut Sketch, r: &Routing) -> Result<[Value; 3]> {
     let index = s.ints([r.tokens, r.k], &r.expert_index)?;
     let [slot_choice, choice_slot, offsets, _] =
         s.graph.assign(index, None, r.experts, r.capacity, Order::ChoiceMajor)?;
