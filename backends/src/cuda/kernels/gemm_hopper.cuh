@@ -245,6 +245,15 @@ static_assert(sizeof(Room) + 1024 <= SHARED, "the memory that is asked for");
 #define HOPPER_KERNEL extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)
 #define PRODUCT const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, const int *offsets, Sizes s
 
+/// Starts to bring so many elements nearer, a multiple of eight.
+struct Nearer {
+    int count;
+    template <typename Element> __device__ __forceinline__ void operator()(const Element* from) const {
+        // Eight bytes are not enough for a copy.
+        if (sizeof(Element) > 1) prefetch(from, count * sizeof(Element));
+    }
+};
+
 /// All tiles of this block. What the chain reads is brought near while a tile is computed.
 template <typename End>
 __device__ __forceinline__ void products(const TensorMap& x_map, const TensorMap& w_map, const int* offsets, const Sizes& s,
@@ -319,9 +328,7 @@ __device__ __forceinline__ void products(const TensorMap& x_map, const TensorMap
                         load_box_to(3, stage.x + i * X_BOX * DEPTH, &x_map, X_ALONG_K ? k0 : row, X_ALONG_K ? row : k0, 0, full);
                     }
                     for (int row = k / DEPTH * share; row < min((k / DEPTH + 1) * share, t.rows) && count > 0; row++)
-                        chain.each_flat((i64)(t.row0 + row) * s.columns + t.column0, [&](auto* from) {
-                            if (sizeof(*from) > 1) prefetch(from, count * sizeof(*from));
-                        });
+                        chain.each_flat((i64)(t.row0 + row) * s.columns + t.column0, Nearer{count});
                     turn.next();
                 }
             }

@@ -135,8 +135,7 @@ pub(super) fn launch(
     for n in [m, n, p.k, chunks.length, experts.unwrap_or(0), usize::from(p.wide_bias)] {
         bytes.extend(int(n, "an extent of a product")?.to_le_bytes());
     }
-    let headers: &[_] =
-        if clustered { &[HALVES, CLUSTER, FUNCTIONS, VECTORS] } else { &[FUNCTIONS, VECTORS] };
+    let headers: &[_] = if clustered { &[HALVES, CLUSTER, FUNCTIONS, VECTORS] } else { &[FUNCTIONS, VECTORS] };
     let source = joined::source(joined, "few_rows.cu", headers, TEXT)
         .define("CLUSTER", if clustered { chunks.count } else { 1 })
         .define("T", float(dtype)?)

@@ -145,13 +145,7 @@ fn gemm(
     Ok(kernel(of.source, "gemm", grid, of.threads, args))
 }
 
-pub(super) fn lower_matmul(
-    graph: &Graph,
-    node: &Node,
-    op: &Matmul,
-    joined: Option<&Joined>,
-    chip: Chip,
-) -> Lowered {
+pub(super) fn lower_matmul(graph: &Graph, node: &Node, op: &Matmul, joined: Option<&Joined>, chip: Chip) -> Lowered {
     let [a, b] = shapes(graph, node);
     let out = &graph.ty(node.results[0]).shape;
     let (bias, wide_bias) = bias(graph, node, 2)?;

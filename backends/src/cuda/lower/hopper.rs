@@ -161,12 +161,24 @@ impl<'a> End<'a> {
 
     /// The largest logit and the sum of exponentials of every 64 classes, as `cross_entropy_tiles`.
     pub(super) fn cross_entropy_tiles(args: Vec<Arg>) -> End<'a> {
-        End { file: "cross_entropy_hopper.cu", text: CROSS_ENTROPY, name: "cross_entropy_tiles_hopper", args, joined: None }
+        End {
+            file: "cross_entropy_hopper.cu",
+            text: CROSS_ENTROPY,
+            name: "cross_entropy_tiles_hopper",
+            args,
+            joined: None,
+        }
     }
 
     /// The gradient of the logits, as `cross_entropy_grad`.
     pub(super) fn cross_entropy_grad(args: Vec<Arg>) -> End<'a> {
-        End { file: "cross_entropy_hopper.cu", text: CROSS_ENTROPY, name: "cross_entropy_grad_hopper", args, joined: None }
+        End {
+            file: "cross_entropy_hopper.cu",
+            text: CROSS_ENTROPY,
+            name: "cross_entropy_grad_hopper",
+            args,
+            joined: None,
+        }
     }
 }
 
@@ -252,7 +264,8 @@ pub(super) fn launch(
     let end = End::added([&Arg::Null, &partial, &Arg::Null]);
     let Some(products) = action(chip, dtype, p, Segments::Chunks(length), factors, end)? else { return Ok(None) };
     let chunks = Chunks { count: chunks, length };
-    let source = joined::source(joined, "gemm_finish.cu", &[FUNCTIONS, VECTORS, HALVES], FINISH).define("T", float(dtype)?);
+    let source =
+        joined::source(joined, "gemm_finish.cu", &[FUNCTIONS, VECTORS, HALVES], FINISH).define("T", float(dtype)?);
     // Four elements for each thread.
     let finish = finish(source, "gemm_finish", FINISH_THREADS, 4, (partial, total), &chunks, joined)?;
     Ok(Some(joined::with(joined, Launch::of(vec![products, finish]).with_scratch(scratch.bytes()))))

@@ -113,12 +113,7 @@ pub(super) fn args(joined: Option<&Joined>) -> Vec<Arg> {
 }
 
 /// A file of products that gives each element to `put`, with a chain or none. The headers are to have `FUNCTIONS` and `VECTORS`.
-pub(super) fn source(
-    joined: Option<&Joined>,
-    file: &'static str,
-    headers: &'static [Header],
-    text: &str,
-) -> Source {
+pub(super) fn source(joined: Option<&Joined>, file: &'static str, headers: &'static [Header], text: &str) -> Source {
     let chain = joined.map_or("", |joined| &joined.text);
     let text = format!("{chain}#line 1 \"chain.cuh\"\n{CHAIN}\n#line 1 \"{file}\"\n{text}");
     let source = Source::generated(file, headers, text).define("JOINED", u8::from(joined.is_some()));

@@ -13,6 +13,11 @@ use crate::verify::tolerance::Class;
 const CHAINS: [&str; 6] =
     ["gelu", "gelu, and the product", "residual", "row and column", "two results", "the product twice"];
 
+/// Two of them for each of many sizes: every kind is in its turn.
+fn some(at: usize) -> [&'static str; 2] {
+    [CHAINS[at % 6], CHAINS[(at + 3) % 6]]
+}
+
 /// The chain of this name behind the product `y` of m rows and n columns, and its outputs.
 fn chain(s: &mut Sketch, name: &str, y: Value) -> Result<()> {
     let shape = s.graph.shape(y).to_vec();
@@ -48,7 +53,7 @@ fn chain(s: &mut Sketch, name: &str, y: Value) -> Result<()> {
 fn dense() -> Vec<Case> {
     let mut cases = Vec::new();
     // Few rows, few columns, a k that is cut up, tiles with and without rows of a multiple of 16 bytes, and several of them.
-    for (m, n, k, transposed) in [
+    for (at, (m, n, k, transposed)) in [
         (1, 136, 1040, false),
         (3, 72, 520, true),
         (12, 40, 264, false),
@@ -57,8 +62,11 @@ fn dense() -> Vec<Case> {
         (72, 136, 72, false),
         (296, 264, 40, true),
         (72, 72, 2048, false),
-    ] {
-        for name in CHAINS {
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        for name in some(at) {
             let title = format!("{m}x{n}x{k}, transposed {transposed}: {name}");
             cases.push(case("matmul", title, Class::Sum, FLOATS, move |s| {
                 let x = s.float([m, k], |x| x)?;
@@ -75,10 +83,12 @@ fn dense() -> Vec<Case> {
 /// Segments of experts: an idle one, unused slots, few slots and more than a tile.
 fn experts() -> Vec<Case> {
     let mut cases = Vec::new();
-    for (tokens, k, n, transposed) in
+    for (at, (tokens, k, n, transposed)) in
         [(1, 520, 40, true), (13, 264, 72, false), (83, 72, 136, false), (300, 40, 72, true), (50, 13, 21, false)]
+            .into_iter()
+            .enumerate()
     {
-        for name in CHAINS {
+        for name in some(at) {
             let expert_index = (0..tokens as i32).map(|t| [3, 0, 3, -1, 4, 3][t as usize % 6]).collect();
             let r = Routing { name: "", tokens, k: 1, experts: 5, capacity: None, expert_index };
             let title = format!("{tokens} slots, {k}x{n}, transposed {transposed}: {name}");
@@ -99,11 +109,9 @@ fn experts() -> Vec<Case> {
 /// of the first one.
 fn networks() -> Vec<Case> {
     let mut cases = Vec::new();
-    for (function, m, d, hidden) in [
-        (UnaryFn::GeluTanh, 72, 64, 136),
-        (UnaryFn::Silu, 3, 72, 264),
-        (UnaryFn::Relu, 40, 17, 33),
-    ] {
+    for (function, m, d, hidden) in
+        [(UnaryFn::GeluTanh, 72, 64, 136), (UnaryFn::Silu, 3, 72, 264), (UnaryFn::Relu, 40, 17, 33)]
+    {
         let name = format!("{m} rows, {function:?} between {d} and {hidden}").to_lowercase();
         let made = move |s: &mut Sketch, [first, second]: [&dyn Fn(&mut Sketch, Value) -> Result<Value>; 2]| {
             let x = s.float([m, d], |x| x)?;
