@@ -46,11 +46,13 @@ impl Joined {
             let _ = writeln!(fields, "    const {kind}* p{i};");
             values.push(format!("p{i}"));
             args.push(Arg::Operand(node.operands.len() + i));
-            let _ = match axes.is_stretched(at) {
-                true => writeln!(held, "        {kind} v{i};").and(writeln!(loads, "        l.v{i} = p{i}[{index}];")),
-                false => writeln!(held, "        Vector<{kind}, COUNT> v{i};")
-                    .and(writeln!(loads, "        l.v{i} = load_vector<COUNT>(p{i} + {index});")),
-            };
+            if axes.is_stretched(at) {
+                let _ = writeln!(held, "        {kind} v{i};");
+                let _ = writeln!(loads, "        l.v{i} = p{i}[{index}];");
+            } else {
+                let _ = writeln!(held, "        Vector<{kind}, COUNT> v{i};");
+                let _ = writeln!(loads, "        l.v{i} = load_vector<COUNT>(p{i} + {index});");
+            }
             if axes.is_flat(at) && !axes.is_stretched(at) {
                 let _ = writeln!(flat, "        act(p{i} + i);");
             }
