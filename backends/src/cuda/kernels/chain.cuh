@@ -1,7 +1,7 @@
 // What a kernel of products does with elements of its result: stores them, or gives them to the chain that is joined onto the product.
 //
-// JOINED: the text of `Chain` comes before (lower/joined.rs writes it), with CHAIN_PARAMETERS, which follow a kernel's own, and CHAIN,
-// which is made of them. A chain reads the elements as they would be in memory, rounded.
+// JOINED: the text of `Chain` comes before (lower/joined.rs writes it), with CHAIN_PARAMETERS, which follow a kernel's own, CHAIN, which
+// is made of them, and KEPT, whether something else reads the product too. A chain reads the elements as they would be in memory, rounded.
 
 #if !JOINED
 #define CHAIN_PARAMETERS
@@ -15,15 +15,15 @@ struct Chain {
 #endif
 
 /// Elements of the product, which lie together from `at` on, are `v`: the chain's work on them with what it loaded for them, and stored in
-/// `out` too if that is not null.
+/// `out` if something else reads them.
 template <int COUNT, typename Element>
 __device__ __forceinline__ void put(Element* out, i64 at, const Vector<Element, COUNT>& v, const Chain& chain,
                                     const Chain::Loaded<COUNT>& loaded) {
-#if JOINED
-    if (out) store_vector<COUNT>(out + at, v);
-    chain.end<COUNT>(at, loaded, v);
-#else
+#if !JOINED || KEPT
     store_vector<COUNT>(out + at, v);
+#endif
+#if JOINED
+    chain.end<COUNT>(at, loaded, v);
 #endif
 }
 

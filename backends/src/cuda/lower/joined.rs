@@ -15,7 +15,7 @@ const CHAIN: &str = include_str!("../kernels/chain.cuh");
 
 /// A chain for the kernel of the product before it.
 pub(super) struct Joined {
-    /// `CHAIN_PARAMETERS`, `CHAIN` and `Chain`, as `chain.cuh` wants them.
+    /// `CHAIN_PARAMETERS`, `CHAIN`, `KEPT` and `Chain`, as `chain.cuh` wants them.
     text: String,
     /// The arguments for `CHAIN_PARAMETERS`.
     pub(super) args: Vec<Arg>,
@@ -78,9 +78,10 @@ impl Joined {
             let _ = writeln!(rounded, "            w{o}.at[j] = {value};");
             let _ = writeln!(stores, "        store_vector<COUNT>(o{o} + i, w{o});");
         }
+        let kept = is_kept(graph, product, chain);
         let coordinates = coordinates(&chain_of);
         let text = format!(
-            "#define CHAIN_PARAMETERS {parameters}\n#define CHAIN Chain{{{values}}}\n\
+            "#define CHAIN_PARAMETERS {parameters}\n#define CHAIN Chain{{{values}}}\n#define KEPT {}\n\
              /// The chain behind the product, from element `i` on.\nstruct Chain {{\n{fields}\
              \x20   template <int COUNT> struct Loaded {{\n{held}    }};\n\
              \x20   /// What it reads beside the product.\n\
@@ -92,9 +93,9 @@ impl Joined {
              \x20   template <int COUNT>\n\
              \x20   __device__ __forceinline__ void end(i64 i, const Loaded<COUNT>& l, const Vector<{own}, COUNT>& product) const {{\n\
              {results}#pragma unroll\n        for (int j = 0; j < COUNT; j++) {{\n{statements}{rounded}        }}\n{stores}    }}\n}};\n",
+            u8::from(kept),
             values = values.join(", "),
         );
-        let kept = is_kept(graph, product, chain);
         Ok(Some(Joined { text, args, kept, eights: axes.together(8) }))
     }
 
