@@ -123,3 +123,6 @@ __device__ __forceinline__ float to_f32(u8 x) { return (float)x; }
 // Rounded as if stored in the narrower format.
 __device__ __forceinline__ float round_bf16(float x) { return to_float(from_float<bf16>(x)); }
 __device__ __forceinline__ float round_f16(float x) { return to_float(from_float<f16>(x)); }
+/// A number that is rounded already, in its format.
+template <typename Float> __device__ __forceinline__ Float narrowed(float x) { return from_float<Float>(x); }
+template <> __device__ __forceinline__ bf16 narrowed<bf16>(float x) { bf16 y; y.bits = (u16)(__float_as_uint(x) >> 16); return y; }

@@ -73,7 +73,7 @@ impl Joined {
             let _ = writeln!(fields, "    {kind}* o{o};");
             values.push(format!("o{o}"));
             args.push(Arg::Result(node.results.len() + o));
-            let value = if dtype.is_float() { format!("from_float<{kind}>(r{r})") } else { format!("r{r}") };
+            let value = if dtype.is_float() { format!("narrowed<{kind}>(r{r})") } else { format!("r{r}") };
             let _ = writeln!(results, "        Vector<{kind}, COUNT> w{o};");
             let _ = writeln!(rounded, "            w{o}.at[j] = {value};");
             let _ = writeln!(stores, "        store_vector<COUNT>(o{o} + i, w{o});");
