@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use moebius_ir::{DType, Op, Tensor, passes};
+use moebius_ir::{DType, Op, Role, Tensor, TensorType, passes};
 use moebius_tests::Sketch;
 use moebius_tests::cases::{self, Case};
 use moebius_tests::conformance;
@@ -74,6 +74,43 @@ fn values_that_kernels_reject_are_errors_on_every_device() {
             }
             let again = live.run(&s.inputs).unwrap_or_else(|e| panic!("{}: {e}", device.name));
             assert!(device::same_bits(&right, &again), "{}: after {op} rejected {value}", device.name);
+        }
+    }
+}
+
+/// Where a chain is computed, in the kernel of the product before it or in one of its own, does not show in the bits.
+#[test]
+fn a_chain_behind_a_product_has_the_bits_of_the_chain_by_itself() {
+    for device in devices() {
+        for dtype in [DType::F32, DType::Bf16, DType::F16] {
+            for (m, k, n) in [(1, 1040, 136), (40, 72, 264), (70, 264, 2)] {
+                let size = |shape: [usize; 2]| TensorType::new(dtype, shape);
+                let numbers = |n: usize, at: usize| (0..n).map(|i| ((7 * i + at) % 19) as f64 / 8.0 - 1.0).collect();
+                let chain = |s: &mut Sketch, y| {
+                    let r = s.input(Role::Feed, size([m, n]), numbers(m * n, 5), false)?;
+                    let y = s.graph.silu(y)?;
+                    let y = s.graph.add(y, r)?;
+                    s.aux(y)
+                };
+                let product = |s: &mut Sketch| {
+                    let x = s.input(Role::Feed, size([m, k]), numbers(m * k, 3), false)?;
+                    let w = s.input(Role::Feed, size([k, n]), numbers(k * n, 11), false)?;
+                    s.graph.matmul(x, w)
+                };
+                let run = |s: &Sketch| {
+                    let mut live = Live::new(device.backend.as_ref(), &s.graph).unwrap();
+                    live.run(&s.inputs).unwrap_or_else(|e| panic!("{}: {e}", device.name)).remove("y0").unwrap()
+                };
+                let [mut both, mut first, mut second] = [(); 3].map(|()| Sketch::new(dtype));
+                let y = product(&mut both).unwrap();
+                chain(&mut both, y).unwrap();
+                let y = product(&mut first).unwrap();
+                first.aux(y).unwrap();
+                let y = second.input(Role::Feed, size([m, n]), run(&first).data, false).unwrap();
+                chain(&mut second, y).unwrap();
+                let (one, two) = (run(&both).to_bytes(), run(&second).to_bytes());
+                assert_eq!(one, two, "{}: {dtype}, {m}x{k}x{n}", device.name);
+            }
         }
     }
 }
