@@ -2,7 +2,7 @@
 //! chain, what the chain reads beside the product, and both ways through the gradients.
 
 use moebius_ir::ops::{BinaryFn, UnaryFn};
-use moebius_ir::{DType, Result, Value};
+use moebius_ir::{Result, Value};
 
 use super::sparse::{Routing, assigned};
 use super::{Case, FLOATS, case};
@@ -40,8 +40,7 @@ fn chain(s: &mut Sketch, name: &str, y: Value) -> Result<()> {
         }
         "two results" => {
             let gated = s.graph.unary(UnaryFn::Silu, y)?;
-            let wide = s.graph.cast(gated, DType::F32)?;
-            (Some(gated), s.graph.mul_scalar(wide, 1.5)?)
+            (Some(gated), s.graph.mul_scalar(gated, 1.5)?)
         }
         _twice => {
             let other = s.float([m, n], |x| x)?;
@@ -74,7 +73,7 @@ fn dense() -> Vec<Case> {
             let title = format!("{m}x{n}x{k}, transposed {transposed}: {name}");
             cases.push(case("matmul", title, CLASS, FLOATS, move |s| {
                 let x = s.float([m, k], |x| x)?;
-                let w = s.float(if transposed { [n, k] } else { [k, n] }, |x| x)?;
+                let w = s.float(if transposed { [n, k] } else { [k, n] }, |x| x / (k as f64).sqrt())?;
                 let bias = if k < 100 { Some(s.float([n], |x| x)?) } else { None };
                 let y = s.graph.matmul_with(x, w, bias, false, transposed)?;
                 chain(s, name, y)
@@ -99,7 +98,8 @@ fn experts() -> Vec<Case> {
             cases.push(case("expert_matmul", title, CLASS, FLOATS, move |s| {
                 let [_, _, offsets] = assigned(s, &r)?;
                 let rows = s.float([tokens, k], |x| x)?;
-                let w = s.float([5, if transposed { n } else { k }, if transposed { k } else { n }], |x| x)?;
+                let shape = [5, if transposed { n } else { k }, if transposed { k } else { n }];
+                let w = s.float(shape, |x| x / (k as f64).sqrt())?;
                 let bias = if transposed { Some(s.float([5, n], |x| x)?) } else { None };
                 let y = s.graph.expert_matmul(rows, w, offsets, bias, transposed)?;
                 chain(s, name, y)
