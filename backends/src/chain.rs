@@ -205,7 +205,7 @@ impl Axes {
         !(0..self.strides.len()).all(|i| self.is_flat(i) || self.strides[i].iter().all(|s| *s == 0))
     }
 
-    #[cfg(any(feature = "cuda", test))]
+    #[cfg(any(feature = "cuda", feature = "vulkan", test))]
     /// Elements that a thread may take together: at each of its places an operand then has as many that lie together, at a
     /// multiple of their bytes, or the same one for all.
     pub(crate) fn together(&self, wanted: usize) -> bool {
@@ -217,7 +217,7 @@ impl Axes {
         self.extents.last().is_some_and(|n| n.is_multiple_of(wanted)) && self.strides.iter().all(fits)
     }
 
-    #[cfg(feature = "cuda")]
+    #[cfg(any(feature = "cuda", feature = "vulkan"))]
     /// Whether operand `i` is the same for all elements that a thread takes.
     pub(crate) fn is_stretched(&self, i: usize) -> bool {
         self.strides[i].last().is_none_or(|s| *s == 0)

@@ -213,3 +213,16 @@ fn what_a_device_lacks_is_refused_by_name() {
     }
     assert!(refused > 0 && taken > 0, "{refused} refused, {taken} taken");
 }
+
+/// In the decoding of a model, a token at a time, some commands share no memory with those just before, and do not wait for them.
+#[test]
+fn commands_wait_only_for_what_they_share_memory_with() {
+    let config = Config::preset("350m-pr-moe-32-64").unwrap();
+    let graph = passes::optimise(&gpt::decoding(&config.model, 1).unwrap()).unwrap();
+    let limits =
+        Limits { halves: true, shared: 48 << 10, range: (4 << 30) - 4, subgroup: 32, buffers: 64, ..Limits::LEAST };
+    let [commands, waits] = Vulkan::commands(graph, limits).unwrap();
+    let layers = config.model.layers;
+    assert!(waits >= 6 * layers, "{waits} of {commands}: a layer's products, norm and attention follow one another");
+    assert!(waits * 10 < commands * 9, "{waits} of {commands}");
+}

@@ -4,9 +4,9 @@
 //! a processor looks ahead too little to start on the next vector of a loop meanwhile; with several values the chains
 //! are interleaved in the code. [`map_block`] is the loop for that, the functions of one f32 are for everything else.
 //!
-//! Only +, -, *, /, comparisons and bit operations are used (no fused multiply-add: it is a library call on a CPU
-//! without it, and contracting would make the bits depend on the CPU). The bounds on the error were measured against
-//! f64 over a dense sweep of the inputs; the tests hold them. NaN in gives NaN out everywhere.
+//! Only +, -, *, /, fused multiply-adds, comparisons and bit operations are used, all of them exactly rounded, so that every
+//! CPU gives the same bits (one without fused multiply-adds calls a library for them, slowly). The bounds on the error
+//! were measured against f64 over a dense sweep of the inputs; the tests hold them. NaN in gives NaN out everywhere.
 //!
 //! The closure given to [`simd`] must itself be inlined, `simd(#[inline(always)] || ..)`: it is called from one place
 //! for each instruction set, and the compiler otherwise keeps one copy, without the wide instructions.
@@ -56,6 +56,22 @@ impl<const N: usize> Many<N> {
     #[inline(always)]
     fn zip(self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self {
         Many(from_fn(|i| f(self.0[i], other.0[i])))
+    }
+
+    /// `self * factor + term`, rounded once.
+    #[inline(always)]
+    fn mul_add(self, factor: Self, term: Self) -> Self {
+        Many(from_fn(|i| self.0[i].mul_add(factor.0[i], term.0[i])))
+    }
+
+    /// The polynomial of these coefficients, the highest power's first.
+    #[inline(always)]
+    fn polynomial<const M: usize>(self, coefficients: [f32; M]) -> Self {
+        let mut sum = Many([coefficients[0]; N]);
+        for c in &coefficients[1..] {
+            sum = sum.mul_add(self, Many([*c; N]));
+        }
+        sum
     }
 
     #[inline(always)]
@@ -157,31 +173,30 @@ fn pow2<const N: usize>(n: [i32; N]) -> Many<N> {
     Many(n.map(|n| f32::from_bits((n.wrapping_add(127) as u32) << 23)))
 }
 
-/// (y, n) with e^x = y 2^n for |x| <= 104: x = n ln 2 + r with |r| <= ln 2 / 2, then a polynomial of degree 7 in r (the
-/// coefficients of Cephes' `expf`).
+/// Added to a number of at most 2^22, it rounds it to an integer, which is left in the low bits of the mantissa.
+const TO_INTEGER: f32 = 12_582_912.0;
+
+/// (y, shifted) with e^x = y 2^n for |x| <= 104, where n is in the low bits of `shifted`: x = n ln 2 + r with
+/// |r| <= ln 2 / 2, then a polynomial of degree 7 in r (the coefficients of Cephes' `expf`).
 #[inline(always)]
-fn exp_parts<const N: usize>(x: Many<N>) -> (Many<N>, [i32; N]) {
-    // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits of the mantissa.
-    let magic = 12_582_912.0_f32;
-    let shifted = x * std::f32::consts::LOG2_E + magic;
-    let n = shifted.0.map(|shifted| (shifted.to_bits() as i32).wrapping_sub(magic.to_bits() as i32));
-    let nf = shifted - magic;
+fn exp_parts<const N: usize>(x: Many<N>) -> (Many<N>, [u32; N]) {
+    let shifted = x.mul_add(Many([std::f32::consts::LOG2_E; N]), Many([TO_INTEGER; N]));
+    let n = shifted - TO_INTEGER;
     // ln 2 in two parts; the high one has few enough bits that its product with n is exact.
-    let r = (x - nf * 0.693_359_4) - nf * -2.121_944_4e-4;
-    let mut p = 1.987_569_1e-4 * r + 1.398_199_9e-3;
-    p = p * r + 8.333_452e-3;
-    p = p * r + 4.166_579_6e-2;
-    p = p * r + 1.666_666_5e-1;
-    p = p * r + 5.000_000_1e-1;
-    ((p * (r * r) + r) + 1.0, n)
+    let r = n.mul_add(Many([-0.693_359_4; N]), x);
+    let r = n.mul_add(Many([2.121_944_4e-4; N]), r);
+    let p =
+        r.polynomial([1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1]);
+    (p.mul_add(r * r, r) + 1.0, shifted.0.map(f32::to_bits))
 }
 
 /// e^x within 1.5 ulp; denormal results are right to half a denormal step more; inf above 88.73, 0 below -103.98.
 #[inline(always)]
 pub fn exps<const N: usize>(x: Many<N>) -> Many<N> {
     // Beyond these the result is inf or 0 in any case, and within them n fits the two scale factors below.
-    let (y, n) = exp_parts(x.at_least(-104.0).at_most(89.0));
+    let (y, shifted) = exp_parts(x.at_least(-104.0).at_most(89.0));
     // In two steps: 2^n alone overflows for n = 128 and underflows for n < -126. Only the last product can round.
+    let n = shifted.map(|bits| bits.wrapping_sub(TO_INTEGER.to_bits()) as i32);
     let half = n.map(|n| n >> 1);
     y * pow2(half) * pow2(from_fn(|i| n[i].wrapping_sub(half[i])))
 }
@@ -191,8 +206,24 @@ pub fn exps<const N: usize>(x: Many<N>) -> Many<N> {
 /// The results that [`exps`] gives as denormals or rounds to 0 cost some processors a hundred times as long as others.
 #[inline(always)]
 pub fn exps_or_zero<const N: usize>(x: Many<N>) -> Many<N> {
-    let (y, n) = exp_parts(x.at_least(-87.0));
-    x.choose(|x| x < -87.0, Many([0.0; N]), y * pow2(n))
+    let (y, shifted) = exp_parts(x.at_least(-87.0));
+    // The shift leaves n alone, where an exponent is.
+    let scale = Many(shifted.map(|bits| f32::from_bits((bits << 23).wrapping_add(1.0_f32.to_bits()))));
+    x.choose(|x| x < -87.0, Many([0.0; N]), y * scale)
+}
+
+/// 1 / x of 1 <= x <= 2 within 1 ulp: a division takes several times as long as everything else in a sigmoid.
+///
+/// The first guess is the best parabola, whose 1 - x r is Chebyshev's cubic and at most 1/99; two steps of Newton's
+/// method square that twice.
+#[inline(always)]
+fn reciprocals<const N: usize>(x: Many<N>) -> Many<N> {
+    let mut r = x.polynomial([32.0 / 99.0, -144.0 / 99.0, 210.0 / 99.0]);
+    for _ in 0..2 {
+        let error = (0.0 - x).mul_add(r, Many([1.0; N]));
+        r = r.mul_add(error, r);
+    }
+    r
 }
 
 /// The natural logarithm within 1.5 ulp: -inf at +-0, NaN below 0, inf at inf; denormals included.
@@ -206,32 +237,33 @@ pub fn lns<const N: usize>(x: Many<N>) -> Many<N> {
     let m = Many(from_fn(|i| f32::from_bits(bits[i].wrapping_sub(e[i] << 23) as u32))) - 1.0;
     let e = Many(from_fn(|i| e[i] as f32 - if tiny(x.0[i]) { 23.0 } else { 0.0 }));
     let z = m * m;
-    let mut p = 7.037_683_6e-2 * m - 1.151_461e-1;
-    p = p * m + 1.167_699_9e-1;
-    p = p * m - 1.242_014_1e-1;
-    p = p * m + 1.424_932_3e-1;
-    p = p * m - 1.666_805_8e-1;
-    p = p * m + 2.000_071_5e-1;
-    p = p * m - 2.499_999_4e-1;
-    p = p * m + 3.333_333e-1;
-    let y = p * m * z + e * -2.121_944_4e-4 - 0.5 * z;
-    let y = (m + y) + e * 0.693_359_4;
+    let p = m.polynomial([
+        7.037_683_6e-2,
+        -1.151_461e-1,
+        1.167_699_9e-1,
+        -1.242_014_1e-1,
+        1.424_932_3e-1,
+        -1.666_805_8e-1,
+        2.000_071_5e-1,
+        -2.499_999_4e-1,
+        3.333_333e-1,
+    ]);
+    let y = (p * m).mul_add(z, e * -2.121_944_4e-4) - 0.5 * z;
+    let y = e.mul_add(Many([0.693_359_4; N]), m + y);
     let y = x.choose(|x| x > 0.0, y, Many([f32::NAN; N]));
     let y = x.choose(|x| x == 0.0, Many([f32::NEG_INFINITY; N]), y);
     x.choose(|x| x == f32::INFINITY, x, y)
 }
 
-/// tanh(x) within 2 ulp: a polynomial near 0 (Cephes' `tanhf`), 1 - 2 / (e^(2|x|) + 1) elsewhere.
+/// tanh(x) within 2 ulp: a polynomial near 0 (Cephes' `tanhf`), (1 - e) / (1 + e) with e = e^(-2|x|) elsewhere.
 #[inline(always)]
 pub fn tanhs<const N: usize>(x: Many<N>) -> Many<N> {
     let a = x.abs();
     let z = x * x;
-    let mut p = -5.704_988_7e-3 * z + 2.063_908_9e-2;
-    p = p * z - 5.373_971_6e-2;
-    p = p * z + 1.333_144_2e-1;
-    p = p * z - 3.333_328_2e-1;
-    let near = p * z * x + x;
-    let far = 1.0 - 2.0 / (exps(2.0 * a) + 1.0);
+    let p = z.polynomial([-5.704_988_7e-3, 2.063_908_9e-2, -5.373_971_6e-2, 1.333_144_2e-1, -3.333_328_2e-1]);
+    let near = (p * z).mul_add(x, x);
+    let e = exps_or_zero(-2.0 * a);
+    let far = (1.0 - e) * reciprocals(1.0 + e);
     // The sign again for the polynomial too, which gives +0 at -0.
     a.choose(|a| a < 0.625, near, far).zip(x, f32::copysign)
 }
@@ -251,7 +283,7 @@ fn near_sigmoid_pair<const N: usize>(x: Many<N>) -> (Many<N>, Many<N>) {
 /// The pair (sigmoid(x), sigmoid(-x)) from e = exp(-|x|).
 #[inline(always)]
 fn ordered<const N: usize>(x: Many<N>, e: Many<N>) -> (Many<N>, Many<N>) {
-    let large = 1.0 / (1.0 + e);
+    let large = reciprocals(1.0 + e);
     let small = e * large;
     (x.choose(|x| x < 0.0, small, large), x.choose(|x| x < 0.0, large, small))
 }
@@ -266,21 +298,21 @@ pub fn sigmoids<const N: usize>(x: Many<N>) -> Many<N> {
 #[inline(always)]
 pub fn erfs<const N: usize>(x: Many<N>) -> Many<N> {
     let s = x * x;
-    let mut near = -5.967_617e-4 * s + 4.991_194_2e-3;
-    near = near * s - 2.676_813_5e-2;
-    near = near * s + 1.128_199_2e-1;
-    near = near * s - 3.761_253_4e-1;
-    near = near * s + 1.283_791_7e-1;
-    let near = near * x + x;
+    let near =
+        s.polynomial([-5.967_617e-4, 4.991_194_2e-3, -2.676_813_5e-2, 1.128_199_2e-1, -3.761_253_4e-1, 1.283_791_7e-1]);
+    let near = near.mul_add(x, x);
     // erf(4) rounds to 1, and beyond it the polynomial in the exponent is not a fit.
     let t = x.abs().at_most(4.0);
-    let mut far = -1.728_534_7e-5 * t + 3.831_971_3e-4;
-    far = far * t - 3.883_964_4e-3;
-    far = far * t + 2.425_462_2e-2;
-    far = far * t - 1.067_778_8e-1;
-    far = far * t - 6.348_466_9e-1;
-    far = far * t - 1.287_175_1e-1;
-    let far = (1.0 - exps(far * t - t)).zip(x, f32::copysign);
+    let far = t.polynomial([
+        -1.728_534_7e-5,
+        3.831_971_3e-4,
+        -3.883_964_4e-3,
+        2.425_462_2e-2,
+        -1.067_778_8e-1,
+        -6.348_466_9e-1,
+        -1.287_175_1e-1,
+    ]);
+    let far = (1.0 - exps(far.mul_add(t, 0.0 - t))).zip(x, f32::copysign);
     x.choose(|x| x.abs() > 0.927_734_4, far, near)
 }
 
@@ -289,11 +321,17 @@ const GELU_C: f32 = 0.797_884_56;
 /// The cubic coefficient of the tanh form of GELU.
 const GELU_A: f32 = 0.044_715;
 
+/// 2u = 2 * 0.79788456 (x + 0.044715 x^3) of the tanh form of GELU, from x and x^2.
+#[inline(always)]
+fn gelu_argument<const N: usize>(x: Many<N>, square: Many<N>) -> Many<N> {
+    x * square.polynomial([2.0 * GELU_C * GELU_A, 2.0 * GELU_C])
+}
+
 /// GELU, tanh form: x/2 (1 + tanh(u)), u = 0.79788456 (x + 0.044715 x^3), computed as x sigmoid(2u), which keeps
 /// relative precision on the negative side. -inf gives -0.
 #[inline(always)]
 pub fn gelus_tanh<const N: usize>(x: Many<N>) -> Many<N> {
-    let (s, _) = near_sigmoid_pair(2.0 * GELU_C * (x + GELU_A * x * x * x));
+    let (s, _) = near_sigmoid_pair(gelu_argument(x, x * x));
     // The sigmoid is 0 long before: only -inf is changed, whose product with 0 would be NaN.
     x.at_least(-1e30) * s
 }
@@ -303,8 +341,9 @@ pub fn gelus_tanh<const N: usize>(x: Many<N>) -> Many<N> {
 pub fn gelus_tanh_grad<const N: usize>(x: Many<N>) -> Many<N> {
     // Beyond +-30 the derivative is 1 or 0 exactly; without the clamp inf * 0 would appear.
     let x = x.at_least(-30.0).at_most(30.0);
-    let (s, c) = near_sigmoid_pair(2.0 * GELU_C * (x + GELU_A * x * x * x));
-    s + x * s * c * (2.0 * GELU_C) * (1.0 + 3.0 * GELU_A * x * x)
+    let square = x * x;
+    let (s, c) = near_sigmoid_pair(gelu_argument(x, square));
+    (x * s * c).mul_add(square.polynomial([6.0 * GELU_C * GELU_A, 2.0 * GELU_C]), s)
 }
 
 /// GELU, exact form: x/2 (1 + erf(x / sqrt 2)). The absolute error is within 1 ulp of |x|; -inf gives -0.
@@ -320,7 +359,7 @@ pub fn gelus_erf_grad<const N: usize>(x: Many<N>) -> Many<N> {
     // The density is 0 beyond +-20; without the clamp inf * 0 would appear.
     let x = x.at_least(-20.0).at_most(20.0);
     let phi = 0.5 * (1.0 + erfs(x * std::f32::consts::FRAC_1_SQRT_2));
-    phi + x * (0.398_942_28 * exps(-0.5 * x * x))
+    x.mul_add(0.398_942_28 * exps(-0.5 * x * x), phi)
 }
 
 /// x sigmoid(x) (SiLU, Swish). -inf gives -0.
@@ -335,7 +374,7 @@ pub fn silus_grad<const N: usize>(x: Many<N>) -> Many<N> {
     // Beyond +-110 the derivative is 1 or 0 exactly; without the clamp inf * 0 would appear.
     let x = x.at_least(-110.0).at_most(110.0);
     let (s, c) = sigmoid_pair(x);
-    s + x * s * c
+    (x * s).mul_add(c, s)
 }
 
 /// The sine, from the standard library: right for every argument, not vectorised.
@@ -423,6 +462,14 @@ mod tests {
         }
         assert!(exp_or_zero(-87.0).is_normal() && exp_or_zero(f32::NAN).is_nan());
         assert_eq!((exp_or_zero(0.0), exp_or_zero(-0.0)), (1.0, 1.0));
+    }
+
+    #[test]
+    fn reciprocal_within_bound() {
+        let all = sweep(1.0, 2.0).filter(|&x| x > 0.0).chain([2.0]);
+        assert!(worst(|x| reciprocals(Many([x])).0[0], |x| 1.0 / x, all) < 1.0);
+        assert_eq!((reciprocals(Many([1.0])).0, reciprocals(Many([2.0])).0), ([1.0], [0.5]));
+        assert!(reciprocals(Many([f32::NAN])).0[0].is_nan());
     }
 
     #[test]

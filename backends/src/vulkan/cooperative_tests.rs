@@ -46,14 +46,16 @@ fn floats(dtype: DType, bytes: &[u8]) -> Vec<f32> {
     }
 }
 
-/// The one kernel of a graph of one product.
-fn kernel(graph: &Graph, limits: Limits) -> Kernel {
+/// The kernels of a graph of one product: one, or two if the sums are cut into parts.
+fn kernels(graph: &Graph, limits: Limits) -> Vec<Kernel> {
     let graph = passes::optimise(graph).unwrap();
     let actions = launches(&graph, limits).unwrap().into_iter().flat_map(|l| l.actions);
-    let mut kernels = actions.filter_map(|a| if let Action::Kernel(k) = a { Some(k) } else { None });
-    let kernel = kernels.next().unwrap();
-    assert!(kernels.next().is_none());
-    kernel
+    actions.filter_map(|a| if let Action::Kernel(k) = a { Some(k) } else { None }).collect()
+}
+
+/// The first of them, which multiplies.
+fn kernel(graph: &Graph, limits: Limits) -> Kernel {
+    kernels(graph, limits).swap_remove(0)
 }
 
 /// A product with its feeds in the order of the operands.
@@ -81,30 +83,40 @@ impl Case {
 
     /// The result on such a device; of these workgroups only, if there are any.
     fn run(&self, limits: Limits, only: &[[u32; 3]], backwards: bool) -> Vec<f32> {
-        let kernel = kernel(&self.graph, limits);
-        let words = spirv::compile(&kernel.source.text, kernel.source.cooperative, true).unwrap();
-        let size = self.len * self.out.bytes();
-        let mut buffers: Vec<Vec<u8>> = kernel
-            .buffers
-            .iter()
-            .map(|at| match *at {
-                At::Operand(i) => bytes(self.feeds[i].0, &self.feeds[i].1),
-                At::Result(_) => vec![0xff; size],
-                At::Scratch { .. } | At::Fault | At::Null => panic!("{at:?}"),
-            })
-            .collect();
-        let word = |number: &Number| match *number {
-            Number::Word(word) => word.to_le_bytes(),
-            Number::Step => [0; 4],
-        };
-        let numbers: Vec<u8> = kernel.numbers.iter().flat_map(word).collect();
-        let all = kernel.groups.map(|n| n as u32);
-        let every: Vec<[u32; 3]> =
-            (0..all[2]).flat_map(|z| (0..all[1]).flat_map(move |y| (0..all[0]).map(move |x| [x, y, z]))).collect();
-        let groups = if only.is_empty() { &every } else { only };
-        interpreter::run(&words, &mut buffers, &numbers, groups, all, backwards).unwrap_or_else(|e| panic!("{e}"));
-        let result = kernel.buffers.iter().position(|at| matches!(at, At::Result(_))).unwrap();
-        floats(self.out, &buffers[result])
+        let kernels = kernels(&self.graph, limits);
+        assert!(kernels.len() <= 2 && (only.is_empty() || kernels.len() == 1));
+        // The result, and sums of parts.
+        let mut made: Vec<(At, Vec<u8>)> = vec![(At::Result(0), vec![0xff; self.len * self.out.bytes()])];
+        for kernel in kernels {
+            let words = spirv::compile(&kernel.source.text, kernel.source.cooperative, true).unwrap();
+            let mut buffers: Vec<Vec<u8>> = kernel
+                .buffers
+                .iter()
+                .map(|at| match *at {
+                    At::Operand(i) => bytes(self.feeds[i].0, &self.feeds[i].1),
+                    At::Scratch { bytes, .. } if !made.iter().any(|(m, _)| m == at) => vec![0xff; bytes],
+                    At::Result(_) | At::Scratch { .. } => made.iter().find(|(m, _)| m == at).unwrap().1.clone(),
+                    At::Fault | At::Null => panic!("{at:?}"),
+                })
+                .collect();
+            let word = |number: &Number| match *number {
+                Number::Word(word) => word.to_le_bytes(),
+                Number::Step => [0; 4],
+            };
+            let numbers: Vec<u8> = kernel.numbers.iter().flat_map(word).collect();
+            let all = kernel.groups.map(|n| n as u32);
+            let every: Vec<[u32; 3]> =
+                (0..all[2]).flat_map(|z| (0..all[1]).flat_map(move |y| (0..all[0]).map(move |x| [x, y, z]))).collect();
+            let groups = if only.is_empty() { &every } else { only };
+            interpreter::run(&words, &mut buffers, &numbers, groups, all, backwards).unwrap_or_else(|e| panic!("{e}"));
+            for (at, bytes) in kernel.buffers.into_iter().zip(buffers) {
+                if !matches!(at, At::Operand(_)) {
+                    made.retain(|(m, _)| *m != at);
+                    made.push((at, bytes));
+                }
+            }
+        }
+        floats(self.out, &made.iter().find(|(at, _)| *at == At::Result(0)).unwrap().1)
     }
 
     /// On cooperative matrices, whatever lane is first, and by the plain kernel, the result is this one.
@@ -184,6 +196,30 @@ fn large_tiles_are_right() {
             let wanted = (0..k).map(|l| f64::from(a[of_a + i * k + l]) * f64::from(b[b_at(l)])).sum();
             assert!(case.near(result[of_c + at], wanted), "{i}, {j}: {} for {wanted}", result[of_c + at]);
         }
+    }
+}
+
+/// Few tiles and long sums, of which two workgroups have a part each; the last part ends within a block.
+#[test]
+fn sums_in_parts_are_right() {
+    let (m, n, k) = (40, 48, 1096);
+    let (a, b, bias) = (numbers(m * k, 1), numbers(k * n, 2), numbers(n, 3));
+    for transpose in [false, true] {
+        let shape = if transpose { [n, k] } else { [k, n] };
+        let feeds = vec![
+            typed(DType::Bf16, &[m, k], a.clone()),
+            typed(DType::Bf16, &shape, b.clone()),
+            typed(DType::Bf16, &[n], bias.clone()),
+        ];
+        let case =
+            Case::new(feeds, (DType::Bf16, m * n), |g, x| g.matmul_with(x[0], x[1], Some(x[2]), false, transpose));
+        assert_eq!((kernels(&case.graph, CARD).len(), kernel(&case.graph, CARD).groups), (2, [1, 1, 2]));
+        let element = |at: usize| {
+            let (i, j) = (at / n, at % n);
+            let of_b = |l: usize| f64::from(if transpose { b[j * k + l] } else { b[l * n + j] });
+            (0..k).map(|l| f64::from(a[i * k + l]) * of_b(l)).sum::<f64>() + f64::from(bias[j])
+        };
+        case.check(&(0..m * n).map(element).collect::<Vec<_>>());
     }
 }
 

@@ -6,6 +6,7 @@ use ash::vk;
 use moebius_ir::{NodeId, Op, Plan, Step, Storage, Value};
 
 use super::device::Device;
+use super::hazards::{Hazards, Use, writes};
 use super::instance::VulkanInstance;
 use super::launch::{Action, At, Launch, Number};
 use super::memory::{Memory, Region};
@@ -75,6 +76,11 @@ impl Addresses<'_> {
         };
         (region, bytes.max(4).next_multiple_of(4))
     }
+
+    fn used(&self, step: &Launched, at: At) -> Use {
+        let (region, bytes) = self.buffer(step, at);
+        region.used(bytes, writes(at))
+    }
 }
 
 impl Program {
@@ -94,16 +100,24 @@ impl Program {
         self.work.iter().filter_map(|work| if let Work::Launch(launched) = work { Some(launched) } else { None })
     }
 
-    /// Records the kernels of a step, whose buffers are `sets`, each behind all before it.
+    /// Records the kernels of a step, whose buffers are `sets`, each behind those before it that it must wait for.
     pub(super) fn record(
         &self,
         commands: vk::CommandBuffer,
         step: &Launched,
         addresses: Addresses<'_>,
         sets: &mut dyn Iterator<Item = vk::DescriptorSet>,
+        hazards: &mut Hazards,
     ) {
         let device = &self.device.handle;
         for action in &step.actions {
+            let uses: Vec<Use> = match action {
+                Bound::Clear { at, .. } => vec![addresses.used(step, *at)],
+                Bound::Kernel { buffers, .. } => buffers.iter().map(|&at| addresses.used(step, at)).collect(),
+            };
+            if hazards.wait(&uses) {
+                self.device.barrier(commands);
+            }
             match action {
                 Bound::Clear { at, bytes } => {
                     self.device.fill(commands, addresses.buffer(step, *at).0, 0, *bytes);
@@ -122,7 +136,6 @@ impl Program {
                     }
                 }
             }
-            self.device.barrier(commands);
         }
     }
 }

@@ -11,6 +11,7 @@ use super::commands::{Commands, Sets};
 use super::device::Queue;
 use super::error::failed;
 use super::executable::{Addresses, Launched, Program, Work};
+use super::hazards::Hazards;
 use super::memory::{HostMemory, Memory, Region, VulkanStore};
 use crate::finite::non_finite;
 use crate::places::{POISON, output_named, place};
@@ -129,30 +130,40 @@ impl VulkanInstance {
         self.sets.iter().flat_map(|sets| sets.sets.iter().copied())
     }
 
+    /// Records a copy, behind what it must wait for.
+    fn copy(&self, commands: vk::CommandBuffer, [from, to]: [Region; 2], bytes: usize, hazards: &mut Hazards) {
+        if hazards.wait(&[from.used(bytes, false), to.used(bytes, true)]) {
+            self.program.device.barrier(commands);
+        }
+        self.program.device.copy(commands, from, to, bytes);
+    }
+
     /// Records what keeps outputs that lie in stored tensors.
-    fn keep(&self, commands: vk::CommandBuffer) {
+    fn keep(&self, commands: vk::CommandBuffer, hazards: &mut Hazards) {
         for (value, memory) in &self.kept {
-            self.program.device.copy(commands, self.region(*value), memory.region(), memory.len());
+            self.copy(commands, [self.region(*value), memory.region()], memory.len(), hazards);
         }
     }
 
-    /// Records the whole plan. `after` is called behind each launch.
-    fn record_all(&self, commands: vk::CommandBuffer, mut after: impl FnMut(&Launched)) {
+    /// Records the whole plan. `after` is called behind each launch; if it says so, what follows waits for that.
+    fn record_all(&self, commands: vk::CommandBuffer, mut after: impl FnMut(&Launched) -> bool) {
         let (program, addresses) = (&*self.program, self.addresses());
-        let mut sets = self.sets();
+        let (mut sets, mut hazards) = (self.sets(), Hazards::default());
         for work in &program.work {
             match work {
                 Work::Launch(step) => {
-                    program.record(commands, step, addresses, &mut sets);
-                    after(step);
+                    program.record(commands, step, addresses, &mut sets, &mut hazards);
+                    if after(step) {
+                        program.device.barrier(commands);
+                        hazards = Hazards::default();
+                    }
                 }
                 Work::Copy { from, to, bytes } => {
-                    program.device.copy(commands, addresses.of(*from), addresses.of(*to), *bytes);
-                    program.device.barrier(commands);
+                    self.copy(commands, [addresses.of(*from), addresses.of(*to)], *bytes, &mut hazards);
                 }
             }
         }
-        self.keep(commands);
+        self.keep(commands, &mut hazards);
     }
 
     /// Runs every step once, one by one, waiting for each; with checks on, what a step may not rely on is filled with NaN before it,
@@ -171,7 +182,7 @@ impl VulkanInstance {
                             step.places.fences.iter().for_each(|&(from, to)| poison(from, to - from));
                             device.barrier(commands);
                         }
-                        program.record(commands, step, addresses, &mut sets);
+                        program.record(commands, step, addresses, &mut sets, &mut Hazards::default());
                     })?;
                     if program.checks {
                         self.watch(queue, step)?;
@@ -185,7 +196,7 @@ impl VulkanInstance {
                 }
             }
         }
-        Ok(device.now(queue, |commands| self.keep(commands))?)
+        Ok(device.now(queue, |commands| self.keep(commands, &mut Hazards::default()))?)
     }
 
     /// An error if a step wrote into a fence.
@@ -252,7 +263,7 @@ impl Instance for VulkanInstance {
         } else {
             if !self.recorded {
                 let again = vk::CommandBufferUsageFlags::SIMULTANEOUS_USE;
-                device.record(self.whole, again, |commands| self.record_all(commands, |_| {}))?;
+                device.record(self.whole, again, |commands| self.record_all(commands, |_| false))?;
                 self.recorded = true;
             }
             device.submit(&mut queue, &[self.whole])?;
@@ -331,7 +342,11 @@ impl Instance for VulkanInstance {
             // SAFETY: as above.
             unsafe { device.handle.cmd_reset_query_pool(commands, pool, 0, nodes.len() as u32 + 1) };
             stamp();
-            self.record_all(commands, |_| stamp());
+            // A step is timed from the end of the one before.
+            self.record_all(commands, |_| {
+                stamp();
+                true
+            });
         });
         let flags = vk::QueryResultFlags::TYPE_64 | vk::QueryResultFlags::WAIT;
         let read = measured.and_then(|()| {

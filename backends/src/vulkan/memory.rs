@@ -3,10 +3,11 @@
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 
-use ash::vk;
+use ash::vk::{self, Handle};
 
 use super::device::{Device, lock};
 use super::error::{Result as Made, VulkanError, failed};
+use super::hazards::Use;
 use crate::Result;
 use crate::device_store::{DeviceMemory, DeviceStore};
 
@@ -27,6 +28,11 @@ impl Region {
     /// So many bytes further on.
     pub(crate) fn after(self, bytes: usize) -> Region {
         Region { offset: self.offset + bytes as u64, ..self }
+    }
+
+    /// So many bytes from here on, as used by a command.
+    pub(super) fn used(self, bytes: usize, writes: bool) -> Use {
+        Use { buffer: self.buffer.as_raw(), from: self.offset, bytes: bytes as u64, writes }
     }
 }
 

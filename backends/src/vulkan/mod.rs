@@ -13,6 +13,7 @@ mod cooperative_tests;
 mod device;
 mod error;
 mod executable;
+mod hazards;
 mod instance;
 #[cfg(test)]
 mod interpreter;
@@ -141,6 +142,16 @@ impl Vulkan {
         texts.sort();
         texts.dedup();
         Ok(texts)
+    }
+
+    /// How many commands a run of an optimised graph is on such a device, and how many of them wait for those before them. Needs no
+    /// device.
+    ///
+    /// # Errors
+    /// [`crate::Error::Unsupported`], or that of the plan.
+    pub fn commands(graph: Graph, limits: Limits) -> Result<[usize; 2]> {
+        let launches = launches(&graph, limits)?;
+        hazards::count(graph, &launches)
     }
 }
 

@@ -43,20 +43,24 @@ texts! {
     "adamw_rule",
     "assign",
     "attend_cache",
+    "attend_cache_eight",
     "attention",
     "attention_delta",
     "attention_grad_key",
     "attention_grad_query",
     "cache_rows",
     "combine",
+    "combine_eight",
     "count_choices",
     "cross_entropy_grad",
     "cross_entropy_rows",
     "cross_entropy_tiles",
     "dispatch",
+    "dispatch_eight",
     "distillation_grad",
     "distillation_rows",
     "distillation_tiles",
+    "eight",
     "embedding",
     "embedding_grad",
     "floats",
@@ -65,6 +69,7 @@ texts! {
     "gemm",
     "gemm_by_slot",
     "gemm_few_rows",
+    "gemm_finish",
     "gemm_k_grouped",
     "gemm_m_grouped",
     "gemm_places",
@@ -203,6 +208,34 @@ impl Shader {
         self.binding(name, "vec4<u32>", at);
         let bits = if dtype == DType::Bf16 { "bf16_bits" } else { "f16_bits" };
         let _ = writeln!(self.declarations, "fn stored(x: f32) -> u32 {{ return {bits}(x); }}");
+        self
+    }
+
+    /// With a buffer of floats that are read by `eight_NAME(at)` and stored by `set_eight_NAME(at, value)`, eight at a time, from element
+    /// `at` on, a multiple of eight; for texts with `eight.wgsl`.
+    #[must_use]
+    pub(crate) fn by_eight(mut self, name: &str, dtype: DType, at: At) -> Shader {
+        if dtype.bytes() == 2 && !self.limits.halves {
+            self.want(format!("f32: the device cannot read and write {dtype}"));
+        }
+        let (get, set) = if at == At::Null {
+            ("return Eight();".to_owned(), String::new())
+        } else if dtype.bytes() == 2 {
+            self.binding(name, "vec4<u32>", at);
+            let of = if dtype == DType::Bf16 { "bf16" } else { "f16" };
+            (format!("return eight_of_{of}({name}[nth >> 3u]);"), format!("{name}[nth >> 3u] = {of}_of_eight(put);"))
+        } else {
+            self.binding(name, "vec4<u32>", at);
+            let (low, high) = (format!("{name}[nth >> 2u]"), format!("{name}[(nth >> 2u) + 1u]"));
+            let set = format!("{low} = low_of_eight(put); {high} = high_of_eight(put);");
+            (format!("return eight_of_f32({low}, {high});"), set)
+        };
+        let _ = writeln!(
+            self.declarations,
+            "const HAS_{}: bool = {};\nfn eight_{name}(nth: u32) -> Eight {{ {get} }}\nfn set_eight_{name}(nth: u32, put: Eight) {{ {set} }}",
+            name.to_uppercase(),
+            at != At::Null
+        );
         self
     }
 

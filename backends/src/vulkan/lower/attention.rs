@@ -10,6 +10,8 @@ use crate::vulkan::limits::Limits;
 use crate::vulkan::shader::Shader;
 
 const THREADS: usize = 128;
+/// Those of attention over a cache, each of which has a key at a time; at least as many as a head is wide.
+const CACHE_THREADS: usize = 256;
 /// The widest head that is tested.
 const MOST_HEAD: usize = 256;
 
@@ -112,26 +114,30 @@ pub(super) fn lower_attention_cached(graph: &Graph, node: &Node, op: &AttentionC
     let (batch, tokens, room) = (qkv[0], qkv[1], cache[1]);
     let (head, ty) = (qkv[2] / (op.heads + 2 * op.kv_heads), dtype(graph, node, 0));
     block(limits, head, 3)?;
-    let kernel = |name| {
-        Shader::file(limits, name, THREADS)
+    let kernel = |name, threads: usize| {
+        Shader::file(limits, name, threads)
             .with("sums")
             .constant("HEAD", head)
-            .constant("COLUMNS", head.div_ceil(THREADS))
             .number("head", head)
             .number("tokens", tokens)
             .number("room", room)
             .number("heads", op.heads)
             .number("kv_heads", op.kv_heads)
             .float("scale", op.scale)
-            .buffer("qkv", ty, At::Operand(0))
             .buffer("start", DType::I32, At::Operand(3))
-            // The caches are results 1 and 2, in the storage of operands 1 and 2.
-            .buffer("k_cache", ty, At::Result(1))
-            .buffer("v_cache", ty, At::Result(2))
+    };
+    // The caches are results 1 and 2, in the storage of operands 1 and 2.
+    let places = [("qkv", At::Operand(0)), ("k_cache", At::Result(1)), ("v_cache", At::Result(2))];
+    let by_one = |shader: Shader| places.iter().fold(shader, |s, &(name, at)| s.buffer(name, ty, at));
+    let attend = if head.is_multiple_of(8) {
+        let shader = kernel("attend_cache_eight", CACHE_THREADS).with("eight");
+        places.iter().fold(shader, |s, &(name, at)| s.by_eight(name, ty, at))
+    } else {
+        by_one(kernel("attend_cache", THREADS)).constant("COLUMNS", head.div_ceil(THREADS))
     };
     let actions = vec![
-        kernel("cache_rows").rejecting().line(batch * tokens)?,
-        kernel("attend_cache").buffer("y", ty, At::Result(0)).line(batch * tokens * op.heads)?,
+        by_one(kernel("cache_rows", THREADS)).rejecting().line(batch * tokens)?,
+        attend.buffer("y", ty, At::Result(0)).line(batch * tokens * op.heads)?,
     ];
     let wanted =
         format!("a start of at most {}, so that {tokens} tokens fit the {room} rows of the cache", room - tokens);

@@ -39,7 +39,7 @@ impl Classes<'_> {
 
     /// A kernel on tiles of logits, with x, w and the labels.
     fn tiled(&self, name: &'static str) -> Shader {
-        tiled(self.limits, name, self.tile, [true, true])
+        tiled(self.limits, name, [self.tile; 2], [true, true])
             .rejecting()
             .number("n", self.n)
             .number("d", self.d)

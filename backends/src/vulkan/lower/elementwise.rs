@@ -1,4 +1,5 @@
-//! A fused elementwise chain as one kernel, whose text is written here: a register for each register of the chain.
+//! A fused elementwise chain as one kernel, whose text is written here: a register for each register of the chain. A thread has an
+//! element, or, where there are many floats that lie together, eight.
 
 use std::fmt::Write;
 
@@ -12,6 +13,9 @@ use crate::vulkan::limits::Limits;
 use crate::vulkan::shader::Shader;
 
 const THREADS: usize = 256;
+/// Elements of floats that a thread reads and stores together, if so many threads have some.
+const EIGHT: usize = 8;
+const LEAST_THREADS: usize = 2048;
 
 /// WGSL; bools are u32 in registers.
 struct Wgsl;
@@ -75,8 +79,85 @@ impl Language for Wgsl {
     }
 }
 
+/// The coordinates of element `i`, if operands are read by them.
+fn coordinates(chain: &Chain<'_>) -> String {
+    let mut text = String::new();
+    if chain.axes.has_coordinates() {
+        text.push_str("    var rest = i;\n");
+        for (axis, extent) in chain.axes.extents.iter().enumerate().rev() {
+            let _ = writeln!(text, "    let c{axis} = rest % {extent}u; rest = rest / {extent}u;");
+        }
+    }
+    text
+}
+
+/// Whether threads have eight elements each: all that lie together are floats, and there are many.
+fn by_eight(chain: &Chain<'_>) -> bool {
+    let float = |dtype: DType| match dtype {
+        DType::F32 | DType::Bf16 | DType::F16 => true,
+        DType::I32 | DType::U32 | DType::Bool => false,
+    };
+    let read = |at: usize| chain.axes.is_stretched(at) || float(chain.dtypes[chain.loaded[at]]);
+    chain.elements >= EIGHT * LEAST_THREADS
+        && chain.axes.together(EIGHT)
+        && (0..chain.loaded.len()).all(read)
+        && chain.results().all(|(_, dtype)| float(dtype))
+}
+
+/// The kernel whose threads have eight elements.
+fn lower_by_eight(chain: &Chain<'_>, limits: Limits) -> Lowered {
+    let places: [String; EIGHT] =
+        std::array::from_fn(|e| format!("{}.{}", if e % 2 == 0 { "even" } else { "odd" }, ["x", "y", "z", "w"][e / 2]));
+    let results: Vec<(u32, DType)> = chain.results().collect();
+    let fields: String = (0..results.len()).map(|o| format!("    o{o}: f32,\n")).collect();
+    let given = chain.loaded.iter().enumerate().map(|(at, &l)| format!("a{at}: {}", register(chain.dtypes[l])));
+    let given = given.collect::<Vec<_>>().join(", ");
+    let mut body = format!("struct Results {{\n{fields}}}\nfn element({given}) -> Results {{\n");
+    body.push_str(&chain.statements(&Wgsl, |at| format!("a{at}")));
+    let of_results: Vec<String> = results.iter().map(|(r, _)| format!("r{r}")).collect();
+    let _ = writeln!(body, "    return Results({});\n}}", of_results.join(", "));
+    let _ = writeln!(
+        body,
+        "fn kernel(group: u32, thread: u32) {{\n    let i = (group * {THREADS}u + thread) * {EIGHT}u;\n    \
+         if (i >= p.n) {{ return; }}"
+    );
+    body.push_str(&coordinates(chain));
+    for (at, l) in chain.loaded.iter().enumerate() {
+        let get = if chain.axes.is_stretched(at) { "get" } else { "eight" };
+        let _ = writeln!(body, "    let x{at} = {get}_p{l}({});", chain.axes.index(at, ""));
+    }
+    for (e, place) in places.iter().enumerate() {
+        let of = |at: usize| if chain.axes.is_stretched(at) { format!("x{at}") } else { format!("x{at}.{place}") };
+        let given: Vec<String> = (0..chain.loaded.len()).map(of).collect();
+        let _ = writeln!(body, "    let v{e} = element({});", given.join(", "));
+    }
+    for o in 0..results.len() {
+        let four = |first: usize| (0..4).map(|i| format!("v{}.o{o}", first + 2 * i)).collect::<Vec<_>>().join(", ");
+        let _ = writeln!(body, "    set_eight_o{o}(i, Eight(vec4<f32>({}), vec4<f32>({})));", four(0), four(1));
+    }
+    body.push_str("}\n");
+
+    let shader = Shader::new(limits, "elementwise", body, THREADS).with("functions").with("eight");
+    let mut shader = shader.number("n", chain.elements);
+    for (at, &i) in chain.loaded.iter().enumerate() {
+        let (name, dtype) = (format!("p{i}"), chain.dtypes[i]);
+        shader = if chain.axes.is_stretched(at) {
+            shader.buffer(&name, dtype, At::Operand(i))
+        } else {
+            shader.by_eight(&name, dtype, At::Operand(i))
+        };
+    }
+    for (o, (_, dtype)) in results.iter().enumerate() {
+        shader = shader.by_eight(&format!("o{o}"), *dtype, At::Result(o));
+    }
+    Ok(Launch::of(vec![shader.line(chain.elements.div_ceil(EIGHT * THREADS))?]))
+}
+
 pub(super) fn lower_elementwise(graph: &Graph, node: &Node, op: &Elementwise, limits: Limits) -> Lowered {
     let chain = Chain::of(graph, node, op)?;
+    if by_eight(&chain) {
+        return lower_by_eight(&chain, limits);
+    }
     let bools = chain.results().any(|(_, dtype)| dtype == DType::Bool);
     // A word of bools belongs to one thread.
     let own = if bools { 4 } else { 1 };
@@ -86,12 +167,7 @@ pub(super) fn lower_elementwise(graph: &Graph, node: &Node, op: &Elementwise, li
         let _ = writeln!(fields, "    o{o}: {},", register(dtype));
     }
     body.insert_str(0, &format!("struct Results {{\n{fields}}}\n"));
-    if chain.axes.has_coordinates() {
-        body.push_str("    var rest = i;\n");
-        for (axis, extent) in chain.axes.extents.iter().enumerate().rev() {
-            let _ = writeln!(body, "    let c{axis} = rest % {extent}u; rest = rest / {extent}u;");
-        }
-    }
+    body.push_str(&coordinates(&chain));
     let element = |at: usize| format!("get_p{}({})", chain.loaded[at], chain.axes.index(at, ""));
     body.push_str(&chain.statements(&Wgsl, element));
     let results: Vec<String> = chain.results().map(|(r, _)| format!("r{r}")).collect();

@@ -1,15 +1,18 @@
 //! Launches of everything that is a matrix product: matmul and the expert matmuls.
 //!
-//! A kernel says in its file which product a workgroup has. Its tile is computed by `gemm_plain.wgsl`, by `gemm_few_rows.wgsl`, or on
-//! cooperative matrices, where the device has them and [`cooperative::tile`] says so.
+//! A kernel says in its file which product a workgroup has. Its tile is computed by `gemm_plain.wgsl`, on cooperative matrices, where the
+//! device has them and [`cooperative::tile`] says so, or, if it has few rows, by [`few_rows`] or `gemm_few_rows.wgsl`. The sums of a
+//! matmul with few tiles are cut into [`parts`].
 
 use moebius_ir::ops::{ExpertMatmul, Matmul};
 use moebius_ir::{DType, Graph, Node, Shape};
 
 use super::cooperative::Tile;
+use super::few_rows::Few;
+use super::parts::{self, Parts};
 use super::{Lowered, cooperative, dtype};
 use crate::lowering::shapes;
-use crate::vulkan::launch::{Action, At, Launch};
+use crate::vulkan::launch::{Action, At, Launch, Scratch};
 use crate::vulkan::limits::Limits;
 use crate::vulkan::shader::Shader;
 
@@ -21,6 +24,9 @@ pub(super) const SMALL_TILE: usize = 32;
 pub(super) const THREADS: usize = 256;
 /// The most rows for which reading the other matrix is the work.
 const MOST_FEW: usize = 8;
+/// Workgroups that keep a large GPU busy, and the least elements of k of one: of plain tiles, of cooperative ones, of few rows.
+const ENOUGH: [usize; 3] = [528, 132, 64];
+const LEAST: [usize; 2] = [256, 512];
 /// The most experts of one product: their tiles are counted in the memory of a workgroup.
 const MOST_EXPERTS: usize = 1024;
 
@@ -30,26 +36,65 @@ pub(super) fn tile(limits: Limits) -> usize {
 }
 
 /// A kernel that computes tiles of products; whether neighbours along k lie together in the left and in the right matrix.
-pub(super) fn tiled(limits: Limits, name: &'static str, tile: usize, along_k: [bool; 2]) -> Shader {
-    let shader = Shader::file(limits, name, THREADS).with("gemm_tile").constant("TILE", tile);
+pub(super) fn tiled(limits: Limits, name: &'static str, [rows, columns]: [usize; 2], along_k: [bool; 2]) -> Shader {
+    let shader = Shader::file(limits, name, THREADS).with("gemm_tile");
+    let shader = shader.constant("TILE", rows).constant("TILE_WIDTH", columns);
     shader.flag("LEFT_ALONG_K", along_k[0]).flag("RIGHT_ALONG_K", along_k[1])
 }
 
 /// How a tile is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
-    /// Every product by itself.
-    Plain,
-    /// So many rows, at most [`MOST_FEW`].
+    /// Every product by itself, in tiles of so many rows and columns.
+    Plain([usize; 2]),
+    /// So many rows, at most [`MOST_FEW`], element by element.
     FewRows(usize),
+    /// Few rows, by loads of eight elements.
+    Eights(Few),
     /// On cooperative matrices, with such tiles.
     Cooperative(Tile),
 }
 
 impl Way {
-    /// That of products of so many rows, if there is no better one.
-    fn of(rows: usize) -> Way {
-        if rows <= MOST_FEW { Way::FewRows(rows.max(1)) } else { Way::Plain }
+    /// That of a product, which has so many tiles.
+    fn of(limits: Limits, types: [DType; 2], p: &Product, tiles: impl Fn(usize, usize) -> usize) -> Way {
+        if let Some(tile) = cooperative::tile(limits, types, p, p.m, tiles) {
+            return Way::Cooperative(tile);
+        }
+        let few = if p.m <= MOST_FEW { Few::of(p, p.m, p.batch) } else { None };
+        match few {
+            Some(few) => Way::Eights(few),
+            None if p.m <= MOST_FEW => Way::FewRows(p.m.max(1)),
+            None => Way::plain(limits, p.m, p.n),
+        }
+    }
+
+    /// Plain tiles, which are narrow where the product is.
+    fn plain(limits: Limits, rows: usize, columns: usize) -> Way {
+        let side = |extent| if extent <= SMALL_TILE { SMALL_TILE } else { tile(limits) };
+        Way::Plain([side(rows), side(columns)])
+    }
+
+    /// Rows and columns of a workgroup.
+    fn tile(&self, along_k: bool) -> [usize; 2] {
+        match self {
+            Way::Plain(tile) => *tile,
+            // A thread's neighbours read what lies together: 32 elements.
+            Way::FewRows(rows) => [*rows, if along_k { THREADS / 32 } else { 32 }],
+            Way::Eights(few) => [few.rows, few.columns()],
+            Way::Cooperative(tile) => [tile.rows, tile.columns],
+        }
+    }
+
+    /// How the sums of a product of so many tiles are cut.
+    fn parts(&self, tiles: usize, k: usize) -> Parts {
+        match self {
+            Way::Plain(_) => Parts::of(tiles, k, LEAST[0], ENOUGH[0]),
+            Way::Cooperative(_) => Parts::of(tiles, k, LEAST[1], ENOUGH[1]),
+            // Eight loads of a thread and more.
+            Way::Eights(few) => Parts::of(tiles, k, 8 * few.step(), ENOUGH[2]),
+            Way::FewRows(_) => Parts::whole(k),
+        }
     }
 }
 
@@ -69,10 +114,9 @@ fn product(
         shader.constant("TILE_ROWS", rows).constant("TILE_COLUMNS", columns).with("gemm_places").with("gemm_put")
     };
     let plain = |shader: Shader| shader.buffer("a", a.0, a.1).buffer("b", b.0, b.1).buffer("c", c.0, c.1);
+    let [rows, columns] = way.tile(along_k[1]);
     match way {
         Way::FewRows(rows) => {
-            // A thread's neighbours read what lies together: 32 elements.
-            let columns = if along_k[1] { THREADS / 32 } else { 32 };
             let shader = sized(Shader::file(limits, name, THREADS), [rows, columns]).with("gemm_few_rows");
             let shader = shader.constant("SLICES", THREADS / columns).constant("ROWS", rows);
             (plain(shader.flag("RIGHT_ALONG_K", along_k[1])), [rows, columns])
@@ -85,10 +129,13 @@ fn product(
             let shader = if eights { shader.eights("c", c.0, c.1) } else { shader.buffer("c", c.0, c.1) };
             (shader, [tile.rows, tile.columns])
         }
-        Way::Plain => {
-            let tile = tile(limits);
-            let shader = sized(tiled(limits, name, tile, along_k), [tile; 2]).with("gemm_plain");
-            (plain(shader), [tile; 2])
+        Way::Eights(few) => {
+            let shader = few.kernel(limits, name).by_eight("a", a.0, a.1).by_eight("b", b.0, b.1);
+            (shader.buffer("c", c.0, c.1), [rows, columns])
+        }
+        Way::Plain(tile) => {
+            let shader = sized(tiled(limits, name, tile, along_k), tile).with("gemm_plain");
+            (plain(shader), tile)
         }
     }
 }
@@ -125,6 +172,11 @@ impl Product {
     pub(super) fn of(a: Strides, b: Strides, m: usize, n: usize, k: usize) -> Product {
         Product { a, a_batch: 0, b, b_batch: 0, b_at: 0, c_at: 0, batch: 1, m, n, k }
     }
+
+    /// How many tiles of so many rows and columns there are.
+    fn tiles(&self, rows: usize, columns: usize) -> usize {
+        self.batch * self.m.div_ceil(rows) * self.n.div_ceil(columns)
+    }
 }
 
 /// Where the matrices of a product are; `add` is f32.
@@ -138,6 +190,44 @@ pub(super) struct Places {
 
 /// The product of matrices of these dtypes as an action; the result's is the third one.
 pub(super) fn gemm(limits: Limits, types: [DType; 3], p: &Product, places: &Places) -> Result<Action, String> {
+    kernel(limits, way(limits, types, p), types, p, places, Parts::whole(p.k))
+}
+
+/// The same, its sums cut into parts where it has few tiles. C begins its buffer, and nothing is added but the bias.
+fn gemm_in_parts(
+    limits: Limits,
+    types: [DType; 3],
+    p: &Product,
+    places: &Places,
+    scratch: &mut Scratch,
+) -> Result<Vec<Action>, String> {
+    let way = way(limits, types, p);
+    let [rows, columns] = way.tile(p.b.row == 1);
+    let parts = way.parts(p.tiles(rows, columns), p.k);
+    if parts.count == 1 {
+        return Ok(vec![kernel(limits, way, types, p, places, parts)?]);
+    }
+    let total = p.batch * p.m * p.n;
+    let sums = scratch.take(4 * parts.count * total);
+    let of_parts = Places { bias: (At::Null, DType::F32), c: sums, ..*places };
+    Ok(vec![
+        kernel(limits, way, [types[0], types[1], DType::F32], p, &of_parts, parts)?,
+        parts::finish(limits, parts, [total, p.n], sums, places.bias, (types[2], places.c))?,
+    ])
+}
+
+fn way(limits: Limits, types: [DType; 3], p: &Product) -> Way {
+    Way::of(limits, [types[0], types[1]], p, |rows, columns| p.tiles(rows, columns))
+}
+
+fn kernel(
+    limits: Limits,
+    way: Way,
+    types: [DType; 3],
+    p: &Product,
+    places: &Places,
+    parts: Parts,
+) -> Result<Action, String> {
     let strides = [
         ("a_row", p.a.row),
         ("a_column", p.a.column),
@@ -151,18 +241,18 @@ pub(super) fn gemm(limits: Limits, types: [DType; 3], p: &Product, places: &Plac
         ("m", p.m),
         ("n", p.n),
         ("k", p.k),
+        ("part", parts.length),
+        ("total", if parts.count == 1 { 0 } else { p.batch * p.m * p.n }),
     ];
-    let tiles = |rows: usize, columns: usize| p.batch * p.m.div_ceil(rows) * p.n.div_ceil(columns);
-    let tile = cooperative::tile(limits, [types[0], types[1]], p, p.m, tiles);
-    let way = tile.map_or(Way::of(p.m), Way::Cooperative);
     let matrices = [(types[0], places.a), (types[1], places.b), (types[2], places.c)];
+    // A part is a multiple of every block: the last one ends as k does.
     let (shader, [rows, columns]) =
         product(limits, "gemm", way, [p.a.column == 1, p.b.row == 1], matrices, [p.c_at, p.n], Some(p.k));
-    let shader = strides.iter().fold(shader, |shader, &(name, value)| shader.number(name, value));
+    let shader = strides.iter().fold(shader.constant("PARTS", parts.count), |s, &(name, value)| s.number(name, value));
     shader.buffer("bias", places.bias.1, places.bias.0).buffer("add", DType::F32, places.add).grid([
         p.n.div_ceil(columns),
         p.m.div_ceil(rows),
-        p.batch,
+        p.batch * parts.count,
     ])
 }
 
@@ -189,7 +279,9 @@ pub(super) fn lower_matmul(graph: &Graph, node: &Node, op: &Matmul, limits: Limi
     let bias = bias(graph, node, 2);
     let places = Places { a: At::Operand(0), b: At::Operand(1), bias, add: At::Null, c: At::Result(0) };
     let types = [dtype(graph, node, 0), dtype(graph, node, 1), super::dtype_of_result(graph, node, 0)];
-    Ok(Launch::of(vec![gemm(limits, types, &product, &places)?]))
+    let mut scratch = Scratch::default();
+    let actions = gemm_in_parts(limits, types, &product, &places, &mut scratch)?;
+    Ok(Launch::of(actions).with_scratch(&scratch))
 }
 
 /// E, if the kernels can count it.
@@ -213,11 +305,11 @@ pub(super) fn lower_expert_matmul(graph: &Graph, node: &Node, op: &ExpertMatmul,
     let along_k = [true, w.row == 1];
     let (shader, columns, down) = if slots <= MOST_FEW {
         // Slots rarely share an expert.
-        let (shader, [_, columns]) =
-            product(limits, "gemm_by_slot", Way::FewRows(1), along_k, matrices, [0, n], Some(k));
+        let way = Few::of(&of_all, 1, slots).map_or(Way::FewRows(1), Way::Eights);
+        let (shader, [_, columns]) = product(limits, "gemm_by_slot", way, along_k, matrices, [0, n], Some(k));
         (shader, columns, slots)
     } else {
-        let way = tile.map_or(Way::Plain, Way::Cooperative);
+        let way = tile.map_or_else(|| Way::plain(limits, slots, n), Way::Cooperative);
         let (shader, [rows, columns]) = product(limits, "gemm_m_grouped", way, along_k, matrices, [0, n], Some(k));
         let shader = shader.constant("MOST_EXPERTS", MOST_EXPERTS).number("slots", slots);
         (shader, columns, most_tiles(slots, experts, rows))
@@ -243,7 +335,7 @@ pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node, limits: Limi
     let tile = cooperative::tile(limits, types, &of_all, m, tiles);
     let result = (super::dtype_of_result(graph, node, 0), At::Result(0));
     let matrices = [(types[0], At::Operand(0)), (types[1], At::Operand(1)), result];
-    let way = tile.map_or(Way::Plain, Way::Cooperative);
+    let way = tile.map_or_else(|| Way::plain(limits, m, n), Way::Cooperative);
     let (shader, [rows, columns]) = product(limits, "gemm_k_grouped", way, [false, false], matrices, [0, n], None);
     let shader = shader.number("m", m).number("n", n).buffer("offsets", DType::I32, At::Operand(2));
     Ok(Launch::of(vec![shader.grid([n.div_ceil(columns), m.div_ceil(rows), experts])?]))

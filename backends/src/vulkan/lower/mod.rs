@@ -8,10 +8,12 @@ mod classifier;
 mod cooperative;
 mod elementwise;
 mod embedding;
+mod few_rows;
 mod gemm;
 mod movement;
 mod norm;
 mod optimizer;
+mod parts;
 mod reduce;
 mod sparse;
 

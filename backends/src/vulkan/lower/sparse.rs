@@ -156,6 +156,20 @@ pub(super) fn lower_assign(graph: &Graph, node: &Node, op: &Assign, limits: Limi
     Ok(Launch::of(vec![shader.line(op.experts)?]).with_scratch(&scratch))
 }
 
+/// The kernel of rows of `d` elements, which are moved eight at a time where a row has a multiple of eight; and how many at a time.
+fn of_rows(limits: Limits, [one, eight]: [&'static str; 2], d: usize) -> (Shader, usize) {
+    if d.is_multiple_of(8) {
+        (Shader::file(limits, eight, THREADS).with("eight"), 8)
+    } else {
+        (Shader::file(limits, one, THREADS), 1)
+    }
+}
+
+/// A buffer of such a kernel.
+fn moved(shader: Shader, wide: usize, name: &str, dtype: DType, at: At) -> Shader {
+    if wide == 8 { shader.by_eight(name, dtype, at) } else { shader.buffer(name, dtype, at) }
+}
+
 /// A kernel with a thread for each of `elements`.
 fn each(shader: Shader, elements: usize) -> Lowered {
     Ok(Launch::of(vec![shader.line(elements.div_ceil(THREADS))?]))
@@ -165,34 +179,34 @@ pub(super) fn lower_dispatch(graph: &Graph, node: &Node, limits: Limits) -> Lowe
     let [x, slot_choice, choice_slot] = shapes(graph, node);
     let (d, slots, ty) = (x[1], slot_choice[0], dtype(graph, node, 0));
     let gate = if node.operands.len() > 3 { At::Operand(3) } else { At::Null };
-    let shader = Shader::file(limits, "dispatch", THREADS)
+    let (shader, wide) = of_rows(limits, ["dispatch", "dispatch_eight"], d);
+    let shader = shader
         .number("slots", slots)
         .number("choices", choice_slot.elements())
         .number("k", choice_slot[1])
         .number("d", d)
-        .buffer("x", ty, At::Operand(0))
         .buffer("slot_choice", DType::I32, At::Operand(1))
-        .buffer("gate", DType::F32, gate)
-        .buffer("rows", ty, At::Result(0));
-    each(shader, slots * d)
+        .buffer("gate", DType::F32, gate);
+    let shader = moved(shader, wide, "x", ty, At::Operand(0));
+    each(moved(shader, wide, "rows", ty, At::Result(0)), slots * d / wide)
 }
 
 pub(super) fn lower_combine(graph: &Graph, node: &Node, op: Combine, limits: Limits) -> Lowered {
     let [x, slot_choice, choice_slot] = shapes(graph, node);
     let (d, tokens, ty) = (x[1], choice_slot[0], dtype(graph, node, 0));
     let [gate, side, coefficient] = op.operands().map(|i| i.map_or(At::Null, At::Operand));
-    let shader = Shader::file(limits, "combine", THREADS)
+    let (shader, wide) = of_rows(limits, ["combine", "combine_eight"], d);
+    let shader = shader
         .number("slots", slot_choice[0])
         .number("tokens", tokens)
         .number("k", choice_slot[1])
         .number("d", d)
-        .buffer("rows", ty, At::Operand(0))
         .buffer("choice_slot", DType::I32, At::Operand(2))
         .buffer("gate", DType::F32, gate)
-        .buffer("side", ty, side)
-        .buffer("coefficient", DType::F32, coefficient)
-        .buffer("y", dtype_of_result(graph, node, 0), At::Result(0));
-    each(shader, tokens * d)
+        .buffer("coefficient", DType::F32, coefficient);
+    let shader = moved(shader, wide, "rows", ty, At::Operand(0));
+    let shader = moved(shader, wide, "side", ty, side);
+    each(moved(shader, wide, "y", dtype_of_result(graph, node, 0), At::Result(0)), tokens * d / wide)
 }
 
 pub(super) fn lower_gate_grad(graph: &Graph, node: &Node, limits: Limits) -> Lowered {

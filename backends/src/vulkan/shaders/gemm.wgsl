@@ -1,24 +1,27 @@
 // c = a b + bias + add, for each product of a batch; `add` is f32 of the same shape, and may be c. Strides are in elements; c is
-// row-major.
+// row-major. Where k is cut into PARTS, c has the sums of each part, of `total` elements one after another.
 
 var<private> a_first: u32;
 var<private> b_first: u32;
 var<private> c_first: u32;
 
 fn place(group: vec3<u32>, thread: u32) -> bool {
-    a_first = group.z * p.a_batch;
-    b_first = p.b_at + group.z * p.b_batch;
-    c_first = group.z * p.c_batch;
+    let batch = group.z / PARTS;
+    let part = group.z % PARTS;
+    let k0 = part * p.part;
+    a_first = batch * p.a_batch + k0 * p.a_column;
+    b_first = p.b_at + batch * p.b_batch + k0 * p.b_row;
+    c_first = part * p.total + batch * p.c_batch;
     row0 = group.y * TILE_ROWS;
     column0 = group.x * TILE_COLUMNS;
-    depth = p.k;
+    depth = min(p.part, p.k - k0);
     return true;
 }
 fn left_at(row: u32, k: u32) -> u32 {
-    return select(NOWHERE, a_first + row * p.a_row + k * p.a_column, row < p.m && k < p.k);
+    return select(NOWHERE, a_first + row * p.a_row + k * p.a_column, row < p.m && k < depth);
 }
 fn right_at(k: u32, column: u32) -> u32 {
-    return select(NOWHERE, b_first + k * p.b_row + column * p.b_column, k < p.k && column < p.n);
+    return select(NOWHERE, b_first + k * p.b_row + column * p.b_column, k < depth && column < p.n);
 }
 fn left_step() -> u32 { return p.a_column; }
 fn right_step() -> u32 { return p.b_row; }

@@ -2,11 +2,17 @@
 
 var<private> slot: u32;
 var<private> expert: u32;
+var<workgroup> of_slot: u32;
 
 fn place(group: vec3<u32>, thread: u32) -> bool {
     slot = group.y;
-    expert = 0u;
-    while (expert < p.experts && slot >= u32(get_offsets(expert + 1u))) { expert++; }
+    if (thread == 0u) { of_slot = p.experts; }
+    workgroupBarrier();
+    for (var e = thread; e < p.experts; e += THREADS) {
+        if (u32(get_offsets(e)) <= slot && slot < u32(get_offsets(e + 1u))) { of_slot = e; }
+    }
+    workgroupBarrier();
+    expert = of_slot;
     row0 = 0u;
     column0 = group.x * TILE_COLUMNS;
     depth = select(0u, p.k, expert < p.experts);
@@ -16,6 +22,7 @@ fn left_at(row: u32, k: u32) -> u32 { return select(NOWHERE, slot * p.k + k, row
 fn right_at(k: u32, column: u32) -> u32 {
     return select(NOWHERE, expert * p.k * p.n + k * p.w_row + column * p.w_column, k < depth && column < p.n);
 }
+fn right_step() -> u32 { return p.w_row; }
 fn out_at(row: u32, column: u32) -> u32 { return select(NOWHERE, slot * p.n + column, column < p.n); }
 fn finished(at: u32, column: u32, sum: f32) -> f32 {
     var v = sum;

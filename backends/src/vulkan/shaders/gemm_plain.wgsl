@@ -15,8 +15,8 @@ fn kernel(group: vec3<u32>, thread: u32) {
     if (!place(group, thread)) { return; }
     gemm_tile(thread, row0, column0, depth);
     for (var i = 0u; i < OWN; i++) {
-        for (var j = 0u; j < OWN; j++) {
-            put(row0 + row_of(thread, i), column0 + column_of(thread, j), sums[i * OWN + j]);
+        for (var j = 0u; j < OWN_WIDTH; j++) {
+            put(row0 + row_of(thread, i), column0 + column_of(thread, j), sums[i * OWN_WIDTH + j]);
         }
     }
 }

@@ -8,7 +8,7 @@ use crate::verify::tolerance::Class;
 
 fn matmul() -> Vec<Case> {
     let mut cases = Vec::new();
-    let sizes: [(&[usize], usize, usize, usize, bool); 19] = [
+    let sizes: [(&[usize], usize, usize, usize, bool); 23] = [
         (&[], 1, 1, 1, true),
         (&[], 5, 3, 7, true),
         (&[], 33, 65, 17, true),
@@ -23,8 +23,14 @@ fn matmul() -> Vec<Case> {
         (&[], 1, 136, 520, true),
         (&[], 5, 72, 264, true),
         (&[], 12, 40, 264, true),
+        (&[], 8, 80, 2136, true),
+        // So few columns that few workgroups share very long sums.
+        (&[], 2, 16, 16_448, true),
+        (&[2], 3, 24, 1032, false),
         // Few columns.
         (&[], 70, 2, 264, true),
+        // Few tiles and long sums.
+        (&[], 40, 24, 1100, true),
         // Many rows over a short k.
         (&[], 136, 72, 24, true),
         (&[], 130, 68, 40, true),
@@ -184,6 +190,7 @@ fn attention() -> Vec<Case> {
         (1, 6, 20, 14, 3, 1, 16),
         // More keys than one block of a GPU takes, and room behind them.
         (2, 3, 400, 255, 2, 1, 20),
+        (2, 3, 400, 255, 4, 2, 24),
     ] {
         let name = format!("batch {b}, {t} tokens from {start} of {room}, heads {h}/{g} of {d}");
         cases.push(case("attention_cached", name, Class::Sum, FLOATS, move |s| {

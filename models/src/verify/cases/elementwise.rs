@@ -253,6 +253,23 @@ fn compare_select_cast() -> Vec<Case> {
     cases
 }
 
+/// A chain over 200 rows with a row, a column and a scalar beside them, and results of its dtype and of f32.
+fn big(name: &str, columns: usize) -> Case {
+    case("elementwise", name.to_owned(), Class::Sum, FLOATS, move |s| {
+        s.direct = false;
+        let (x, row) = (s.float([200, columns], |x| x)?, s.float([columns], |x| x)?);
+        let (column, scalar) = (s.float_as(DType::F32, [200, 1], |x| x)?, s.float([], |x| x)?);
+        let g = &mut s.graph;
+        let sum = g.add(x, row)?;
+        let product = g.mul(sum, scalar)?;
+        let wide = g.cast(product, DType::F32)?;
+        let scaled = g.mul(wide, column)?;
+        let gelu = g.gelu(product)?;
+        s.out(gelu)?;
+        s.out(scaled)
+    })
+}
+
 fn chains() -> Vec<Case> {
     vec![
         case("elementwise", "a chain with several results", Class::Sum, FLOATS, |s| {
@@ -291,6 +308,9 @@ fn chains() -> Vec<Case> {
             let gelu = g.gelu(product)?;
             s.out(gelu)
         }),
+        // So many elements that GPUs take several of them together; the columns of one case cannot be.
+        big("many elements", 88),
+        big("many elements, odd rows", 83),
         case("elementwise", "two chains around a reduction", Class::Sum, FLOATS, |s| {
             s.direct = false;
             let x = s.float([12, 6], |x| x)?;

@@ -164,9 +164,11 @@ fn assign() -> Vec<Case> {
 
 fn movement(r: &Routing) -> Vec<Case> {
     let width = 19;
-    let with = |op: &'static str, gated: bool| {
+    // Rows of 24 are moved in whole parts by GPUs.
+    let with = |op: &'static str, gated: bool, width: usize| {
         let r = r.clone();
-        case(op, format!("{}, gated {gated}", r.name), Class::Sum, FLOATS, move |s| {
+        let wide = if width == 24 { "rows of 24, " } else { "" };
+        case(op, format!("{}, {wide}gated {gated}", r.name), Class::Sum, FLOATS, move |s| {
             let [slot_choice, choice_slot, _] = assigned(s, &r)?;
             let slots = s.graph.shape(slot_choice)[0];
             let rows = if op == "dispatch" { r.tokens } else { slots };
@@ -189,9 +191,10 @@ fn movement(r: &Routing) -> Vec<Case> {
             s.out(d)
         })
     };
-    let beside = |gated: bool, weighted: bool| {
+    let beside = |gated: bool, weighted: bool, width: usize| {
         let r = r.clone();
-        let name = format!("{}, with a side, gated {gated}, coefficients {weighted}", r.name);
+        let wide = if width == 24 { "rows of 24, " } else { "" };
+        let name = format!("{}, {wide}with a side, gated {gated}, coefficients {weighted}", r.name);
         case("combine", name, Class::Sum, FLOATS, move |s| {
             let [slot_choice, choice_slot, _] = assigned(s, &r)?;
             let slots = s.graph.shape(slot_choice)[0];
@@ -202,9 +205,12 @@ fn movement(r: &Routing) -> Vec<Case> {
             s.out(y)
         })
     };
-    let mut cases: Vec<Case> =
-        [false, true].into_iter().flat_map(|g| [with("dispatch", g), with("combine", g)]).collect();
-    cases.extend([(false, false), (true, false), (false, true), (true, true)].map(|(g, c)| beside(g, c)));
+    let mut cases: Vec<Case> = [(false, 19), (true, 19), (true, 24)]
+        .into_iter()
+        .flat_map(|(g, w)| [with("dispatch", g, w), with("combine", g, w)])
+        .collect();
+    cases.extend([(false, false), (true, false), (false, true), (true, true)].map(|(g, c)| beside(g, c, width)));
+    cases.push(beside(true, true, 24));
     cases.push(gate_grad);
     cases
 }
