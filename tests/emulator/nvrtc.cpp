@@ -42,7 +42,7 @@ int nvrtcCompileProgram(Program* p, int, const char**) {
     int handle = mkstemp(name);
     close(handle);
     std::string base = name, text = p->source;
-    std::regex kernel("KERNEL\\s+(\\w+)\\s*\\(");
+    std::regex kernel("KERNEL\\s+(?:__launch_bounds__\\([^)]*\\)\\s*)?(\\w+)\\s*\\(");
     for (std::sregex_iterator i(p->source.begin(), p->source.end(), kernel), end; i != end; ++i) {
         std::string k = (*i)[1];
         text += "extern \"C\" void " + k + "__call(void** p) { emulated_call(" + k + ", p); }\n";

@@ -48,6 +48,7 @@ texts! {
     "attention_delta",
     "attention_grad_key",
     "attention_grad_query",
+    "cache_places",
     "cache_rows",
     "combine",
     "combine_eight",

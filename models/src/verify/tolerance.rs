@@ -11,6 +11,8 @@ pub enum Class {
     Element,
     /// Sums, products and chains: errors compare with the size of the whole result.
     Sum,
+    /// Sums of thousands of products, which a device may add up one after another.
+    LongSum,
     /// A mean of values by weights that a device may round to the dtype first, as the tensor cores want them.
     Weighted,
     /// A gradient: a chain of several ops.
@@ -77,6 +79,9 @@ pub fn tolerance(class: Class, dtype: DType) -> Tolerance {
         // size in f16 are the error of f32 and two of its smallest numbers.
         Class::Element => (if wide { 16.0 } else { 1.0 }, if wide { 1.0 } else { 2.5e-4 }),
         Class::Sum => (if wide { 16.0 } else { 1.0 }, if wide { 16.0 } else { 0.02 }),
+        // In f32 each addition rounds by up to half a spacing of what is summed so far. Of 2^14 additions those make a random walk of some
+        // 64 spacings of the size; twice that is allowed.
+        Class::LongSum => (if wide { 16.0 } else { 1.0 }, if wide { 128.0 } else { 0.02 }),
         // A rounding of each weight is half a spacing of it; their sum has about the size of one, a few times that at its worst.
         // In f32 what counts is the score, a sum over the columns of a head: its error is one of the weight relative to itself.
         Class::Weighted => (if wide { 16.0 } else { 1.0 }, if wide { 64.0 } else { 1.5 }),

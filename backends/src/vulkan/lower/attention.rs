@@ -135,6 +135,7 @@ pub(super) fn lower_attention_cached(graph: &Graph, node: &Node, op: &AttentionC
     } else {
         by_one(kernel("attend_cache", THREADS)).constant("COLUMNS", head.div_ceil(THREADS))
     };
+    let attend = attend.with("cache_places");
     let actions = vec![
         by_one(kernel("cache_rows", THREADS)).rejecting().line(batch * tokens)?,
         attend.buffer("y", ty, At::Result(0)).line(batch * tokens * op.heads)?,

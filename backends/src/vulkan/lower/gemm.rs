@@ -61,12 +61,10 @@ impl Way {
         if let Some(tile) = cooperative::tile(limits, types, p, p.m, tiles) {
             return Way::Cooperative(tile);
         }
-        let few = if p.m <= MOST_FEW { Few::of(p, p.m, p.batch) } else { None };
-        match few {
-            Some(few) => Way::Eights(few),
-            None if p.m <= MOST_FEW => Way::FewRows(p.m.max(1)),
-            None => Way::plain(limits, p.m, p.n),
+        if p.m > MOST_FEW {
+            return Way::plain(limits, p.m, p.n);
         }
+        Few::of(p, p.m, p.batch).map_or(Way::FewRows(p.m.max(1)), Way::Eights)
     }
 
     /// Plain tiles, which are narrow where the product is.
@@ -110,34 +108,31 @@ fn product(
     [c_at, n]: [usize; 2],
     k: Option<usize>,
 ) -> (Shader, [usize; 2]) {
-    let sized = |shader: Shader, [rows, columns]: [usize; 2]| {
+    let [rows, columns] = way.tile(along_k[1]);
+    let sized = |shader: Shader| {
         shader.constant("TILE_ROWS", rows).constant("TILE_COLUMNS", columns).with("gemm_places").with("gemm_put")
     };
     let plain = |shader: Shader| shader.buffer("a", a.0, a.1).buffer("b", b.0, b.1).buffer("c", c.0, c.1);
-    let [rows, columns] = way.tile(along_k[1]);
-    match way {
+    let shader = match way {
         Way::FewRows(rows) => {
-            let shader = sized(Shader::file(limits, name, THREADS), [rows, columns]).with("gemm_few_rows");
+            let shader = sized(Shader::file(limits, name, THREADS)).with("gemm_few_rows");
             let shader = shader.constant("SLICES", THREADS / columns).constant("ROWS", rows);
-            (plain(shader.flag("RIGHT_ALONG_K", along_k[1])), [rows, columns])
+            plain(shader.flag("RIGHT_ALONG_K", along_k[1]))
         }
         Way::Cooperative(tile) => {
             let eights = c.0.bytes() == 2 && n.is_multiple_of(8) && c_at.is_multiple_of(8);
             let shader =
                 cooperative::tiled(limits, name, &tile, along_k, a.0, eights, !k.is_some_and(|k| tile.divides(k)));
             let shader = shader.parts("a", a.1).parts("b", b.1);
-            let shader = if eights { shader.eights("c", c.0, c.1) } else { shader.buffer("c", c.0, c.1) };
-            (shader, [tile.rows, tile.columns])
+            if eights { shader.eights("c", c.0, c.1) } else { shader.buffer("c", c.0, c.1) }
         }
         Way::Eights(few) => {
             let shader = few.kernel(limits, name).by_eight("a", a.0, a.1).by_eight("b", b.0, b.1);
-            (shader.buffer("c", c.0, c.1), [rows, columns])
+            shader.buffer("c", c.0, c.1)
         }
-        Way::Plain(tile) => {
-            let shader = sized(tiled(limits, name, tile, along_k), tile).with("gemm_plain");
-            (plain(shader), tile)
-        }
-    }
+        Way::Plain(tile) => plain(sized(tiled(limits, name, tile, along_k)).with("gemm_plain")),
+    };
+    (shader, [rows, columns])
 }
 
 /// Strides of a matrix, of rows and columns.

@@ -43,7 +43,8 @@ fn matmul() -> Vec<Case> {
         for (ta, tb) in [(false, false), (false, true), (true, false), (true, true)] {
             let what = if shared { "shared" } else { "batched" };
             let name = format!("{outer:?} {m}x{n}x{k} {what}, transposed {ta} {tb}");
-            cases.push(case("matmul", name, Class::Sum, FLOATS, move |s| {
+            let class = if k > 1024 { Class::LongSum } else { Class::Sum };
+            cases.push(case("matmul", name, class, FLOATS, move |s| {
                 let with = |tail: [usize; 2]| [outer, &tail].concat();
                 let x = s.float(with(if ta { [k, m] } else { [m, k] }), |x| x)?;
                 let w = if tb { [n, k] } else { [k, n] };
