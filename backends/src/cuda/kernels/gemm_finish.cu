@@ -1,4 +1,4 @@
-// The end of products whose k was cut into chunks (gemm_hopper.cu).
+// The end of products whose k was cut into chunks (gemm_added_hopper.cu).
 
 /// The sums of all chunks in order, four elements for each thread; `total` is a multiple of 4.
 KERNEL gemm_finish(const float* partial, i64 total, int chunks, T* out CHAIN_PARAMETERS) {

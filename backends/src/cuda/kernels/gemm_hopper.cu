@@ -31,33 +31,3 @@ HOPPER_KERNEL gemm_hopper(PRODUCT, const void* bias, int wide_bias, T* out CHAIN
     begin();
     products(x_map, w_map, offsets, s, Stored{bias, wide_bias, out, CHAIN}, CHAIN);
 }
-
-#if !JOINED
-
-/// The sums and those of `add`, if that is not null, become rows of `sum`, or of `out` if that is null. `add` may be `sum`. The sums of
-/// chunks of k lie one after another.
-struct Added {
-    const float* add;
-    float* sum;
-    T* out;
-
-    template <int N>
-    __device__ __forceinline__ void finish(Room& room, const Sizes& s, const Tile& t, Turn& turn, float (&v)[N / 2]) const {
-        Place place;
-#pragma unroll
-        for (int i = 0; i < N / 2; i++) {
-            int row = i / 4 * 8 + place.lane % 4 * 2 + i % 2, column = t.column0 + place.column() + i % 4 / 2 * 8;
-            if (row >= t.rows || column >= s.columns) continue;
-            i64 at = ((K_GROUPED ? (i64)t.expert * s.rows : 0) + t.row0 + row) * s.columns + column;
-            if (add) v[i] += add[at];
-            if (sum) sum[at] = v[i];
-        }
-        if (!sum) store<N>(room, s, t, turn, v, out);
-    }
-};
-
-HOPPER_KERNEL gemm_added_hopper(PRODUCT, const float* add, float* sum, T* out) {
-    begin();
-    products(x_map, w_map, offsets, s, Added{add, sum, out});
-}
-#endif

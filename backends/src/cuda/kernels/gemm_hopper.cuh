@@ -135,15 +135,25 @@ struct Eight {
     }
 };
 
-/// Loads what the chain reads for the piece that begins at row n0.
-__device__ __forceinline__ void load_beside(Beside& beside, const Chain& chain, const Sizes& s, const Tile& t, int n0) {
+/// What the chain reads for the piece that begins at row n0, on its way; where the piece is not in the result, what it reads for the first
+/// elements of all: what is read on one way only keeps its registers on the other one too, up to the tile before.
+__device__ __forceinline__ Beside load_beside(const Chain& chain, const Sizes& s, const Tile& t, int n0) {
     Place place;
+    Beside beside;
 #pragma unroll
     for (int i = 0; i < EIGHTS; i++) {
         Eight e(place, t, i);
-        if (e.is_in(s, t, n0)) beside.eights[i] = chain.load<8>(e.at(s, t, n0));
+        beside.eights[i] = chain.load<8>(e.is_in(s, t, n0) ? e.at(s, t, n0) : 0);
     }
+    return beside;
 }
+
+/// Pieces of a tile whose stores are written out one after another: all, but for a chain, whose text is long, one.
+#if JOINED
+#define PIECES_AT_ONCE(N) 1
+#else
+#define PIECES_AT_ONCE(N) ((N) / PIECE + 1)
+#endif
 
 /// Stores `sum` as rows of `out`, which has s.columns columns, or does the chain's work on it.
 template <int N>
@@ -151,16 +161,18 @@ __device__ __forceinline__ void store(Room& room, const Sizes& s, const Tile& t,
                                       const Chain& chain = Chain()) {
     Place place;
     int group = place.group, lane = place.lane;
-    Beside beside = turn.first, next;
-#pragma unroll
+    Beside beside = turn.first;
+#pragma unroll PIECES_AT_ONCE(N)
     for (int n0 = 0; n0 < N; n0 += PIECE) {
-        if (n0 + PIECE < N) load_beside(next, chain, s, t, n0 + PIECE);
+        Beside next = load_beside(chain, s, t, n0 + PIECE);
         // The other piece was read before the barrier that follows.
         uint4* piece = room.pieces[group][turn.piece ^= 1];
+        // Registers are known when it is compiled, where the loop around has one text for all pieces too.
 #pragma unroll
-        for (int n = n0; n < n0 + PIECE && n < N; n += 16) {
+        for (int n = 0; n < N; n += 16) {
+            if (n / PIECE * PIECE != n0) continue;
             const float* v = sum + n / 2;
-            int row = n - n0 + lane / 16 * 8 + lane % 8, part = 2 * place.warp + lane / 8 % 2;
+            int row = n % PIECE + lane / 16 * 8 + lane % 8, part = 2 * place.warp + lane / 8 % 2;
             stmatrix_transposed(&piece[row * 8 + (part ^ row % 8)], pack(v[0], v[1], T()), pack(v[2], v[3], T()),
                                 pack(v[4], v[5], T()), pack(v[6], v[7], T()));
         }
@@ -201,7 +213,7 @@ __device__ __forceinline__ void compute(Room& room, const Sizes& s, const Tile t
         if (b > 0 && lane < 2) arrive_at(&room.empty[(turn.stage + STAGES - 1) % STAGES], lane);
         turn.next();
     }
-    load_beside(turn.first, chain, s, t, 0);
+    turn.first = load_beside(chain, s, t, 0);
     if (whole < blocks) {
         Stage& stage = room.stages[turn.stage];
         int there = t.k - whole * DEPTH, steps = ceil_div(there, 16);

@@ -15,6 +15,7 @@ use crate::cuda::source::{CLUSTER, FUNCTIONS, HALVES, HOPPER, Source, VECTORS};
 
 const PRODUCTS: &str = include_str!("../kernels/gemm_hopper.cuh");
 const STORED: &str = include_str!("../kernels/gemm_hopper.cu");
+const ADDED: &str = include_str!("../kernels/gemm_added_hopper.cu");
 const FINISH: &str = include_str!("../kernels/gemm_finish.cu");
 const CROSS_ENTROPY: &str = include_str!("../kernels/cross_entropy_hopper.cu");
 /// Columns of the tile of a block, and elements of k of a stage, as in the kernel.
@@ -156,7 +157,7 @@ impl<'a> End<'a> {
     /// Added to `add` if that is not null, and rows of f32 in `sum` if that is not null, else of `out`.
     pub(super) fn added(args: [&Arg; 3]) -> End<'a> {
         let args = args.map(Arg::clone).to_vec();
-        End { file: "gemm_hopper.cu", text: STORED, name: "gemm_added_hopper", args, joined: None }
+        End { file: "gemm_added_hopper.cu", text: ADDED, name: "gemm_added_hopper", args, joined: None }
     }
 
     /// The largest logit and the sum of exponentials of every 64 classes, as `cross_entropy_tiles`.
