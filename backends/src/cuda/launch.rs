@@ -150,6 +150,8 @@ pub(crate) struct Launch {
     pub(crate) rejects: Option<Rejects>,
     /// Of the chain that was offered with the node. Its operands and results follow the node's.
     pub(crate) of_chain: OfChain,
+    /// Of a product, the rule by which it got these kernels and tiles, in words.
+    pub(crate) why: Option<String>,
 }
 
 /// The most blocks along y or z of a grid.
@@ -160,7 +162,7 @@ const MOST_X: usize = i32::MAX as usize;
 impl Launch {
     /// Work without scratch memory.
     pub(crate) fn of(actions: Vec<Action>) -> Launch {
-        Launch { scratch: 0, actions, rejects: None, of_chain: OfChain::Nothing }
+        Launch { scratch: 0, actions, rejects: None, of_chain: OfChain::Nothing, why: None }
     }
 
     /// One kernel without scratch memory.
@@ -172,6 +174,13 @@ impl Launch {
     #[must_use]
     pub(crate) fn with_scratch(mut self, bytes: usize) -> Launch {
         self.scratch = bytes;
+        self
+    }
+
+    /// Chosen by this rule.
+    #[must_use]
+    pub(crate) fn because(mut self, why: String) -> Launch {
+        self.why = Some(why);
         self
     }
 

@@ -110,6 +110,39 @@ impl Cuda {
         texts.dedup();
         Ok(texts)
     }
+
+    /// For every product of an optimised graph, on such a GPU and in the order of the graph: its result, its kernels, their tiles (rows x
+    /// columns x elements of k), the rule with its numbers, and the chain that is joined onto it. Needs no GPU.
+    ///
+    /// # Errors
+    /// [`crate::Error::Unsupported`], [`crate::Error::Graph`].
+    pub fn explain(graph: Graph, chip: Chip) -> Result<Vec<String>> {
+        let plan = planned(graph, chip, Fences::Off)?;
+        let (graph, launches) = (plan.graph(), launches(plan.graph(), chip, &|id| plan.joined(id))?);
+        let lines = graph.nodes_with_ids().zip(&launches).filter_map(|((id, node), launch)| {
+            let why = launch.why.as_ref()?;
+            let kernels = launch.actions.iter().filter_map(|action| match action {
+                launch::Action::Kernel(k) => Some(k.name),
+                launch::Action::Tasks(_) | launch::Action::Clear { .. } => None,
+            });
+            let (ty, kernels) = (graph.ty(node.results[0]), kernels.collect::<Vec<_>>().join(" + "));
+            let chain = if plan.joined(id).is_some() { "; with the chain behind it" } else { "" };
+            Some(format!("{} {ty}: {kernels}, {why}{chain}", node.op.name()))
+        });
+        Ok(lines.collect())
+    }
+
+    /// What decides on a GPU's kernels.
+    pub fn chip(&self) -> Chip {
+        self.device.chip
+    }
+}
+
+/// The plan of a graph on such a GPU.
+fn planned(graph: Graph, chip: Chip, fences: Fences) -> Result<Plan> {
+    let scratch: Vec<usize> = launches(&graph, chip, &|_| None)?.iter().map(|l| l.scratch).collect();
+    let join = |graph: &Graph, node: NodeId| lower::joined(graph, node, chip);
+    Ok(Plan::with_joined(graph, &|_, node: NodeId| scratch[node.index()], &join, fences)?)
 }
 
 /// The launch of every node, or all refusals; with the chains that `joined` joins onto nodes, which then have nothing to do themselves.
@@ -138,11 +171,7 @@ impl Backend for Cuda {
     }
 
     fn plan(&self, graph: Graph) -> Result<Plan> {
-        let chip = self.device.chip;
-        let scratch: Vec<usize> = launches(&graph, chip, &|_| None)?.iter().map(|l| l.scratch).collect();
-        let fences = if self.checks { Fences::On } else { Fences::Off };
-        let join = |graph: &Graph, node: NodeId| lower::joined(graph, node, chip);
-        Ok(Plan::with_joined(graph, &|_, node: NodeId| scratch[node.index()], &join, fences)?)
+        planned(graph, self.device.chip, if self.checks { Fences::On } else { Fences::Off })
     }
 
     fn compile(&self, plan: Plan) -> Result<Arc<dyn Executable>> {

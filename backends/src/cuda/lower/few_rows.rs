@@ -155,7 +155,13 @@ pub(super) fn launch(
     if chunks.count > 1 && !clustered {
         actions.push(finish(source, "few_rows_finish", THREADS, 1, (partial, total), &chunks, joined)?);
     }
-    Ok(joined::with(joined, Launch::of(actions).with_scratch(scratch.bytes())))
+    let why = format!(
+        "tiles {most} x {columns} x {}: {} {}, few enough (8, or 16 if k is long) that reading the other matrix is the work",
+        chunks.length,
+        m,
+        if few == Few::Rows { "rows" } else { "columns" },
+    );
+    Ok(joined::with(joined, Launch::of(actions).with_scratch(scratch.bytes())).because(why))
 }
 
 #[cfg(test)]

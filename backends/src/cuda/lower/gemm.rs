@@ -63,6 +63,16 @@ fn tile(batch: usize, m: usize, n: usize) -> usize {
     if m > TILE && n > TILE && blocks >= ENOUGH_BLOCKS { LARGE_TILE } else { TILE }
 }
 
+/// The rule of [`tile`], in words.
+fn why(batch: usize, m: usize, n: usize) -> String {
+    let (tile, blocks) =
+        (tile(batch, m, n), batch.saturating_mul(m.div_ceil(LARGE_TILE)).saturating_mul(n.div_ceil(LARGE_TILE)));
+    format!(
+        "tiles {tile} x {tile}: {batch} x {m} x {n} are {blocks} tiles of {LARGE_TILE}, which are taken from {ENOUGH_BLOCKS} on where \
+         rows and columns are more than {TILE}"
+    )
+}
+
 /// Whether `batch` products of m rows and n columns over k are done by the kernels for few rows, and which side is the few.
 fn few(batch: usize, m: usize, n: usize, k: usize) -> Option<Few> {
     let fits = |side: usize| few_rows::groups(batch, side) <= MOST_Z;
@@ -189,7 +199,7 @@ pub(super) fn lower_matmul(graph: &Graph, node: &Node, op: &Matmul, joined: Opti
     }
     let args = [Arg::Operand(0), Arg::Operand(1), bias, Arg::Null, Arg::Null, joined::out(joined)];
     let action = gemm(dtype(graph, node, 0), &product, batch, args, joined)?;
-    Ok(joined::with(joined, Launch::of(vec![action])))
+    Ok(joined::with(joined, Launch::of(vec![action])).because(why(batch, m, n)))
 }
 
 /// E, if the kernels can count it.
@@ -232,12 +242,13 @@ pub(super) fn lower_expert_matmul(
         return Ok(launch);
     }
     // As if the rows were dealt out evenly.
-    let of = gemm_kernels(dtype(graph, node, 0), tile(experts, m / experts.max(1), n), joined)?;
+    let rows = m / experts.max(1);
+    let of = gemm_kernels(dtype(graph, node, 0), tile(experts, rows, n), joined)?;
     let tiles = if m == 0 { 0 } else { most_tiles(m, experts, of.tile) };
     let operands = [Arg::Operand(0), Arg::Operand(1), Arg::Operand(2), bias, joined::out(joined)];
     let args = [&operands[..], &[Arg::I32(experts as i32), product.arg()?], &joined::args(joined)].concat();
     let launch = Launch::one(of.source, "gemm_m_grouped", [n.div_ceil(of.tile), tiles, 1], of.threads, args);
-    Ok(joined::with(joined, launch))
+    Ok(joined::with(joined, launch).because(why(experts, rows, n)))
 }
 
 pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node, chip: Chip) -> Lowered {
@@ -264,7 +275,7 @@ pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node, chip: Chip) 
     let of = gemm_kernels(dtype(graph, node, 0), tile(experts, m, n), None)?;
     let args = vec![Arg::Operand(0), Arg::Operand(1), Arg::Operand(2), Arg::Result(0), product.arg()?];
     let grid = [n.div_ceil(of.tile), m.div_ceil(of.tile), experts];
-    Ok(Launch::one(of.source, "gemm_k_grouped", grid, of.threads, args))
+    Ok(Launch::one(of.source, "gemm_k_grouped", grid, of.threads, args).because(why(experts, m, n)))
 }
 
 /// The most tiles that `rows` rows in the segments of `experts` experts and an unused one can be cut into: each segment has at

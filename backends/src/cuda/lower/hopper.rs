@@ -115,11 +115,46 @@ impl Side {
 /// The most rows of a tile: with `groups` products of `rows` rows and `columns` columns each, the height whose rounds over the
 /// GPU take the least time.
 fn height(chip: Chip, groups: usize, rows: usize, columns: usize) -> usize {
-    let cost = |height: usize| {
-        let tiles = groups * rows.div_ceil(height) * columns.div_ceil(2 * COLUMNS) * 2;
-        tiles.div_ceil(chip.processors) * (height.min(rows) + OVERHEAD)
-    };
+    let cost = |height: usize| rounds(chip, groups, rows, columns, height) * (height.min(rows) + OVERHEAD);
     HEIGHTS.into_iter().min_by_key(|&height| cost(height)).unwrap_or(HEIGHTS[0])
+}
+
+/// How often each multiprocessor has a tile, if tiles are at most so high.
+fn rounds(chip: Chip, groups: usize, rows: usize, columns: usize, height: usize) -> usize {
+    (groups * rows.div_ceil(height) * columns.div_ceil(2 * COLUMNS) * 2).div_ceil(chip.processors)
+}
+
+/// The products of a kind that are cut into tiles by themselves, and the rows of each: as if slots were dealt out evenly.
+fn dealt(p: &Product, segments: Segments) -> (usize, usize) {
+    match segments {
+        Segments::None => (1, p.m),
+        Segments::Rows(experts) => (experts.max(1), p.m.div_ceil(experts.max(1))),
+        Segments::K(_) | Segments::Chunks(_) => (segments.experts(p.k), p.m),
+    }
+}
+
+/// The rule of [`height`] with its numbers, in words.
+fn why(chip: Chip, p: &Product, segments: Segments) -> String {
+    let (groups, rows) = dealt(p, segments);
+    let of = match segments {
+        Segments::None => "all".to_owned(),
+        Segments::Rows(experts) => format!("each of {experts} experts"),
+        Segments::K(experts) => format!("each of {experts} experts' weights"),
+        Segments::Chunks(length) => {
+            format!("each of {groups} chunks of {length} of k, as most tiles would wait for few")
+        }
+    };
+    let cost = |height: usize| {
+        let rounds = rounds(chip, groups, rows, p.n, height);
+        let one = height.min(rows) + OVERHEAD;
+        format!("{height} high {rounds} x {one} = {}", rounds * one)
+    };
+    format!(
+        "tiles up to {} x {COLUMNS} x {DEPTH}: {rows} rows of {of}, {} SMs; rounds x (rows + {OVERHEAD}): {}",
+        height(chip, groups, rows, p.n),
+        chip.processors,
+        HEIGHTS.map(cost).join(", ")
+    )
 }
 
 /// The length of the chunks that k of a product is best cut into, if it is faster so: where there are few tiles and k is long, most of the
@@ -221,12 +256,7 @@ pub(super) fn action(
     if !(chip.hopper && half && large && p.n.is_multiple_of(ALIGNED) && x.aligned() && w.aligned()) {
         return Ok(None);
     }
-    // As if the slots were dealt out evenly.
-    let (groups, rows) = match segments {
-        Segments::None => (1, p.m),
-        Segments::Rows(experts) => (experts.max(1), p.m.div_ceil(experts.max(1))),
-        Segments::K(_) | Segments::Chunks(_) => (experts, p.m),
-    };
+    let (groups, rows) = dealt(p, segments);
     let most = height(chip, groups, rows, p.n);
     let mut sizes = Vec::with_capacity(24);
     for n in [p.m, p.n, p.k, experts, most, segments.chunk()] {
@@ -258,7 +288,10 @@ pub(super) fn launch(
     let joined = joined.filter(|joined| joined.eights);
     let whole = || action(chip, dtype, p, segments, factors, End::stored(p, &of.bias, &joined::out(joined), joined));
     let length = if segments == Segments::None && of.bias == Arg::Null { chunk(chip, p.m, p.n, p.k) } else { None };
-    let Some(length) = length else { return Ok(whole()?.map(|action| joined::with(joined, Launch::of(vec![action])))) };
+    let Some(length) = length else {
+        let launch = whole()?.map(|action| joined::with(joined, Launch::of(vec![action])));
+        return Ok(launch.map(|launch| launch.because(why(chip, p, segments))));
+    };
     let (total, chunks) = (p.m * p.n, p.k.div_ceil(length));
     let mut scratch = Scratch::default();
     let partial = scratch.take(4 * chunks * total);
@@ -269,7 +302,8 @@ pub(super) fn launch(
         joined::source(joined, "gemm_finish.cu", &[FUNCTIONS, VECTORS, HALVES], FINISH).define("T", float(dtype)?);
     // Four elements for each thread.
     let finish = finish(source, "gemm_finish", FINISH_THREADS, 4, (partial, total), &chunks, joined)?;
-    Ok(Some(joined::with(joined, Launch::of(vec![products, finish]).with_scratch(scratch.bytes()))))
+    let launch = Launch::of(vec![products, finish]).with_scratch(scratch.bytes());
+    Ok(Some(joined::with(joined, launch).because(why(chip, p, Segments::Chunks(length)))))
 }
 
 #[cfg(test)]

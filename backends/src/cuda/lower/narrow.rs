@@ -86,5 +86,9 @@ pub(super) fn launch(dtypes: [DType; 2], p: &Product, operands: &Operands) -> Re
     if chunks.count > 1 {
         actions.push(finish(source, "parts_finish", THREADS, 1, (partial, total), &chunks, None)?);
     }
-    Ok(Some(Launch::of(actions).with_scratch(scratch.bytes())))
+    let why = format!(
+        "tiles {ROWS} x {narrow} x {DEPTH}: bf16 and f32 with at most {MOST_COLUMNS} columns ({columns}); {all} tiles, k in {} chunks",
+        chunks.count
+    );
+    Ok(Some(Launch::of(actions).with_scratch(scratch.bytes()).because(why)))
 }
