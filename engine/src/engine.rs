@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use moebius_backends::cpu::Cpu;
 #[cfg(feature = "cuda")]
-use moebius_backends::cuda::{Cuda, CudaError};
+use moebius_backends::cuda::{Chip, Cuda, CudaError};
 #[cfg(feature = "vulkan")]
 use moebius_backends::vulkan::{Choice, Vulkan};
 use moebius_backends::{Backend, Refusal};
@@ -78,6 +78,30 @@ impl Engine {
     #[cfg(not(feature = "cuda"))]
     fn cuda(_ordinal: usize) -> Result<Engine> {
         Err(no_such("cuda"))
+    }
+
+    /// Why the products of a graph get the kernels that they get on `cuda` or `cuda:N`: what is explained, and a line for each product. Where
+    /// that GPU is not there, it is explained for an H100.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchDevice`] for other devices, which have no such choice; [`Error::Graph`] and [`Error::Backend`] of the graph.
+    #[cfg(feature = "cuda")]
+    pub fn explain(device: &str, graph: &Graph) -> Result<(String, Vec<String>)> {
+        let Some(ordinal) = numbered(device, "cuda") else { return Err(no_such(device)) };
+        let (what, chip) = match Cuda::open(ordinal) {
+            Ok(cuda) => (format!("{device} ({})", cuda.describe()), cuda.chip()),
+            Err(_) => (format!("an H100, as there is no {device}"), Chip::HOPPER),
+        };
+        Ok((what, Cuda::explain(passes::optimise(graph)?, chip)?))
+    }
+
+    /// Why the products of a graph get the kernels that they get; this program was built without the devices that have such a choice.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchDevice`].
+    #[cfg(not(feature = "cuda"))]
+    pub fn explain(device: &str, _graph: &Graph) -> Result<(String, Vec<String>)> {
+        Err(no_such(device))
     }
 
     /// A device with a Vulkan driver, by its number from 0 or by a part of its name; the best one if nothing is said.

@@ -40,6 +40,22 @@ fn training_writes_what_it_promises_and_the_other_commands_use_it() {
     assert!(inspect["total_params"].as_u64() > inspect["active_params"].as_u64(), "{inspect}");
     let bench = json(&succeeds(place.run(&["bench", "step", "--config", "small.toml", "--steps", "2", "--json"])));
     assert!(bench["tokens_per_s"].as_f64() > Some(0.0) && bench["step_ms"].as_f64() > Some(0.0), "{bench}");
+    // Needs no GPU: two products forward, six with the gradients, and the router's.
+    if cfg!(feature = "cuda") {
+        let explained =
+            stdout(&succeeds(place.run(&["bench", "layer", "--case", "B", "--explain", "--device", "cuda"])));
+        let [forward, both] = explained.split("layer B, ").skip(1).collect::<Vec<_>>()[..] else {
+            panic!("{explained}")
+        };
+        let products = |text: &str| text.lines().filter(|line| line.starts_with("  expert_matmul")).count();
+        assert_eq!((products(forward), products(both)), (2, 6), "{explained}");
+        assert!(
+            explained.lines().skip(1).all(|line| line.contains("tiles") || line.starts_with("layer B")),
+            "{explained}"
+        );
+        assert!(!place.run(&["bench", "layer", "--explain", "--device", "cpu"]).status.success());
+        assert!(!place.run(&["bench", "step", "--explain", "--device", "cuda"]).status.success());
+    }
     let bench = json(&succeeds(place.run(&["bench", "decode", "--config", "small.toml", "--steps", "4", "--json"])));
     assert!(bench["decode_ms"].as_f64() > Some(0.0), "{bench}");
     let devices = json(&succeeds(place.run(&["devices", "--json"])));

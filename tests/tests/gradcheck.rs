@@ -40,7 +40,7 @@ macro_rules! groups {
     ($($group:ident),*) => { $(#[test] fn $group() { group(stringify!($group)); })* };
 }
 
-groups! { elementwise, movement, norms, dense, distillation, router, sparse, optimizer }
+groups! { elementwise, movement, norms, dense, chains, distillation, router, sparse, optimizer }
 
 /// A check that accepted any gradient would accept this one.
 #[test]

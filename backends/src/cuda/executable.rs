@@ -1,5 +1,6 @@
 //! A compiled plan: every step with its loaded kernels, and how they are put on the stream.
 
+use std::collections::HashSet;
 use std::ffi::c_void;
 use std::sync::Arc;
 
@@ -10,7 +11,7 @@ use moebius_ir::{NodeId, Op, Plan, Step, Storage, Value};
 use super::device::Device;
 use super::driver::{Counter, Shape, check, describe, failed, launch};
 use super::instance::CudaInstance;
-use super::launch::{Action, Arg, Launch};
+use super::launch::{Action, Arg, Launch, OfChain};
 use super::memory::Memory;
 use super::source::Source;
 use super::tasks::{Table, Touched};
@@ -38,6 +39,10 @@ pub(super) struct Launched {
     pub(super) node: NodeId,
     /// The nodes of other steps whose tasks this one does too.
     pub(super) joined: Vec<NodeId>,
+    /// The chain of the next step, whose work this one does too.
+    pub(super) chain: Option<NodeId>,
+    /// Whether the node's results are in memory afterwards: the chain may be all that reads them.
+    pub(super) stored: bool,
     /// Number of the step, from 1: what kernels note a rejection under.
     pub(super) number: i32,
     pub(super) places: StepPlaces,
@@ -241,14 +246,22 @@ impl CudaExecutable {
             .map(|l| functions.by_ref().take(l.actions.iter().filter(|a| a.is_kernel()).count()).collect())
             .collect();
         let states = states(&plan);
-        let steps = plan.steps().iter().enumerate().map(|(at, step)| match *step {
+        let chains: HashSet<NodeId> = plan.graph().nodes_with_ids().filter_map(|(id, _)| plan.joined(id)).collect();
+        let done_before = |step: &Step| matches!(step, Step::Run { node, .. } if chains.contains(node));
+        let steps = plan.steps().iter().enumerate().filter(|(_, step)| !done_before(step));
+        let steps = steps.map(|(at, step)| match *step {
             Step::Run { node, scratch, scratch_bytes } => {
-                let places = of_step(&plan, &states, at, node, (scratch, scratch_bytes));
+                let mut places = of_step(&plan, &states, at, node, (scratch, scratch_bytes));
                 let launch = launches[node.index()].take().unwrap_or_else(|| unreachable!("a node is run once"));
+                let chain = plan.joined(node);
+                if let Some(chain) = chain {
+                    places.append(of_step(&plan, &states, at, chain, (0, 0)));
+                }
                 let functions = std::mem::take(&mut functions[node.index()]);
                 let actions = bound(launch.actions, functions, &places);
                 let number = at as i32 + 1;
-                Work::Launch(Launched { node, joined: vec![], number, places, rejects: launch.rejects, actions })
+                let (stored, rejects) = (launch.of_chain != OfChain::Instead, launch.rejects);
+                Work::Launch(Launched { node, joined: vec![], chain, stored, number, places, rejects, actions })
             }
             Step::Copy { state, new } => Work::Copy {
                 from: place(&plan, &states, new),

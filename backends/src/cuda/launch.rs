@@ -127,6 +127,18 @@ impl Action {
     }
 }
 
+/// What a launch does of the chain that is joined onto its node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum OfChain {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// All of it, beside the node's own result.
+    Beside,
+    /// All of it, without the node's own result, which nothing else reads.
+    Instead,
+}
+
 /// The work of a node.
 #[derive(Default)]
 pub(crate) struct Launch {
@@ -136,6 +148,10 @@ pub(crate) struct Launch {
     pub(crate) actions: Vec<Action>,
     /// If kernels of it note rejected values.
     pub(crate) rejects: Option<Rejects>,
+    /// Of the chain that was offered with the node. Its operands and results follow the node's.
+    pub(crate) of_chain: OfChain,
+    /// Of a product, the rule by which it got these kernels and tiles, in words.
+    pub(crate) why: Option<String>,
 }
 
 /// The most blocks along y or z of a grid.
@@ -146,7 +162,7 @@ const MOST_X: usize = i32::MAX as usize;
 impl Launch {
     /// Work without scratch memory.
     pub(crate) fn of(actions: Vec<Action>) -> Launch {
-        Launch { scratch: 0, actions, rejects: None }
+        Launch { scratch: 0, actions, rejects: None, of_chain: OfChain::Nothing, why: None }
     }
 
     /// One kernel without scratch memory.
@@ -158,6 +174,13 @@ impl Launch {
     #[must_use]
     pub(crate) fn with_scratch(mut self, bytes: usize) -> Launch {
         self.scratch = bytes;
+        self
+    }
+
+    /// Chosen by this rule.
+    #[must_use]
+    pub(crate) fn because(mut self, why: String) -> Launch {
+        self.why = Some(why);
         self
     }
 

@@ -21,6 +21,7 @@ mod recording;
 mod source;
 mod tasks;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use moebius_ir::{Fences, Graph, NodeId, Plan};
@@ -92,7 +93,12 @@ impl Cuda {
     /// [`crate::Error::Unsupported`].
     pub fn kernels(graph: &Graph, chip: Chip) -> Result<Vec<KernelText>> {
         let mut texts = Vec::new();
-        for launch in launches(graph, chip)? {
+        let joined = graph.nodes_with_ids().filter_map(|(id, _)| {
+            let chain = lower::joined(graph, id, chip)?;
+            lower::lower(graph, id, Some(chain), chip).ok()
+        });
+        // The order of a plan decides whether a chain can be joined: it may need a kernel of its own as well.
+        for launch in launches(graph, chip, &|_| None)?.into_iter().chain(joined) {
             for action in launch.actions {
                 if let launch::Action::Kernel(k) = action {
                     let (title, text, options) = (k.source.title(), k.source.text(), k.source.options().to_vec());
@@ -104,11 +110,47 @@ impl Cuda {
         texts.dedup();
         Ok(texts)
     }
+
+    /// For every product of an optimised graph, on such a GPU and in the order of the graph: its result, its kernels, their tiles (rows x
+    /// columns x elements of k), the rule with its numbers, and the chain that is joined onto it. Needs no GPU.
+    ///
+    /// # Errors
+    /// [`crate::Error::Unsupported`], [`crate::Error::Graph`].
+    pub fn explain(graph: Graph, chip: Chip) -> Result<Vec<String>> {
+        let plan = planned(graph, chip, Fences::Off)?;
+        let (graph, launches) = (plan.graph(), launches(plan.graph(), chip, &|id| plan.joined(id))?);
+        let lines = graph.nodes_with_ids().zip(&launches).filter_map(|((id, node), launch)| {
+            let why = launch.why.as_ref()?;
+            let kernels = launch.actions.iter().filter_map(|action| match action {
+                launch::Action::Kernel(k) => Some(k.name),
+                launch::Action::Tasks(_) | launch::Action::Clear { .. } => None,
+            });
+            let (ty, kernels) = (graph.ty(node.results[0]), kernels.collect::<Vec<_>>().join(" + "));
+            let chain = if plan.joined(id).is_some() { "; with the chain behind it" } else { "" };
+            Some(format!("{} {ty}: {kernels}, {why}{chain}", node.op.name()))
+        });
+        Ok(lines.collect())
+    }
+
+    /// What decides on a GPU's kernels.
+    pub fn chip(&self) -> Chip {
+        self.device.chip
+    }
 }
 
-/// The launch of every node, or all refusals.
-fn launches(graph: &Graph, chip: Chip) -> Result<Vec<launch::Launch>> {
-    lowering::launches(BACKEND, graph, |id| lower::lower(graph, id, chip))
+/// The plan of a graph on such a GPU.
+fn planned(graph: Graph, chip: Chip, fences: Fences) -> Result<Plan> {
+    let scratch: Vec<usize> = launches(&graph, chip, &|_| None)?.iter().map(|l| l.scratch).collect();
+    let join = |graph: &Graph, node: NodeId| lower::joined(graph, node, chip);
+    Ok(Plan::with_joined(graph, &|_, node: NodeId| scratch[node.index()], &join, fences)?)
+}
+
+/// The launch of every node, or all refusals; with the chains that `joined` joins onto nodes, which then have nothing to do themselves.
+fn launches(graph: &Graph, chip: Chip, joined: &dyn Fn(NodeId) -> Option<NodeId>) -> Result<Vec<launch::Launch>> {
+    let chains: HashSet<NodeId> = graph.nodes_with_ids().filter_map(|(id, _)| joined(id)).collect();
+    lowering::launches(BACKEND, graph, |id| {
+        if chains.contains(&id) { Ok(launch::Launch::default()) } else { lower::lower(graph, id, joined(id), chip) }
+    })
 }
 
 impl Backend for Cuda {
@@ -129,18 +171,19 @@ impl Backend for Cuda {
     }
 
     fn plan(&self, graph: Graph) -> Result<Plan> {
-        let scratch: Vec<usize> = launches(&graph, self.device.chip)?.iter().map(|l| l.scratch).collect();
-        let fences = if self.checks { Fences::On } else { Fences::Off };
-        Ok(Plan::new(graph, &|_, node: NodeId| scratch[node.index()], fences)?)
+        planned(graph, self.device.chip, if self.checks { Fences::On } else { Fences::Off })
     }
 
     fn compile(&self, plan: Plan) -> Result<Arc<dyn Executable>> {
-        let launches = launches(plan.graph(), self.device.chip)?;
+        let launches = launches(plan.graph(), self.device.chip, &|id| plan.joined(id))?;
         Ok(Arc::new(executable::CudaExecutable::new(Arc::clone(&self.device), plan, launches, self.checks)?))
     }
 
     fn prepare(&self, graphs: &mut dyn Iterator<Item = Graph>) -> Result<()> {
-        let taken = graphs.filter_map(|graph| launches(&graph, self.device.chip).ok());
+        let taken = graphs.filter_map(|graph| {
+            let plan = self.plan(graph).ok()?;
+            launches(plan.graph(), self.device.chip, &|id| plan.joined(id)).ok()
+        });
         let actions = taken.flatten().flat_map(|launch| launch.actions);
         let kernel = |action| if let launch::Action::Kernel(k) = action { Some(k.source) } else { None };
         let sources: Vec<source::Source> = actions.filter_map(kernel).collect();

@@ -55,9 +55,10 @@ __device__ __forceinline__ u16 bf16_bits(float x) {
 }
 #else
 __device__ __forceinline__ u16 bf16_bits(float x) {
-    u16 bits;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-    return bits;
+    // The instruction for two is faster than that for one.
+    u32 both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(0.0f), "f"(x));
+    return (u16)both;
 }
 #endif
 

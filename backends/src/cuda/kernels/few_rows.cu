@@ -4,7 +4,8 @@
 // T is b's type, TA that of a and TC that of c. b is stored [k, n], or [n, k] if TRANSPOSED. MOST is 1, 2, 4 or 8. k is cut into
 // chunks, one for each block along y. With more than one their f32 results are added up in order: the blocks are a cluster of
 // CLUSTER, of which the first adds up, or, where CLUSTER is 1, they are `partial`, and few_rows_finish adds them up. The order of a
-// sum depends on k, the chunk and the layout alone, neither on the row's place nor on the number of rows.
+// sum depends on k, the chunk and the layout alone, neither on the row's place nor on the number of rows. What becomes of an element is
+// up to `put` of chain.cuh.
 
 #define THREADS 256
 #define WARPS (THREADS / 32)
@@ -44,11 +45,11 @@ struct Few {
 };
 
 /// Elements that lie together.
-struct Vector { float at[VECTOR]; };
+struct Elements { float at[VECTOR]; };
 
 /// The first `count` elements from here on, the others 0; where ALIGNED all are there, or `count` is not positive.
-__device__ __forceinline__ Vector load(const T* from, int count) {
-    Vector v;
+__device__ __forceinline__ Elements load(const T* from, int count) {
+    Elements v;
 #if ALIGNED
     uint4 four = make_uint4(0, 0, 0, 0);
     if (count > 0) four = *(const uint4*)from;
@@ -80,7 +81,7 @@ __device__ __forceinline__ void few(float* room, const TA* a, const T* b, const 
     float sum[ACROSS][ROWS] = {};
     // `whole`: nothing of it is behind k1, so that loads wait for no comparison.
     auto add = [&](int k, bool whole) {
-        Vector w[steps][ACROSS];
+        Elements w[steps][ACROSS];
 #pragma unroll
         for (int u = 0; u < steps; u++)
 #pragma unroll
@@ -96,9 +97,9 @@ __device__ __forceinline__ void few(float* room, const TA* a, const T* b, const 
                 int at = k + step * u, there = whole ? VECTOR : k1 - at;
                 const TA* row = a + min(r, rows - 1) * p.a_row;
 #if TOGETHER
-                Vector x = load(row + at, there);
+                Elements x = load(row + at, there);
 #else
-                Vector x;
+                Elements x;
 #pragma unroll
                 for (int i = 0; i < VECTOR; i++) x.at[i] = i < there ? to_float(row[(at + i) * p.a_column]) : 0.0f;
 #endif
@@ -125,7 +126,7 @@ __device__ __forceinline__ void few(float* room, const TA* a, const T* b, const 
     // Four rows of b for each warp at a time. `whole`: nothing of it is behind k1, so that loads wait for no comparison.
     const int step = 4 * WARPS;
     auto add = [&](int k, bool whole) {
-        Vector w[AHEAD];
+        Elements w[AHEAD];
 #pragma unroll
         for (int u = 0; u < AHEAD; u++) {
             int at = k + step * u;
@@ -167,7 +168,7 @@ __device__ __forceinline__ void few(float* room, const TA* a, const T* b, const 
 
 /// Blocks along z: for each product of a batch, groups of MOST rows; with `offsets` one for each slot, of which only those at
 /// the start of MOST rows of an expert have work, and those of unused slots, which become 0.
-FEW_KERNEL few_rows(const TA* a, const T* b, const int* offsets, const void* bias, float* partial, TC* c, Few p) {
+FEW_KERNEL few_rows(const TA* a, const T* b, const int* offsets, const void* bias, float* partial, TC* c, Few p CHAIN_PARAMETERS) {
     begin();
     __shared__ float room[ROOM];
     __shared__ int of_slot;
@@ -198,7 +199,7 @@ FEW_KERNEL few_rows(const TA* a, const T* b, const int* offsets, const void* bia
             v += p.wide_bias ? ((const float*)bias)[i] : to_float(((const TC*)bias)[i]);
         }
         if (partial) partial[blockIdx.y * p.total + at] = v;
-        else c[at] = from_float<TC>(v);
+        else put(c, at, from_float<TC>(v), CHAIN);
     };
 #if CLUSTER > 1
     auto end = [&](int row, int column, float v) { sums[row * COLUMNS + column - blockIdx.x * COLUMNS] = v; };
@@ -240,8 +241,8 @@ FEW_KERNEL few_rows(const TA* a, const T* b, const int* offsets, const void* bia
 }
 
 /// The results of the chunks together.
-KERNEL few_rows_finish(const float* partial, i64 total, int chunks, TC* c) {
+KERNEL few_rows_finish(const float* partial, i64 total, int chunks, TC* c CHAIN_PARAMETERS) {
     begin();
     i64 at = (i64)blockIdx.x * THREADS + threadIdx.x;
-    if (at < total) c[at] = from_float<TC>(sum_of_chunks(partial, total, chunks, at));
+    if (at < total) put(c, at, from_float<TC>(sum_of_chunks(partial, total, chunks, at)), CHAIN);
 }

@@ -8,13 +8,37 @@ __device__ __forceinline__ float at_least(float x, float least) { return x < lea
 __device__ __forceinline__ float at_most(float x, float most) { return x > most ? most : x; }
 __device__ __forceinline__ float within(float x, float bound) { return at_most(at_least(x, -bound), bound); }
 
+// The chip's own functions: e^x of an x that is not positive, and 1 / y of a normal y.
+//
+// ex2.approx is within 2^-22 of its result, rcp.approx within 2^-23 (PTX ISA). Rounding x log2(e) and that constant moves the exponent by
+// at most 1.23 2^-24 of itself, and so e^x by 1.23 2^-24 |x|: below 2^-17 while e^x is a normal number, which is down to x = -87.33.
+// Below, it is 0 (.ftz), without the instructions that would scale it up and back, instead of less than 2^-126. Results of 16 bits, which
+// alone are made of it, are off by less than 3e-36 by that, of silu and gelu and their derivatives (times the cotangent): of what e^x is
+// multiplied with, the most is gelu's derivative's 2.3e2, at x = -10. In f16 that is 0. In bf16 the tolerance of one function
+// (verify/tolerance.rs) is 2e-6 of the size of all results, or of 1 if they are larger: far more, unless they all are below 1e-29.
+#ifdef MOEBIUS_EMULATOR
+__device__ __forceinline__ float exp_quick(float x) { return expf(x); }
+__device__ __forceinline__ float reciprocal_quick(float y) { return 1.0f / y; }
+#else
+__device__ __forceinline__ float exp_quick(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
+    return y;
+}
+__device__ __forceinline__ float reciprocal_quick(float y) {
+    float x;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(y));
+    return x;
+}
+#endif
+
 /// 1 / (1 + e^-x) and 1 / (1 + e^x), with full relative precision on both sides. QUICK: by the chip's own functions, to 17 bits,
 /// which is enough for a result of 16 bits.
 template <int QUICK> struct Sigmoids {
     float of, other;
     __device__ __forceinline__ Sigmoids(float x) {
-        float e = QUICK ? __expf(-fabsf(x)) : expf(-fabsf(x));
-        float large = QUICK ? __fdividef(1.0f, 1.0f + e) : 1.0f / (1.0f + e), small = e * large;
+        float e = QUICK ? exp_quick(-fabsf(x)) : expf(-fabsf(x));
+        float large = QUICK ? reciprocal_quick(1.0f + e) : 1.0f / (1.0f + e), small = e * large;
         of = x < 0.0f ? small : large, other = x < 0.0f ? large : small;
     }
 };
@@ -106,3 +130,6 @@ __device__ __forceinline__ float to_f32(u8 x) { return (float)x; }
 // Rounded as if stored in the narrower format.
 __device__ __forceinline__ float round_bf16(float x) { return to_float(from_float<bf16>(x)); }
 __device__ __forceinline__ float round_f16(float x) { return to_float(from_float<f16>(x)); }
+/// A number that is rounded already, in its format.
+template <typename Float> __device__ __forceinline__ Float narrowed(float x) { return from_float<Float>(x); }
+template <> __device__ __forceinline__ bf16 narrowed<bf16>(float x) { bf16 y; y.bits = (u16)(__float_as_uint(x) >> 16); return y; }

@@ -1,4 +1,5 @@
-// Matrix products: plain and batched, M-grouped (rows of an expert times its weights), K-grouped (gradient of the weights).
+// Matrix products: plain and batched, M-grouped (rows of an expert times its weights), K-grouped (gradient of the weights). To the first
+// two a chain can be joined (chain.cuh).
 
 /// Sizes and strides, in elements; c is row-major.
 struct Product {
@@ -12,7 +13,7 @@ struct Product {
 
 /// c = a b + bias + add, for blockIdx.z of a batch. With `sum` the f32 result goes there and c is left alone; `add` is f32 of
 /// the same shape, and may be `sum`.
-KERNEL gemm(const T* a, const T* b, const void* bias, const float* add, float* sum, T* c, Product p) {
+KERNEL gemm(const T* a, const T* b, const void* bias, const float* add, float* sum, T* c, Product p CHAIN_PARAMETERS) {
     begin();
     __shared__ GemmRoom room;
     i64 batch = blockIdx.z;
@@ -23,7 +24,7 @@ KERNEL gemm(const T* a, const T* b, const void* bias, const float* add, float* s
         v += row_of_bias[column];
         if (add) v += add[at];
         if (sum) sum[at] = v;
-        else c[at] = from_float<T>(v);
+        else put(c, at, from_float<T>(v), CHAIN);
     });
 }
 
@@ -33,7 +34,8 @@ KERNEL gemm(const T* a, const T* b, const void* bias, const float* add, float* s
 /// Rows of an expert's segment times its weights. A block finds its tile by counting those of the experts before it: segments
 /// are cut into tiles one by one, so that no tile crosses the border of a segment. Behind the last expert the unused slots
 /// form a segment of their own, which becomes 0.
-KERNEL gemm_m_grouped(const T* rows, const T* w, const int* offsets, const void* bias, T* out, int experts, Product p) {
+KERNEL gemm_m_grouped(const T* rows, const T* w, const int* offsets, const void* bias, T* out, int experts,
+                      Product p CHAIN_PARAMETERS) {
     begin();
     __shared__ GemmRoom room;
     __shared__ int tiles[MOST_EXPERTS + 1];
@@ -55,18 +57,17 @@ KERNEL gemm_m_grouped(const T* rows, const T* w, const int* offsets, const void*
     if (e < 0) return;
     int from = offsets[e], to = e < experts ? offsets[e + 1] : p.m;
     int row0 = my_tile * TILE, column0 = blockIdx.x * TILE;
-    T* c = out + (i64)from * p.n;
     if (e == experts) {
         for (int i = threadIdx.x; i < TILE * TILE; i += GEMM_THREADS) {
             int row = row0 + i / TILE, column = column0 + i % TILE;
-            if (row < to - from && column < p.n) c[(i64)row * p.n + column] = from_float<T>(0.0f);
+            if (row < to - from && column < p.n) put(out, (i64)(from + row) * p.n + column, from_float<T>(0.0f), CHAIN);
         }
         return;
     }
     Matrix left = {rows + (i64)from * p.a_row, p.a_row, 1}, right = {w + e * p.b_batch, p.b_row, p.b_column};
     BiasRow row_of_bias = {bias, p.wide_bias};
     gemm_tile(room, left, right, to - from, p.n, p.k, row0, column0, [&](int row, int column, float v) {
-        c[(i64)row * p.n + column] = from_float<T>(v + row_of_bias[(i64)e * p.n + column]);
+        put(out, (i64)(from + row) * p.n + column, from_float<T>(v + row_of_bias[(i64)e * p.n + column]), CHAIN);
     });
 }
 

@@ -1,11 +1,12 @@
 // Matrix products on Hopper: dense, M-grouped (rows of an expert times its weights) and K-grouped (gradient of the weights).
 
-/// The sums, with a bias for each expert's columns or none, become rows of `out`.
+/// The sums, with a bias for each expert's columns or none, become rows of `out`, or of what the chain makes of them.
 struct Stored {
     const void* bias;
     /// The bias is f32 although T is not.
     int wide;
     T* out;
+    Chain chain;
 
     __device__ __forceinline__ float bias_of(const Sizes& s, int expert, int column) const {
         i64 at = (i64)expert * s.columns + column;
@@ -22,52 +23,11 @@ struct Stored {
 #pragma unroll
             for (int i = 0; i < N / 2; i += 4) sum[i] += low, sum[i + 1] += low, sum[i + 2] += high, sum[i + 3] += high;
         }
-        store<N>(room, s, t, turn, sum, out + (K_GROUPED ? (i64)t.expert * s.rows * s.columns : 0));
+        store<N>(room, s, t, turn, sum, out + (K_GROUPED ? (i64)t.expert * s.rows * s.columns : 0), chain);
     }
 };
 
-HOPPER_KERNEL gemm_hopper(PRODUCT, const void* bias, int wide_bias, T* out) {
+HOPPER_KERNEL gemm_hopper(PRODUCT, const void* bias, int wide_bias, T* out CHAIN_PARAMETERS) {
     begin();
-    products(x_map, w_map, offsets, s, Stored{bias, wide_bias, out});
-}
-
-/// The sums and those of `add`, if that is not null, become rows of `sum`, or of `out` if that is null. `add` may be `sum`. The sums of
-/// chunks of k lie one after another.
-struct Added {
-    const float* add;
-    float* sum;
-    T* out;
-
-    template <int N>
-    __device__ __forceinline__ void finish(Room& room, const Sizes& s, const Tile& t, Turn& turn, float (&v)[N / 2]) const {
-        Place place;
-#pragma unroll
-        for (int i = 0; i < N / 2; i++) {
-            int row = i / 4 * 8 + place.lane % 4 * 2 + i % 2, column = t.column0 + place.column() + i % 4 / 2 * 8;
-            if (row >= t.rows || column >= s.columns) continue;
-            i64 at = ((K_GROUPED ? (i64)t.expert * s.rows : 0) + t.row0 + row) * s.columns + column;
-            if (add) v[i] += add[at];
-            if (sum) sum[at] = v[i];
-        }
-        if (!sum) store<N>(room, s, t, turn, v, out);
-    }
-};
-
-HOPPER_KERNEL gemm_added_hopper(PRODUCT, const float* add, float* sum, T* out) {
-    begin();
-    products(x_map, w_map, offsets, s, Added{add, sum, out});
-}
-
-/// The sums of all chunks in order, four elements for each thread; `total` is a multiple of 4.
-KERNEL gemm_finish(const float* partial, i64 total, int chunks, T* out) {
-    begin();
-    i64 at = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    if (at >= total) return;
-    float4 sum = *(const float4*)(partial + at);
-#pragma unroll 8
-    for (int i = 1; i < chunks; i++) {
-        float4 v = *(const float4*)(partial + i * total + at);
-        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
-    }
-    *(uint2*)(out + at) = make_uint2(pack(sum.x, sum.y, T()), pack(sum.z, sum.w, T()));
+    products(x_map, w_map, offsets, s, Stored{bias, wide_bias, out, CHAIN}, CHAIN);
 }

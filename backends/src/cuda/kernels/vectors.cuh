@@ -10,6 +10,7 @@ template <typename Element, int COUNT> union Vector {
     u64 two;
     u32 one;
     u16 half;
+    u8 byte;
 };
 
 /// The same address, known to be in global memory: one that was itself read from memory could be of any kind, which makes every access
@@ -25,9 +26,10 @@ template <typename Element> __device__ __forceinline__ Element* in_global(Elemen
 /// Reads elements from an address at a multiple of their bytes together, at most 16.
 template <int COUNT, typename Element> __device__ __forceinline__ Vector<Element, COUNT> load_vector(const Element* from) {
     const int BYTES = COUNT * sizeof(Element);
-    static_assert(BYTES == 2 || BYTES == 4 || BYTES == 8 || BYTES % 16 == 0, "whole words, or one element");
+    static_assert(BYTES <= 2 || BYTES == 4 || BYTES == 8 || BYTES % 16 == 0, "whole words, or one element");
     Vector<Element, COUNT> v;
-    if (BYTES == 2) v.half = *(const u16*)from;
+    if (BYTES == 1) v.byte = *(const u8*)from;
+    else if (BYTES == 2) v.half = *(const u16*)from;
     else if (BYTES == 4) v.one = *(const u32*)from;
     else if (BYTES == 8) v.two = *(const u64*)from;
     else
@@ -40,7 +42,8 @@ template <int COUNT, typename Element> __device__ __forceinline__ Vector<Element
 template <int COUNT, typename Element>
 __device__ __forceinline__ void store_vector(Element* to, const Vector<Element, COUNT>& v) {
     const int BYTES = COUNT * sizeof(Element);
-    if (BYTES == 2) *(u16*)to = v.half;
+    if (BYTES == 1) *(u8*)to = v.byte;
+    else if (BYTES == 2) *(u16*)to = v.half;
     else if (BYTES == 4) *(u32*)to = v.one;
     else if (BYTES == 8) *(u64*)to = v.two;
     else

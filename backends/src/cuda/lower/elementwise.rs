@@ -15,7 +15,7 @@ const THREADS: usize = 256;
 const MANY: usize = 4096;
 
 /// The type an element is stored as.
-fn stored(dtype: DType) -> &'static str {
+pub(super) fn stored(dtype: DType) -> &'static str {
     match dtype {
         DType::F32 => "float",
         DType::Bf16 => "bf16",
@@ -49,7 +49,7 @@ fn convert(to: DType) -> &'static str {
 const QUICK: [&str; 5] = ["fn_sigmoid", "fn_gelu_tanh", "fn_silu", "fn_gelu_tanh_grad", "fn_silu_grad"];
 
 /// CUDA's C++.
-struct Cpp;
+pub(super) struct Cpp;
 
 impl Language for Cpp {
     fn declare(&self, r: usize, dtype: DType) -> String {
@@ -85,6 +85,20 @@ impl Language for Cpp {
     }
 }
 
+/// The coordinates `c0`, `c1`, .. of element `i` of a chain, where some operand is read by them.
+pub(super) fn coordinates(chain: &Chain<'_>) -> String {
+    let mut text = String::new();
+    if chain.axes.has_coordinates() {
+        // Division of 32-bit numbers is many times faster.
+        let index = if chain.elements <= i32::MAX as usize { "u32" } else { "u64" };
+        let _ = writeln!(text, "    {index} rest = ({index})i;");
+        for (axis, extent) in chain.axes.extents.iter().enumerate().rev() {
+            let _ = writeln!(text, "    {index} c{axis} = rest % {extent}u; rest /= {extent}u;");
+        }
+    }
+    text
+}
+
 pub(super) fn lower_elementwise(graph: &Graph, node: &Node, op: &Elementwise) -> Lowered {
     let chain = Chain::of(graph, node, op)?;
     let (dtypes, loaded, axes, elements) = (&chain.dtypes, &chain.loaded, &chain.axes, chain.elements);
@@ -106,14 +120,7 @@ pub(super) fn lower_elementwise(graph: &Graph, node: &Node, op: &Elementwise) ->
     let own = many.unwrap_or(1);
     let mut body = format!("KERNEL elementwise({}) {{\n    begin();\n", parameters.join(", "));
     let _ = writeln!(body, "    i64 i = ((i64)blockIdx.x * {THREADS} + threadIdx.x) * {own};\n    if (i >= n) return;");
-    if axes.has_coordinates() {
-        // Division of 32-bit numbers is many times faster.
-        let index = if elements <= i32::MAX as usize { "u32" } else { "u64" };
-        let _ = writeln!(body, "    {index} rest = ({index})i;");
-        for (axis, extent) in axes.extents.iter().enumerate().rev() {
-            let _ = writeln!(body, "    {index} c{axis} = rest % {extent}u; rest /= {extent}u;");
-        }
-    }
+    body.push_str(&coordinates(&chain));
     if many.is_some() {
         for (at, i) in loaded.iter().enumerate() {
             let index = axes.index(at, "(i64)");

@@ -3,10 +3,11 @@
 use moebius_ir::DType;
 
 use super::gemm::{Product, Strides};
+use super::joined::{self, Joined};
 use super::{float, int};
 use crate::cuda::chip::Chip;
 use crate::cuda::launch::{Action, Arg, Launch, Scratch, kernel};
-use crate::cuda::source::{CLUSTER, HALVES, Source};
+use crate::cuda::source::{CLUSTER, FUNCTIONS, HALVES, Source, VECTORS};
 
 const TEXT: &str = include_str!("../kernels/few_rows.cu");
 const THREADS: usize = 256;
@@ -55,7 +56,7 @@ pub(super) fn chunks(tiles: usize, k: usize, step: usize, enough: usize) -> Chun
     Chunks { count: if length == 0 { 1 } else { k.div_ceil(length) }, length }
 }
 
-/// The kernel of a file that adds up the chunks' results, `each` elements a thread.
+/// The kernel of a file that adds up the chunks' results, `each` elements a thread; `joined` if it is one that takes a chain.
 pub(super) fn finish(
     source: Source,
     name: &'static str,
@@ -63,8 +64,10 @@ pub(super) fn finish(
     each: usize,
     (partial, total): (Arg, usize),
     chunks: &Chunks,
+    joined: Option<&Joined>,
 ) -> Result<Action, String> {
-    let args = vec![partial, Arg::size(total), Arg::I32(int(chunks.count, "chunks")?), Arg::Result(0)];
+    let mut args = vec![partial, Arg::size(total), Arg::I32(int(chunks.count, "chunks")?), joined::out(joined)];
+    args.extend(joined::args(joined));
     Ok(kernel(source, name, [total.div_ceil(each * threads), 1, 1], threads as u32, args))
 }
 
@@ -74,6 +77,7 @@ pub(super) fn groups(batch: usize, rows: usize) -> usize {
 }
 
 /// The launch on such a GPU of `batch` products of factors of these dtypes; for `experts` their number, of one product whose rows are slots.
+#[expect(clippy::too_many_arguments, reason = "each is a thing of its own")]
 pub(super) fn launch(
     chip: Chip,
     [of_a, of_b]: [DType; 2],
@@ -82,6 +86,7 @@ pub(super) fn launch(
     batch: usize,
     experts: Option<usize>,
     operands: Operands,
+    joined: Option<&Joined>,
 ) -> Result<Launch, String> {
     // What the kernel calls a and b, as rows by k and k by columns.
     let (p, turned) = (product, |s: Strides| Strides { row: s.column, column: s.row });
@@ -130,8 +135,8 @@ pub(super) fn launch(
     for n in [m, n, p.k, chunks.length, experts.unwrap_or(0), usize::from(p.wide_bias)] {
         bytes.extend(int(n, "an extent of a product")?.to_le_bytes());
     }
-    let headers: &[_] = if clustered { &[HALVES, CLUSTER] } else { &[] };
-    let source = Source::new("few_rows.cu", headers, TEXT)
+    let headers: &[_] = if clustered { &[HALVES, CLUSTER, FUNCTIONS, VECTORS] } else { &[FUNCTIONS, VECTORS] };
+    let source = joined::source(joined, "few_rows.cu", headers, TEXT)
         .define("CLUSTER", if clustered { chunks.count } else { 1 })
         .define("T", float(dtype)?)
         .define("TA", float(few_dtype)?)
@@ -143,13 +148,20 @@ pub(super) fn launch(
         .define("MOST", most);
     let Operands { a, b, offsets, bias } = operands;
     let [a, b] = if few == Few::Rows { [a, b] } else { [b, a] };
-    let args = vec![a, b, offsets, bias, partial.clone(), Arg::Result(0), Arg::Bytes(bytes)];
+    let mut args = vec![a, b, offsets, bias, partial.clone(), joined::out(joined), Arg::Bytes(bytes)];
+    args.extend(joined::args(joined));
     let grid = [n.div_ceil(columns), chunks.count, z];
     let mut actions = vec![kernel(source.clone(), "few_rows", grid, THREADS as u32, args)];
     if chunks.count > 1 && !clustered {
-        actions.push(finish(source, "few_rows_finish", THREADS, 1, (partial, total), &chunks)?);
+        actions.push(finish(source, "few_rows_finish", THREADS, 1, (partial, total), &chunks, joined)?);
     }
-    Ok(Launch::of(actions).with_scratch(scratch.bytes()))
+    let why = format!(
+        "tiles {most} x {columns} x {}: {} {}, few enough (8, or 16 if k is long) that reading the other matrix is the work",
+        chunks.length,
+        m,
+        if few == Few::Rows { "rows" } else { "columns" },
+    );
+    Ok(joined::with(joined, Launch::of(actions).with_scratch(scratch.bytes())).because(why))
 }
 
 #[cfg(test)]

@@ -5,10 +5,11 @@ use moebius_ir::{DType, Graph, Node, Shape};
 
 use super::few_rows::{self, Few, Operands};
 use super::hopper::{self, End, Segments};
+use super::joined::{self, Joined};
 use super::{Lowered, dtype, float, int, narrow, shapes, short, split};
 use crate::cuda::chip::Chip;
 use crate::cuda::launch::{Action, Arg, Launch, kernel};
-use crate::cuda::source::{GEMM, HALVES, MMA, Source};
+use crate::cuda::source::{FUNCTIONS, GEMM, HALVES, Header, MMA, Source, VECTORS};
 
 const TEXT: &str = include_str!("../kernels/gemm.cu");
 /// Rows and columns of the tile of a block: the small one where sizes are small, and where more than the sums is kept.
@@ -37,10 +38,22 @@ pub(super) struct Kernels {
 }
 
 pub(super) fn products(file: &'static str, text: &'static str, dtype: DType, tile: usize) -> Result<Kernels, String> {
+    let headers: &[_] = if dtype == DType::F32 { &[GEMM] } else { &[HALVES, MMA, GEMM] };
+    kernels(Source::new(file, headers, text), dtype, tile)
+}
+
+fn kernels(source: Source, dtype: DType, tile: usize) -> Result<Kernels, String> {
     let wide = dtype == DType::F32;
-    let headers: &[_] = if wide { &[GEMM] } else { &[HALVES, MMA, GEMM] };
-    let source = Source::new(file, headers, text).define("T", float(dtype)?).define("WIDE", u8::from(wide));
-    Ok(Kernels { source: source.define("TILE", tile), threads: if wide { 256 } else { 2 * tile as u32 }, tile })
+    let source = source.define("T", float(dtype)?).define("WIDE", u8::from(wide)).define("TILE", tile);
+    Ok(Kernels { source, threads: if wide { 256 } else { 2 * tile as u32 }, tile })
+}
+
+/// The kernels of `gemm.cu`, with a chain or none.
+fn gemm_kernels(dtype: DType, tile: usize, joined: Option<&Joined>) -> Result<Kernels, String> {
+    const WIDE: &[Header] = &[FUNCTIONS, VECTORS, GEMM];
+    const NARROW: &[Header] = &[FUNCTIONS, VECTORS, HALVES, MMA, GEMM];
+    let headers = if dtype == DType::F32 { WIDE } else { NARROW };
+    kernels(joined::source(joined, "gemm.cu", headers, TEXT), dtype, tile)
 }
 
 /// The tile for `batch` products of m rows and n columns.
@@ -48,6 +61,16 @@ fn tile(batch: usize, m: usize, n: usize) -> usize {
     let blocks = batch.saturating_mul(m.div_ceil(LARGE_TILE)).saturating_mul(n.div_ceil(LARGE_TILE));
     // Narrow products would leave most of a large tile empty.
     if m > TILE && n > TILE && blocks >= ENOUGH_BLOCKS { LARGE_TILE } else { TILE }
+}
+
+/// The rule of [`tile`], in words.
+fn why(batch: usize, m: usize, n: usize) -> String {
+    let (tile, blocks) =
+        (tile(batch, m, n), batch.saturating_mul(m.div_ceil(LARGE_TILE)).saturating_mul(n.div_ceil(LARGE_TILE)));
+    format!(
+        "tiles {tile} x {tile}: {batch} x {m} x {n} are {blocks} tiles of {LARGE_TILE}, which are taken from {ENOUGH_BLOCKS} on where \
+         rows and columns are more than {TILE}"
+    )
 }
 
 /// Whether `batch` products of m rows and n columns over k are done by the kernels for few rows, and which side is the few.
@@ -118,15 +141,21 @@ fn bias(graph: &Graph, node: &Node, i: usize) -> Result<(Arg, bool), String> {
     Ok((Arg::Operand(i), of_bias == DType::F32))
 }
 
-/// The product `a b` of one batch as an action.
-pub(super) fn gemm(dtype: DType, product: &Product, batch: usize, args: [Arg; 6]) -> Result<Action, String> {
-    let of = products("gemm.cu", TEXT, dtype, tile(batch, product.m, product.n))?;
+/// The product `a b` of one batch as an action, with the work of a chain or without.
+fn gemm(
+    dtype: DType,
+    product: &Product,
+    batch: usize,
+    args: [Arg; 6],
+    joined: Option<&Joined>,
+) -> Result<Action, String> {
+    let of = gemm_kernels(dtype, tile(batch, product.m, product.n), joined)?;
     let grid = [product.n.div_ceil(of.tile), product.m.div_ceil(of.tile), batch];
-    let args = [&args[..], &[product.arg()?]].concat();
+    let args = [&args[..], &[product.arg()?], &joined::args(joined)].concat();
     Ok(kernel(of.source, "gemm", grid, of.threads, args))
 }
 
-pub(super) fn lower_matmul(graph: &Graph, node: &Node, op: &Matmul, chip: Chip) -> Lowered {
+pub(super) fn lower_matmul(graph: &Graph, node: &Node, op: &Matmul, joined: Option<&Joined>, chip: Chip) -> Lowered {
     let [a, b] = shapes(graph, node);
     let out = &graph.ty(node.results[0]).shape;
     let (bias, wide_bias) = bias(graph, node, 2)?;
@@ -150,7 +179,7 @@ pub(super) fn lower_matmul(graph: &Graph, node: &Node, op: &Matmul, chip: Chip) 
     let operands = Operands { a: Arg::Operand(0), b: Arg::Operand(1), offsets: Arg::Null, bias: bias.clone() };
     let dtypes = [0, 1].map(|i| dtype(graph, node, i));
     if let Some(side) = few(batch, m, n, k) {
-        return few_rows::launch(chip, dtypes, &product, side, batch, None, operands);
+        return few_rows::launch(chip, dtypes, &product, side, batch, None, operands, joined);
     }
     if batch == 1 {
         for lowered in [narrow::launch, short::launch] {
@@ -163,13 +192,14 @@ pub(super) fn lower_matmul(graph: &Graph, node: &Node, op: &Matmul, chip: Chip) 
         return split::launch(dtypes, &product, batch, &operands);
     }
     if batch == 1 {
-        let launch = hopper::launch(chip, dtype(graph, node, 0), &product, Segments::None, &operands)?;
+        let launch = hopper::launch(chip, dtype(graph, node, 0), &product, Segments::None, &operands, joined)?;
         if let Some(launch) = launch {
             return Ok(launch);
         }
     }
-    let args = [Arg::Operand(0), Arg::Operand(1), bias, Arg::Null, Arg::Null, Arg::Result(0)];
-    Ok(Launch::of(vec![gemm(dtype(graph, node, 0), &product, batch, args)?]))
+    let args = [Arg::Operand(0), Arg::Operand(1), bias, Arg::Null, Arg::Null, joined::out(joined)];
+    let action = gemm(dtype(graph, node, 0), &product, batch, args, joined)?;
+    Ok(joined::with(joined, Launch::of(vec![action])).because(why(batch, m, n)))
 }
 
 /// E, if the kernels can count it.
@@ -178,7 +208,13 @@ fn experts(offsets: &Shape) -> Result<usize, String> {
     if experts > MOST_EXPERTS { Err(format!("at most {MOST_EXPERTS} experts, not {experts}")) } else { Ok(experts) }
 }
 
-pub(super) fn lower_expert_matmul(graph: &Graph, node: &Node, op: &ExpertMatmul, chip: Chip) -> Lowered {
+pub(super) fn lower_expert_matmul(
+    graph: &Graph,
+    node: &Node,
+    op: &ExpertMatmul,
+    joined: Option<&Joined>,
+    chip: Chip,
+) -> Lowered {
     let [rows, w, offsets] = shapes(graph, node);
     let (bias, wide_bias) = bias(graph, node, 3)?;
     let experts = experts(&offsets)?;
@@ -197,19 +233,22 @@ pub(super) fn lower_expert_matmul(graph: &Graph, node: &Node, op: &ExpertMatmul,
     // The columns of experts are never the short side: their rows may be many.
     let operands = Operands { a: Arg::Operand(0), b: Arg::Operand(1), offsets: Arg::Operand(2), bias: bias.clone() };
     if few(1, m, usize::MAX, k) == Some(Few::Rows) {
-        return few_rows::launch(chip, [dtype(graph, node, 0); 2], &product, Few::Rows, 1, Some(experts), operands);
+        let dtypes = [dtype(graph, node, 0); 2];
+        return few_rows::launch(chip, dtypes, &product, Few::Rows, 1, Some(experts), operands, joined);
     }
     let segments = Segments::Rows(experts);
-    let launch = hopper::launch(chip, dtype(graph, node, 0), &product, segments, &operands)?;
+    let launch = hopper::launch(chip, dtype(graph, node, 0), &product, segments, &operands, joined)?;
     if let Some(launch) = launch {
         return Ok(launch);
     }
     // As if the rows were dealt out evenly.
-    let of = products("gemm.cu", TEXT, dtype(graph, node, 0), tile(experts, m / experts.max(1), n))?;
+    let rows = m / experts.max(1);
+    let of = gemm_kernels(dtype(graph, node, 0), tile(experts, rows, n), joined)?;
     let tiles = if m == 0 { 0 } else { most_tiles(m, experts, of.tile) };
-    let operands = [Arg::Operand(0), Arg::Operand(1), Arg::Operand(2), bias, Arg::Result(0)];
-    let args = [&operands[..], &[Arg::I32(experts as i32), product.arg()?]].concat();
-    Ok(Launch::one(of.source, "gemm_m_grouped", [n.div_ceil(of.tile), tiles, 1], of.threads, args))
+    let operands = [Arg::Operand(0), Arg::Operand(1), Arg::Operand(2), bias, joined::out(joined)];
+    let args = [&operands[..], &[Arg::I32(experts as i32), product.arg()?], &joined::args(joined)].concat();
+    let launch = Launch::one(of.source, "gemm_m_grouped", [n.div_ceil(of.tile), tiles, 1], of.threads, args);
+    Ok(joined::with(joined, launch).because(why(experts, rows, n)))
 }
 
 pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node, chip: Chip) -> Lowered {
@@ -229,14 +268,14 @@ pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node, chip: Chip) 
     let experts = offsets[0] - 1;
     let operands = Operands { a: Arg::Operand(0), b: Arg::Operand(1), offsets: Arg::Operand(2), bias: Arg::Null };
     let segments = Segments::K(experts);
-    let launch = hopper::launch(chip, dtype(graph, node, 0), &product, segments, &operands)?;
+    let launch = hopper::launch(chip, dtype(graph, node, 0), &product, segments, &operands, None)?;
     if let Some(launch) = launch {
         return Ok(launch);
     }
-    let of = products("gemm.cu", TEXT, dtype(graph, node, 0), tile(experts, m, n))?;
+    let of = gemm_kernels(dtype(graph, node, 0), tile(experts, m, n), None)?;
     let args = vec![Arg::Operand(0), Arg::Operand(1), Arg::Operand(2), Arg::Result(0), product.arg()?];
     let grid = [n.div_ceil(of.tile), m.div_ceil(of.tile), experts];
-    Ok(Launch::one(of.source, "gemm_k_grouped", grid, of.threads, args))
+    Ok(Launch::one(of.source, "gemm_k_grouped", grid, of.threads, args).because(why(experts, m, n)))
 }
 
 /// The most tiles that `rows` rows in the segments of `experts` experts and an unused one can be cut into: each segment has at
@@ -254,14 +293,14 @@ pub(super) fn plain(
     [add, sum, c]: [&Arg; 3],
 ) -> Result<Action, String> {
     let end = if *add == Arg::Null && *sum == Arg::Null {
-        End::stored(product, &Arg::Null, c)
+        End::stored(product, &Arg::Null, c, None)
     } else {
         End::added([add, sum, c])
     };
     if let Some(action) = hopper::action(chip, ty, product, Segments::None, [a, b, &Arg::Null], end)? {
         return Ok(action);
     }
-    gemm(ty, product, 1, [a, b, &Arg::Null, add, sum, c].map(Arg::clone))
+    gemm(ty, product, 1, [a, b, &Arg::Null, add, sum, c].map(Arg::clone), None)
 }
 
 #[cfg(test)]

@@ -6,14 +6,17 @@ use moebius_ir::DType;
 
 use super::few_rows::{Chunks, Operands, finish};
 use super::gemm::{MOST_EXPERTS, Product};
+use super::joined::{self, Joined};
 use super::wgmma::instructions;
 use super::{float, int};
 use crate::cuda::chip::Chip;
 use crate::cuda::launch::{Action, Arg, Kernel, Launch, Scratch, TensorBox};
-use crate::cuda::source::{CLUSTER, HALVES, HOPPER, Source};
+use crate::cuda::source::{CLUSTER, FUNCTIONS, HALVES, HOPPER, Source, VECTORS};
 
 const PRODUCTS: &str = include_str!("../kernels/gemm_hopper.cuh");
 const STORED: &str = include_str!("../kernels/gemm_hopper.cu");
+const ADDED: &str = include_str!("../kernels/gemm_added_hopper.cu");
+const FINISH: &str = include_str!("../kernels/gemm_finish.cu");
 const CROSS_ENTROPY: &str = include_str!("../kernels/cross_entropy_hopper.cu");
 /// Columns of the tile of a block, and elements of k of a stage, as in the kernel.
 const COLUMNS: usize = 128;
@@ -112,11 +115,46 @@ impl Side {
 /// The most rows of a tile: with `groups` products of `rows` rows and `columns` columns each, the height whose rounds over the
 /// GPU take the least time.
 fn height(chip: Chip, groups: usize, rows: usize, columns: usize) -> usize {
-    let cost = |height: usize| {
-        let tiles = groups * rows.div_ceil(height) * columns.div_ceil(2 * COLUMNS) * 2;
-        tiles.div_ceil(chip.processors) * (height.min(rows) + OVERHEAD)
-    };
+    let cost = |height: usize| rounds(chip, groups, rows, columns, height) * (height.min(rows) + OVERHEAD);
     HEIGHTS.into_iter().min_by_key(|&height| cost(height)).unwrap_or(HEIGHTS[0])
+}
+
+/// How often each multiprocessor has a tile, if tiles are at most so high.
+fn rounds(chip: Chip, groups: usize, rows: usize, columns: usize, height: usize) -> usize {
+    (groups * rows.div_ceil(height) * columns.div_ceil(2 * COLUMNS) * 2).div_ceil(chip.processors)
+}
+
+/// The products of a kind that are cut into tiles by themselves, and the rows of each: as if slots were dealt out evenly.
+fn dealt(p: &Product, segments: Segments) -> (usize, usize) {
+    match segments {
+        Segments::None => (1, p.m),
+        Segments::Rows(experts) => (experts.max(1), p.m.div_ceil(experts.max(1))),
+        Segments::K(_) | Segments::Chunks(_) => (segments.experts(p.k), p.m),
+    }
+}
+
+/// The rule of [`height`] with its numbers, in words.
+fn why(chip: Chip, p: &Product, segments: Segments) -> String {
+    let (groups, rows) = dealt(p, segments);
+    let of = match segments {
+        Segments::None => "all".to_owned(),
+        Segments::Rows(experts) => format!("each of {experts} experts"),
+        Segments::K(experts) => format!("each of {experts} experts' weights"),
+        Segments::Chunks(length) => {
+            format!("each of {groups} chunks of {length} of k, as most tiles would wait for few")
+        }
+    };
+    let cost = |height: usize| {
+        let rounds = rounds(chip, groups, rows, p.n, height);
+        let one = height.min(rows) + OVERHEAD;
+        format!("{height} high {rounds} x {one} = {}", rounds * one)
+    };
+    format!(
+        "tiles up to {} x {COLUMNS} x {DEPTH}: {rows} rows of {of}, {} SMs; rounds x (rows + {OVERHEAD}): {}",
+        height(chip, groups, rows, p.n),
+        chip.processors,
+        HEIGHTS.map(cost).join(", ")
+    )
 }
 
 /// The length of the chunks that k of a product is best cut into, if it is faster so: where there are few tiles and k is long, most of the
@@ -135,43 +173,58 @@ fn chunk(chip: Chip, rows: usize, columns: usize, k: usize) -> Option<usize> {
 }
 
 /// What becomes of the sums: a kernel of a file, and its parameters behind those of the product.
-pub(super) struct End {
+pub(super) struct End<'a> {
     file: &'static str,
     text: &'static str,
     name: &'static str,
     args: Vec<Arg>,
+    joined: Option<&'a Joined>,
 }
 
-impl End {
-    /// Rows of `out`, with a bias or none.
-    pub(super) fn stored(p: &Product, bias: &Arg, out: &Arg) -> End {
-        let args = vec![bias.clone(), Arg::I32(i32::from(p.wide_bias)), out.clone()];
-        End { file: "gemm_hopper.cu", text: STORED, name: "gemm_hopper", args }
+impl<'a> End<'a> {
+    /// Rows of `out`, with a bias or none, and the work of a chain or none.
+    pub(super) fn stored(p: &Product, bias: &Arg, out: &Arg, joined: Option<&'a Joined>) -> End<'a> {
+        let mut args = vec![bias.clone(), Arg::I32(i32::from(p.wide_bias)), out.clone()];
+        args.extend(joined::args(joined));
+        End { file: "gemm_hopper.cu", text: STORED, name: "gemm_hopper", args, joined }
     }
 
     /// Added to `add` if that is not null, and rows of f32 in `sum` if that is not null, else of `out`.
-    pub(super) fn added(args: [&Arg; 3]) -> End {
-        End { file: "gemm_hopper.cu", text: STORED, name: "gemm_added_hopper", args: args.map(Arg::clone).to_vec() }
+    pub(super) fn added(args: [&Arg; 3]) -> End<'a> {
+        let args = args.map(Arg::clone).to_vec();
+        End { file: "gemm_added_hopper.cu", text: ADDED, name: "gemm_added_hopper", args, joined: None }
     }
 
     /// The largest logit and the sum of exponentials of every 64 classes, as `cross_entropy_tiles`.
-    pub(super) fn cross_entropy_tiles(args: Vec<Arg>) -> End {
-        End { file: "cross_entropy_hopper.cu", text: CROSS_ENTROPY, name: "cross_entropy_tiles_hopper", args }
+    pub(super) fn cross_entropy_tiles(args: Vec<Arg>) -> End<'a> {
+        End {
+            file: "cross_entropy_hopper.cu",
+            text: CROSS_ENTROPY,
+            name: "cross_entropy_tiles_hopper",
+            args,
+            joined: None,
+        }
     }
 
     /// The gradient of the logits, as `cross_entropy_grad`.
-    pub(super) fn cross_entropy_grad(args: Vec<Arg>) -> End {
-        End { file: "cross_entropy_hopper.cu", text: CROSS_ENTROPY, name: "cross_entropy_grad_hopper", args }
+    pub(super) fn cross_entropy_grad(args: Vec<Arg>) -> End<'a> {
+        End {
+            file: "cross_entropy_hopper.cu",
+            text: CROSS_ENTROPY,
+            name: "cross_entropy_grad_hopper",
+            args,
+            joined: None,
+        }
     }
 }
 
 /// The kernel's text for a kind of product.
-fn source(dtype: DType, x_along_k: bool, w_along_k: bool, k_grouped: bool, end: &End) -> Result<Source, String> {
+fn source(dtype: DType, x_along_k: bool, w_along_k: bool, k_grouped: bool, end: &End<'_>) -> Result<Source, String> {
     let step = if x_along_k { 16 } else { 64 };
     let rows: Vec<usize> = (1..=HEIGHTS[0] / step).map(|i| i * step).collect();
     let wgmma = instructions(dtype, &rows, x_along_k, w_along_k)?;
     let text = format!("{wgmma}\n#line 1 \"gemm_hopper.cuh\"\n{PRODUCTS}\n#line 1 \"{}\"\n{}", end.file, end.text);
-    let source = Source::generated(end.file, &[HALVES, CLUSTER, HOPPER], text)
+    let source = joined::source(end.joined, end.file, &[FUNCTIONS, VECTORS, HALVES, CLUSTER, HOPPER], &text)
         .define("T", float(dtype)?)
         .define("SHARED", SHARED);
     let flag = |source: Source, name, on: bool| source.define(name, u8::from(on));
@@ -189,7 +242,7 @@ pub(super) fn action(
     p: &Product,
     segments: Segments,
     [a, b, offsets]: [&Arg; 3],
-    end: End,
+    end: End<'_>,
 ) -> Result<Option<Action>, String> {
     let experts = segments.experts(p.k);
     let along = |line: usize, other: usize| if line == 1 { (true, other) } else { (false, line) };
@@ -203,12 +256,7 @@ pub(super) fn action(
     if !(chip.hopper && half && large && p.n.is_multiple_of(ALIGNED) && x.aligned() && w.aligned()) {
         return Ok(None);
     }
-    // As if the slots were dealt out evenly.
-    let (groups, rows) = match segments {
-        Segments::None => (1, p.m),
-        Segments::Rows(experts) => (experts.max(1), p.m.div_ceil(experts.max(1))),
-        Segments::K(_) | Segments::Chunks(_) => (experts, p.m),
-    };
+    let (groups, rows) = dealt(p, segments);
     let most = height(chip, groups, rows, p.n);
     let mut sizes = Vec::with_capacity(24);
     for n in [p.m, p.n, p.k, experts, most, segments.chunk()] {
@@ -223,7 +271,8 @@ pub(super) fn action(
     Ok(Some(Action::Kernel(Kernel { source, name, grid, threads: THREADS, shared: SHARED, args })))
 }
 
-/// The launch of a product whose sums, with a bias or none, are the result, if it is one for these kernels.
+/// The launch of a product whose sums, with a bias or none, are the result, if it is one for these kernels; with the work of a chain
+/// whose elements can be taken together.
 ///
 /// # Errors
 /// As [`action`].
@@ -233,21 +282,28 @@ pub(super) fn launch(
     p: &Product,
     segments: Segments,
     of: &Operands,
+    joined: Option<&Joined>,
 ) -> Result<Option<Launch>, String> {
     let factors = [&of.a, &of.b, &of.offsets];
-    let whole = || action(chip, dtype, p, segments, factors, End::stored(p, &of.bias, &Arg::Result(0)));
+    let joined = joined.filter(|joined| joined.eights);
+    let whole = || action(chip, dtype, p, segments, factors, End::stored(p, &of.bias, &joined::out(joined), joined));
     let length = if segments == Segments::None && of.bias == Arg::Null { chunk(chip, p.m, p.n, p.k) } else { None };
-    let Some(length) = length else { return Ok(whole()?.map(|action| Launch::of(vec![action]))) };
+    let Some(length) = length else {
+        let launch = whole()?.map(|action| joined::with(joined, Launch::of(vec![action])));
+        return Ok(launch.map(|launch| launch.because(why(chip, p, segments))));
+    };
     let (total, chunks) = (p.m * p.n, p.k.div_ceil(length));
     let mut scratch = Scratch::default();
     let partial = scratch.take(4 * chunks * total);
     let end = End::added([&Arg::Null, &partial, &Arg::Null]);
     let Some(products) = action(chip, dtype, p, Segments::Chunks(length), factors, end)? else { return Ok(None) };
-    let Action::Kernel(Kernel { source, .. }) = &products else { unreachable!("products are a kernel") };
     let chunks = Chunks { count: chunks, length };
+    let source =
+        joined::source(joined, "gemm_finish.cu", &[FUNCTIONS, VECTORS, HALVES], FINISH).define("T", float(dtype)?);
     // Four elements for each thread.
-    let finish = finish(source.clone(), "gemm_finish", FINISH_THREADS, 4, (partial, total), &chunks)?;
-    Ok(Some(Launch::of(vec![products, finish]).with_scratch(scratch.bytes())))
+    let finish = finish(source, "gemm_finish", FINISH_THREADS, 4, (partial, total), &chunks, joined)?;
+    let launch = Launch::of(vec![products, finish]).with_scratch(scratch.bytes());
+    Ok(Some(joined::with(joined, launch).because(why(chip, p, Segments::Chunks(length)))))
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ mod embedding;
 mod few_rows;
 mod gemm;
 mod hopper;
+mod joined;
 mod movement;
 mod narrow;
 mod norm;
@@ -23,7 +24,7 @@ mod wgmma;
 use moebius_ir::{DType, Graph, Node, NodeId, Op};
 
 use super::chip::Chip;
-use super::launch::Launch;
+use super::launch::{Launch, OfChain};
 use super::source::{Header, Source};
 use crate::lowering::shapes;
 
@@ -61,12 +62,19 @@ fn per_lane(dtype: DType, d: usize) -> usize {
     if d.is_multiple_of(whole) { whole } else { 1 }
 }
 
-/// The launch of a node on such a GPU.
+/// The chain that is to be joined onto a node on such a GPU: one that the node's kernels can do.
+pub(crate) fn joined(graph: &Graph, id: NodeId, chip: Chip) -> Option<NodeId> {
+    let does = |chain: &NodeId| lower(graph, id, Some(*chain), chip).is_ok_and(|l| l.of_chain != OfChain::Nothing);
+    crate::joined::joined(graph, id).filter(does)
+}
+
+/// The launch of a node on such a GPU, with the work of a chain that is joined onto it if its kernels can do that.
 ///
 /// # Errors
 /// What the backend wants instead.
-pub(crate) fn lower(graph: &Graph, id: NodeId, chip: Chip) -> Lowered {
+pub(crate) fn lower(graph: &Graph, id: NodeId, chain: Option<NodeId>, chip: Chip) -> Lowered {
     let node = graph.node(id);
+    let chain = chain.map(|chain| joined::Joined::new(graph, node, chain)).transpose()?.flatten();
     let launch = match &node.op {
         // Nothing to run: these are places in memory, settled by the plan.
         Op::Input(_) | Op::Constant(_) | Op::Reshape(_) | Op::After(_) => Ok(Launch::default()),
@@ -89,7 +97,7 @@ pub(crate) fn lower(graph: &Graph, id: NodeId, chip: Chip) -> Lowered {
         Op::RmsNorm(op) => norm::lower_rms_norm(graph, node, op.eps),
         Op::RmsNormGrad(_) => norm::lower_rms_norm_grad(graph, node),
 
-        Op::Matmul(op) => gemm::lower_matmul(graph, node, op, chip),
+        Op::Matmul(op) => gemm::lower_matmul(graph, node, op, chain.as_ref(), chip),
         Op::Attention(op) => attention::lower_attention(graph, node, op, chip),
         Op::AttentionGrad(op) => attention::lower_attention_grad(graph, node, op, chip),
         Op::AttentionCached(op) => attention::lower_attention_cached(graph, node, op, chip),
@@ -111,7 +119,7 @@ pub(crate) fn lower(graph: &Graph, id: NodeId, chip: Chip) -> Lowered {
         Op::Combine(op) => sparse::lower_combine(graph, node, *op),
         Op::GateGrad(_) => sparse::lower_gate_grad(graph, node),
         Op::SegmentSum(_) => sparse::lower_segment_sum(graph, node),
-        Op::ExpertMatmul(op) => gemm::lower_expert_matmul(graph, node, op, chip),
+        Op::ExpertMatmul(op) => gemm::lower_expert_matmul(graph, node, op, chain.as_ref(), chip),
         Op::ExpertMatmulWgrad(_) => gemm::lower_expert_matmul_wgrad(graph, node, chip),
 
         Op::GlobalNorm(_) => optimizer::lower_global_norm(graph, node),

@@ -84,7 +84,11 @@ pub(super) fn launch(dtypes: [DType; 2], p: &Product, operands: &Operands) -> Re
     let args = vec![x, w, operands.bias.clone(), partial.clone(), Arg::Result(0), Arg::Bytes(bytes)];
     let mut actions = vec![kernel(source.clone(), "narrow", [tiles[0], tiles[1], chunks.count], THREADS as u32, args)];
     if chunks.count > 1 {
-        actions.push(finish(source, "parts_finish", THREADS, 1, (partial, total), &chunks)?);
+        actions.push(finish(source, "parts_finish", THREADS, 1, (partial, total), &chunks, None)?);
     }
-    Ok(Some(Launch::of(actions).with_scratch(scratch.bytes())))
+    let why = format!(
+        "tiles {ROWS} x {narrow} x {DEPTH}: bf16 and f32 with at most {MOST_COLUMNS} columns ({columns}); {all} tiles, k in {} chunks",
+        chunks.count
+    );
+    Ok(Some(Launch::of(actions).with_scratch(scratch.bytes()).because(why)))
 }

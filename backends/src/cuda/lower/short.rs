@@ -41,5 +41,6 @@ pub(super) fn launch(dtypes: [DType; 2], p: &Product, operands: &Operands) -> Re
     let source = Source::new("short.cu", &[VECTORS, HALVES, MMA, PARTS], TEXT).define("SHORT", short);
     let args = [&operands.a, &operands.b, &operands.bias, &Arg::Result(0)].map(Arg::clone);
     let args = [&args[..], &[Arg::Bytes(bytes)]].concat();
-    Ok(Some(Launch::one(source, "short_k", [tiles, shares, 1], THREADS as u32, args)))
+    let why = format!("tiles {ROWS} x {COLUMNS} x {short}: f32, k of {} is at most {}, {} rows", p.k, SHORT[1], p.m);
+    Ok(Some(Launch::one(source, "short_k", [tiles, shares, 1], THREADS as u32, args).because(why)))
 }

@@ -64,7 +64,12 @@ pub(super) fn launch(
     let mut actions =
         vec![kernel(source.clone(), "split", [rows, columns, chunks.count * batch], THREADS as u32, args)];
     if chunks.count > 1 {
-        actions.push(finish(source, "parts_finish", THREADS, 1, (partial, total), &chunks)?);
+        actions.push(finish(source, "parts_finish", THREADS, 1, (partial, total), &chunks, None)?);
     }
-    Ok(Launch::of(actions).with_scratch(scratch.bytes()))
+    let why = format!(
+        "tiles {TILE} x {TILE} x {DEPTH}: a factor of f32, in parts of 16 bits; {} tiles of {ENOUGH_BLOCKS} wanted, k in {} chunks",
+        rows * columns * batch,
+        chunks.count
+    );
+    Ok(Launch::of(actions).with_scratch(scratch.bytes()).because(why))
 }

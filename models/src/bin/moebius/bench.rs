@@ -30,6 +30,9 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
         config.set(setting)?;
     }
     config.validate()?;
+    if args.explain {
+        return layer::explain(args);
+    }
     let engine = Engine::open(&args.device)?;
     let mut result = match args.what {
         BenchKind::Step => step(args, &config, &engine)?,

@@ -322,6 +322,9 @@ pub(crate) struct BenchArgs {
     #[arg(long, value_name = "CASE", default_value = "small",
         value_parser = ["A", "A2", "B", "C", "D", "E1", "E8", "E64", "E256", "small"])]
     pub(crate) case: String,
+    /// Of `layer`, print instead by which rule each product gets its kernel and tiles: for `cuda` alone, for an H100 where there is no GPU
+    #[arg(long)]
+    pub(crate) explain: bool,
     /// How the tokens of `layer` spread over its experts
     #[arg(long, value_enum, default_value = "uniform")]
     pub(crate) routing: Routing,

@@ -9,7 +9,7 @@ use moebius::{Engine, Program, Session};
 use moebius_models::timed::median;
 use serde_json::{Value as Json, json};
 
-use crate::cli::{BenchArgs, Routing};
+use crate::cli::{BenchArgs, BenchKind, Routing};
 use crate::failure::Failure;
 use crate::text;
 
@@ -220,9 +220,39 @@ fn limits(engine: &Engine, dtype: DType) -> Result<(f64, f64), Failure> {
     Ok((flops, bytes))
 }
 
+/// The case of the command line, which takes these names alone.
+fn case_of(args: &BenchArgs) -> &'static Case {
+    CASES.iter().find(|c| c.name == args.case).unwrap_or(&CASES[CASES.len() - 1])
+}
+
+/// Prints by which rule each product of the layer gets its kernel.
+pub(crate) fn explain(args: &BenchArgs) -> Result<(), Failure> {
+    if args.what != BenchKind::Layer {
+        return Err(Failure::Usage("--explain explains a layer: moebius bench layer --explain --device cuda".into()));
+    }
+    let case = case_of(args);
+    // Decoding has no gradients.
+    let passes = if case.name.starts_with('E') { &[false][..] } else { &[false, true] };
+    let mut explained = Vec::with_capacity(passes.len());
+    for &backward in passes {
+        let (of, lines) = Engine::explain(&args.device, &layer(case, DType::Bf16, backward)?)?;
+        explained.push((of, if backward { "forward and backward" } else { "forward" }, lines));
+    }
+    if args.json {
+        let object =
+            |(of, what, lines): &(String, &str, Vec<String>)| json!({"of": of, "what": what, "products": lines});
+        println!("{}", Json::from(explained.iter().map(object).collect::<Vec<_>>()));
+        return Ok(());
+    }
+    for (of, what, lines) in explained {
+        println!("layer {}, {what}, on {of}; rows x columns x elements of k:", case.name);
+        lines.iter().for_each(|line| println!("  {line}"));
+    }
+    Ok(())
+}
+
 pub(crate) fn measure(args: &BenchArgs, engine: &Engine) -> Result<Json, Failure> {
-    // The command line takes these names alone.
-    let case = CASES.iter().find(|c| c.name == args.case).unwrap_or(&CASES[CASES.len() - 1]);
+    let case = case_of(args);
     let dtype = if engine.name() == "cpu" { DType::F32 } else { DType::Bf16 };
     let (flop_rate, byte_rate) = limits(engine, dtype)?;
     let mut session = engine.session();
