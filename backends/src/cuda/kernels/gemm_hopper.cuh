@@ -6,7 +6,8 @@
 // warpgroups compute, each 64 columns.
 //
 // Defined for each variant: T; SHARED, bytes of shared memory; X_ALONG_K and W_ALONG_K, whether the rows of x (columns of w) lie
-// together in memory along k; K_GROUPED, whether segments cut k or the rows.
+// together in memory along k; K_GROUPED, whether segments cut k or the rows;
+// K_CHUNKS, whether those of k are chunks, of which all but the last end with a block.
 
 #define COLUMNS 128
 #define ROWS 256
@@ -200,7 +201,7 @@ __device__ __forceinline__ void compute(Room& room, const Sizes& s, const Tile t
         for (int i = 0; i < N / 2; i++) sum[i] = 0.0f;
     }
     // The end of a segment of k is not the end of the tensor: what lies behind it is another expert's.
-    int whole = K_GROUPED && s.experts > 0 && s.chunk == 0 ? t.k / DEPTH : blocks;
+    int whole = K_GROUPED && !K_CHUNKS && s.experts > 0 ? t.k / DEPTH : blocks;
     for (int b = 0; b < whole; b++) {
         Stage& stage = room.stages[turn.stage];
         barrier_wait(&room.full[turn.stage], turn.parity);

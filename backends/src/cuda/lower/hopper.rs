@@ -219,7 +219,7 @@ impl<'a> End<'a> {
 }
 
 /// The kernel's text for a kind of product.
-fn source(dtype: DType, x_along_k: bool, w_along_k: bool, k_grouped: bool, end: &End<'_>) -> Result<Source, String> {
+fn source(dtype: DType, x_along_k: bool, w_along_k: bool, segments: Segments, end: &End<'_>) -> Result<Source, String> {
     let step = if x_along_k { 16 } else { 64 };
     let rows: Vec<usize> = (1..=HEIGHTS[0] / step).map(|i| i * step).collect();
     let wgmma = instructions(dtype, &rows, x_along_k, w_along_k)?;
@@ -228,7 +228,9 @@ fn source(dtype: DType, x_along_k: bool, w_along_k: bool, k_grouped: bool, end: 
         .define("T", float(dtype)?)
         .define("SHARED", SHARED);
     let flag = |source: Source, name, on: bool| source.define(name, u8::from(on));
-    Ok(flag(flag(flag(source, "X_ALONG_K", x_along_k), "W_ALONG_K", w_along_k), "K_GROUPED", k_grouped))
+    let chunks = matches!(segments, Segments::Chunks(_));
+    let source = flag(flag(source, "X_ALONG_K", x_along_k), "W_ALONG_K", w_along_k);
+    Ok(flag(flag(source, "K_GROUPED", chunks || matches!(segments, Segments::K(_))), "K_CHUNKS", chunks))
 }
 
 /// The launch of a product with an end, if it is one for these kernels: `a` and `b` are its operands, `offsets` those of the
@@ -250,7 +252,6 @@ pub(super) fn action(
     let x = Side { along_k: x_along_k, pitch: x_pitch, rows: p.m, k: p.k, count: 1, apart: p.m * p.k };
     let weights = if let Segments::Rows(experts) = segments { experts } else { 1 };
     let w = Side { along_k: w_along_k, pitch: w_pitch, rows: p.n, k: p.k, count: weights, apart: p.n * p.k };
-    let k_grouped = matches!(segments, Segments::K(_) | Segments::Chunks(_));
     let half = matches!(dtype, DType::Bf16 | DType::F16);
     let large = p.m > 0 && p.k > 0 && p.n >= LEAST_COLUMNS && experts <= MOST_EXPERTS;
     if !(chip.hopper && half && large && p.n.is_multiple_of(ALIGNED) && x.aligned() && w.aligned()) {
@@ -264,7 +265,7 @@ pub(super) fn action(
     }
     let (x, w) = (x.boxed(a.clone(), dtype, 32), w.boxed(b.clone(), dtype, COLUMNS));
     let mut args = vec![x, w, offsets.clone(), Arg::Bytes(sizes)];
-    let (source, name) = (source(dtype, x_along_k, w_along_k, k_grouped, &end)?, end.name);
+    let (source, name) = (source(dtype, x_along_k, w_along_k, segments, &end)?, end.name);
     args.extend(end.args);
     // Pairs of blocks, one block on each multiprocessor.
     let grid = [chip.processors / 2 * 2, 1, 1];
