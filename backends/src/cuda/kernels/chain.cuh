@@ -10,7 +10,6 @@
 struct Chain {
     template <int COUNT> struct Loaded {};
     template <int COUNT> __device__ __forceinline__ Loaded<COUNT> load(i64) const { return {}; }
-    template <typename Act> __device__ __forceinline__ void each_flat(i64, Act) const {}
 };
 #endif
 

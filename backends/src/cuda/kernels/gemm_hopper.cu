@@ -29,5 +29,5 @@ struct Stored {
 
 HOPPER_KERNEL gemm_hopper(PRODUCT, const void* bias, int wide_bias, T* out CHAIN_PARAMETERS) {
     begin();
-    products(x_map, w_map, offsets, s, Stored{bias, wide_bias, out, CHAIN}, CHAIN);
+    products(x_map, w_map, offsets, s, Stored{bias, wide_bias, out, CHAIN});
 }

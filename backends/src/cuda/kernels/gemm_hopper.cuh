@@ -100,15 +100,10 @@ __device__ __forceinline__ Tile find(const Room& room, const Sizes& s, int at, u
 /// Elements of a piece that a thread stores: eight of a row, so many times.
 #define EIGHTS (PIECE / 16)
 
-/// What the chain reads beside the product for a thread's elements of a piece.
-struct Beside { Chain::Loaded<8> eights[EIGHTS]; };
-
 /// Where the pipeline is.
 struct Turn : Round<STAGES> {
     /// Which of its two pieces of memory a warpgroup stores through next.
     int piece = 0;
-    /// For the first piece of the tile: it is on its way before the sums are there.
-    Beside first;
 };
 
 #define X_STEP (X_ALONG_K ? ALONG_K : ACROSS_K)
@@ -136,19 +131,6 @@ struct Eight {
     }
 };
 
-/// What the chain reads for the piece that begins at row n0, on its way; where the piece is not in the result, what it reads for the first
-/// elements of all: what is read on one way only keeps its registers on the other one too, up to the tile before.
-__device__ __forceinline__ Beside load_beside(const Chain& chain, const Sizes& s, const Tile& t, int n0) {
-    Place place;
-    Beside beside;
-#pragma unroll
-    for (int i = 0; i < EIGHTS; i++) {
-        Eight e(place, t, i);
-        beside.eights[i] = chain.load<8>(e.is_in(s, t, n0) ? e.at(s, t, n0) : 0);
-    }
-    return beside;
-}
-
 /// Pieces of a tile whose stores are written out one after another: all, but for a chain, whose text is long, one.
 #if JOINED
 #define PIECES_AT_ONCE(N) 1
@@ -156,16 +138,15 @@ __device__ __forceinline__ Beside load_beside(const Chain& chain, const Sizes& s
 #define PIECES_AT_ONCE(N) ((N) / PIECE + 1)
 #endif
 
-/// Stores `sum` as rows of `out`, which has s.columns columns, or does the chain's work on it.
+/// Stores `sum` as rows of `out`, which has s.columns columns, or does the chain's work on it, which reads nothing else: operands of the
+/// size of the product would have to come while nobody multiplies (measured: docs/benchmarks).
 template <int N>
 __device__ __forceinline__ void store(Room& room, const Sizes& s, const Tile& t, Turn& turn, const float (&sum)[N / 2], T* out,
                                       const Chain& chain = Chain()) {
     Place place;
     int group = place.group, lane = place.lane;
-    Beside beside = turn.first;
 #pragma unroll PIECES_AT_ONCE(N)
     for (int n0 = 0; n0 < N; n0 += PIECE) {
-        Beside next = load_beside(chain, s, t, n0 + PIECE);
         // The other piece was read before the barrier that follows.
         uint4* piece = room.pieces[group][turn.piece ^= 1];
         // Registers are known when it is compiled, where the loop around has one text for all pieces too.
@@ -184,14 +165,14 @@ __device__ __forceinline__ void store(Room& room, const Sizes& s, const Tile& t,
             if (!e.is_in(s, t, n0)) continue;
             Vector<T, 8> v;
             v.fours[0] = piece[e.row * 8 + (e.part ^ e.row % 8)];
-            put<8>(out, e.at(s, t, n0), v, chain, beside.eights[i]);
+            i64 at = e.at(s, t, n0);
+            put<8>(out, at, v, chain, chain.load<8>(at));
         }
-        beside = next;
     }
 }
 
 template <int N, typename End>
-__device__ __forceinline__ void compute(Room& room, const Sizes& s, const Tile t, Turn& turn, const End& end, const Chain& chain) {
+__device__ __forceinline__ void compute(Room& room, const Sizes& s, const Tile t, Turn& turn, const End& end) {
     Place place;
     int thread = place.thread, group = place.group, lane = place.lane;
     float sum[N / 2];
@@ -214,7 +195,6 @@ __device__ __forceinline__ void compute(Room& room, const Sizes& s, const Tile t
         if (b > 0 && lane < 2) arrive_at(&room.empty[(turn.stage + STAGES - 1) % STAGES], lane);
         turn.next();
     }
-    turn.first = load_beside(chain, s, t, 0);
     if (whole < blocks) {
         Stage& stage = room.stages[turn.stage];
         int there = t.k - whole * DEPTH, steps = ceil_div(there, 16);
@@ -258,19 +238,10 @@ static_assert(sizeof(Room) + 1024 <= SHARED, "the memory that is asked for");
 #define HOPPER_KERNEL extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)
 #define PRODUCT const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, const int *offsets, Sizes s
 
-/// Starts to bring so many elements nearer, a multiple of eight.
-struct Nearer {
-    int count;
-    template <typename Element> __device__ __forceinline__ void operator()(const Element* from) const {
-        // Eight bytes are not enough for a copy.
-        if (sizeof(Element) > 1) prefetch(from, count * sizeof(Element));
-    }
-};
-
-/// All tiles of this block. What the chain reads is brought near while a tile is computed.
+/// All tiles of this block.
 template <typename End>
 __device__ __forceinline__ void products(const TensorMap& x_map, const TensorMap& w_map, const int* offsets, const Sizes& s,
-                                         const End& end, const Chain& chain = Chain()) {
+                                         const End& end) {
     extern __shared__ u8 shared[];
     Room& room = *(Room*)(((u64)shared + 1023) / 1024 * 1024);
     u32 rank = rank_in_cluster();
@@ -322,8 +293,6 @@ __device__ __forceinline__ void products(const TensorMap& x_map, const TensorMap
                 if (at >= all) break;
                 int boxes = ceil_div(ceil_div(t.rows, STEP) * STEP, X_BOX);
                 u32 bytes = COLUMNS * DEPTH * 2 + boxes * X_BOX * DEPTH * 2;
-                // Rows of the tile for each block of k, and elements of one.
-                int share = ceil_div(t.rows, ceil_div(max(t.k, 1), DEPTH)), count = min(COLUMNS, s.columns - t.column0);
                 for (int k = 0; k < t.k; k += DEPTH) {
                     Stage& stage = room.stages[turn.stage];
                     u64* full = &room.full[turn.stage];
@@ -340,8 +309,6 @@ __device__ __forceinline__ void products(const TensorMap& x_map, const TensorMap
                         int row = t.row0 + i * X_BOX;
                         load_box_to(3, stage.x + i * X_BOX * DEPTH, &x_map, X_ALONG_K ? k0 : row, X_ALONG_K ? row : k0, 0, full);
                     }
-                    for (int row = k / DEPTH * share; row < min((k / DEPTH + 1) * share, t.rows) && count > 0; row++)
-                        chain.each_flat((i64)(t.row0 + row) * s.columns + t.column0, Nearer{count});
                     turn.next();
                 }
             }
@@ -357,7 +324,7 @@ __device__ __forceinline__ void products(const TensorMap& x_map, const TensorMap
             slot.next();
             if (t.rows == 0) break;
             switch (ceil_div(t.rows, STEP) * STEP) {
-#define CASE(N) case N: compute<N>(room, s, t, turn, end, chain); break;
+#define CASE(N) case N: compute<N>(room, s, t, turn, end); break;
                 CASE(64) CASE(128) CASE(192) CASE(256)
 #if X_ALONG_K
                 CASE(16) CASE(32) CASE(48) CASE(80) CASE(96) CASE(112) CASE(144) CASE(160) CASE(176) CASE(208) CASE(224) CASE(240)

@@ -44,11 +44,6 @@ __device__ __forceinline__ void load_box_to(u16 blocks, void* to, const TensorMa
                  : "memory");
 }
 
-/// Starts to bring so many bytes into the second-level cache; both are multiples of 16.
-__device__ __forceinline__ void prefetch(const void* from, u32 bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
-
 /// Gives registers of this warpgroup back, or takes more: a block's all together stay what they were at its start.
 template <int COUNT> __device__ __forceinline__ void fewer_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));

@@ -273,7 +273,7 @@ pub(super) fn action(
 }
 
 /// The launch of a product whose sums, with a bias or none, are the result, if it is one for these kernels; with the work of a chain
-/// whose elements can be taken together.
+/// whose elements can be taken together, and which reads nothing else unless the chunks' sums are added up by a kernel of their own.
 ///
 /// # Errors
 /// As [`action`].
@@ -287,10 +287,11 @@ pub(super) fn launch(
 ) -> Result<Option<Launch>, String> {
     let factors = [&of.a, &of.b, &of.offsets];
     let joined = joined.filter(|joined| joined.eights);
-    let whole = || action(chip, dtype, p, segments, factors, End::stored(p, &of.bias, &joined::out(joined), joined));
     let length = if segments == Segments::None && of.bias == Arg::Null { chunk(chip, p.m, p.n, p.k) } else { None };
     let Some(length) = length else {
-        let launch = whole()?.map(|action| joined::with(joined, Launch::of(vec![action])));
+        let joined = joined.filter(|joined| joined.alone);
+        let whole = action(chip, dtype, p, segments, factors, End::stored(p, &of.bias, &joined::out(joined), joined));
+        let launch = whole?.map(|action| joined::with(joined, Launch::of(vec![action])));
         return Ok(launch.map(|launch| launch.because(why(chip, p, segments))));
     };
     let (total, chunks) = (p.m * p.n, p.k.div_ceil(length));

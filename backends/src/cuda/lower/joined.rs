@@ -23,6 +23,8 @@ pub(super) struct Joined {
     kept: bool,
     /// Whether eight elements of a row, from a multiple of eight on, may be taken together.
     pub(super) eights: bool,
+    /// Whether it reads nothing but the product.
+    pub(super) alone: bool,
 }
 
 impl Joined {
@@ -39,7 +41,7 @@ impl Joined {
         // Places in `loaded` of the operands that are not the product, and those operands' number.
         let read = || loaded.iter().enumerate().filter(|(_, i)| base(graph, after.operands[**i]) != product);
         let (mut parameters, mut fields, mut values) = (String::new(), String::new(), Vec::new());
-        let (mut args, mut held, mut loads, mut flat) = (Vec::new(), String::new(), String::new(), String::new());
+        let (mut args, mut held, mut loads) = (Vec::new(), String::new(), String::new());
         for (at, &i) in read() {
             let (kind, index) = (stored(dtypes[i]), axes.index(at, "(i64)"));
             let _ = write!(parameters, ", const {kind}* p{i}");
@@ -52,9 +54,6 @@ impl Joined {
             } else {
                 let _ = writeln!(held, "        Vector<{kind}, COUNT> v{i};");
                 let _ = writeln!(loads, "        l.v{i} = load_vector<COUNT>(p{i} + {index});");
-            }
-            if axes.is_flat(at) && !axes.is_stretched(at) {
-                let _ = writeln!(flat, "        act(p{i} + i);");
             }
         }
         let statements = chain_of.statements(&Cpp, |at| {
@@ -78,7 +77,7 @@ impl Joined {
             let _ = writeln!(rounded, "            w{o}.at[j] = {value};");
             let _ = writeln!(stores, "        store_vector<COUNT>(o{o} + i, w{o});");
         }
-        let kept = is_kept(graph, product, chain);
+        let (kept, alone) = (is_kept(graph, product, chain), read().next().is_none());
         let coordinates = coordinates(&chain_of);
         let text = format!(
             "#define CHAIN_PARAMETERS {parameters}\n#define CHAIN Chain{{{values}}}\n#define KEPT {}\n\
@@ -87,8 +86,6 @@ impl Joined {
              \x20   /// What it reads beside the product.\n\
              \x20   template <int COUNT> __device__ __forceinline__ Loaded<COUNT> load(i64 i) const {{\n\
              \x20       Loaded<COUNT> l;\n{coordinates}{loads}        return l;\n    }}\n\
-             \x20   /// Does `act` with the address of each operand that lies in memory like the product.\n\
-             \x20   template <typename Act> __device__ __forceinline__ void each_flat(i64 i, Act act) const {{\n{flat}    }}\n\
              \x20   /// Its work.\n\
              \x20   template <int COUNT>\n\
              \x20   __device__ __forceinline__ void end(i64 i, const Loaded<COUNT>& l, const Vector<{own}, COUNT>& product) const {{\n\
@@ -96,7 +93,7 @@ impl Joined {
             u8::from(kept),
             values = values.join(", "),
         );
-        Ok(Some(Joined { text, args, kept, eights: axes.together(8) }))
+        Ok(Some(Joined { text, args, kept, eights: axes.together(8), alone }))
     }
 
     /// Where the product's own result goes: nowhere if nothing but the chain reads it.
