@@ -24,7 +24,7 @@ pub(super) const SMALL_TILE: usize = 32;
 /// Its threads: 16 x 16.
 pub(super) const THREADS: usize = 256;
 /// The most rows for which reading the other matrix is the work.
-const MOST_FEW: usize = 8;
+pub(super) const MOST_FEW: usize = 8;
 /// Workgroups that keep a large GPU busy, and the least elements of k of one: of plain tiles, of cooperative ones, of few rows.
 const ENOUGH: [usize; 3] = [528, 132, 64];
 const LEAST: [usize; 2] = [256, 512];

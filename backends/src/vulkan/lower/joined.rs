@@ -5,6 +5,7 @@ use std::fmt::Write;
 use moebius_ir::{DType, Graph, Node, NodeId, Op, Value};
 
 use super::elementwise::{PLACES, Wgsl, coordinates, register};
+use super::gemm::MOST_FEW;
 use crate::chain::Chain;
 use crate::joined::base;
 use crate::vulkan::launch::At;
@@ -36,11 +37,15 @@ impl<'a> Joined<'a> {
         // Other results share words.
         let floats = of.results().all(|(_, dtype)| dtype.is_float());
         let buffers = OF_PRODUCT + of.loaded.len() + op.outputs.len();
-        if !floats || buffers > limits.buffers {
+        let is_product: Vec<bool> = of.loaded.iter().map(|&i| base(graph, after.operands[i]) == product).collect();
+        // Large tiles have no time for what else a chain reads: nobody multiplies until it is there.
+        let (elements, shape) = (graph.ty(product).elements(), graph.shape(product));
+        let few = elements <= MOST_FEW * shape[shape.len() - 1];
+        if !floats || buffers > limits.buffers || !(few || is_product.iter().all(|&is| is)) {
             return None;
         }
         Some(Joined {
-            product: of.loaded.iter().map(|&i| base(graph, after.operands[i]) == product).collect(),
+            product: is_product,
             chain: of,
             before: [node.operands.len(), node.results.len()],
             dtype: graph.ty(product).dtype,
