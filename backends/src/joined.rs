@@ -44,3 +44,15 @@ pub(crate) fn base(graph: &Graph, mut value: Value) -> Value {
     }
     value
 }
+
+/// Whether anything but the chain needs the product: a node, an output or an update.
+#[cfg(any(feature = "cuda", feature = "vulkan"))]
+pub(crate) fn is_kept(graph: &Graph, product: Value, chain: NodeId) -> bool {
+    let is = |v: Value| base(graph, v) == product;
+    let reads = |(id, node): (NodeId, &moebius_ir::Node)| {
+        id != chain && !matches!(node.op, Op::Reshape(_)) && node.operands.iter().any(|&v| is(v))
+    };
+    graph.outputs().iter().any(|(_, v)| is(*v))
+        || graph.updates().iter().any(|u| is(u.new))
+        || graph.nodes_with_ids().any(reads)
+}

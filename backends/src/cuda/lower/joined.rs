@@ -2,14 +2,14 @@
 
 use std::fmt::Write;
 
-use moebius_ir::{Graph, Node, NodeId, Op, Value};
+use moebius_ir::{Graph, Node, NodeId, Op};
 
 use super::elementwise::{Cpp, coordinates, stored};
 use super::float;
 use crate::chain::Chain;
 use crate::cuda::launch::{Arg, Launch, OfChain};
 use crate::cuda::source::{Header, Source};
-use crate::joined::base;
+use crate::joined::{base, is_kept};
 
 const CHAIN: &str = include_str!("../kernels/chain.cuh");
 
@@ -129,15 +129,4 @@ pub(super) fn with(joined: Option<&Joined>, mut launch: Launch) -> Launch {
         Some(Joined { kept: false, .. }) => OfChain::Instead,
     };
     launch
-}
-
-/// Whether anything but the chain needs the product: a node, an output or an update.
-fn is_kept(graph: &Graph, product: Value, chain: NodeId) -> bool {
-    let is = |v: Value| base(graph, v) == product;
-    let reads = |(id, node): (NodeId, &Node)| {
-        id != chain && !matches!(node.op, Op::Reshape(_)) && node.operands.iter().any(|&v| is(v))
-    };
-    graph.outputs().iter().any(|(_, v)| is(*v))
-        || graph.updates().iter().any(|u| is(u.new))
-        || graph.nodes_with_ids().any(reads)
 }

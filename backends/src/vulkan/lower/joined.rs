@@ -2,12 +2,12 @@
 
 use std::fmt::Write;
 
-use moebius_ir::{DType, Graph, Node, NodeId, Op, Value};
+use moebius_ir::{DType, Graph, Node, NodeId, Op};
 
 use super::elementwise::{PLACES, Wgsl, coordinates, register};
 use super::gemm::MOST_FEW;
 use crate::chain::Chain;
-use crate::joined::base;
+use crate::joined::{base, is_kept};
 use crate::vulkan::launch::At;
 use crate::vulkan::limits::Limits;
 use crate::vulkan::shader::Shader;
@@ -180,15 +180,4 @@ pub(super) fn leaving(shader: Shader, (dtype, at): (DType, At), eights: bool, jo
         ),
         (None, false) => shader.declare("fn leave(i: u32, x: f32) { set_c(i, x); }\n"),
     }
-}
-
-/// Whether anything but the chain needs the product: a node, an output or an update.
-fn is_kept(graph: &Graph, product: Value, chain: NodeId) -> bool {
-    let is = |v: Value| base(graph, v) == product;
-    let reads = |(id, node): (NodeId, &Node)| {
-        id != chain && !matches!(node.op, Op::Reshape(_)) && node.operands.iter().any(|&v| is(v))
-    };
-    graph.outputs().iter().any(|(_, v)| is(*v))
-        || graph.updates().iter().any(|u| is(u.new))
-        || graph.nodes_with_ids().any(reads)
 }
