@@ -18,13 +18,13 @@ const EIGHT: usize = 8;
 const LEAST_THREADS: usize = 2048;
 
 /// Where the elements of an `Eight` are.
-pub(super) const PLACES: [&str; EIGHT] = ["even.x", "odd.x", "even.y", "odd.y", "even.z", "odd.z", "even.w", "odd.w"];
+const PLACES: [&str; EIGHT] = ["even.x", "odd.x", "even.y", "odd.y", "even.z", "odd.z", "even.w", "odd.w"];
 
 /// WGSL; bools are u32 in registers.
-pub(super) struct Wgsl;
+struct Wgsl;
 
 /// The type of a register.
-pub(super) fn register(dtype: DType) -> &'static str {
+fn register(dtype: DType) -> &'static str {
     match dtype {
         DType::F32 | DType::Bf16 | DType::F16 => "f32",
         DType::I32 => "i32",
@@ -107,8 +107,8 @@ fn by_eight(chain: &Chain<'_>) -> bool {
         && chain.results().all(|(_, dtype)| float(dtype))
 }
 
-/// The kernel whose threads have eight elements.
-fn lower_by_eight(chain: &Chain<'_>, limits: Limits) -> Lowered {
+/// `element(a0, a1, ..)`, which gives an element's results from what is loaded of it.
+pub(super) fn element(chain: &Chain<'_>) -> String {
     let results: Vec<(u32, DType)> = chain.results().collect();
     let fields: String = (0..results.len()).map(|o| format!("    o{o}: f32,\n")).collect();
     let given = chain.loaded.iter().enumerate().map(|(at, &l)| format!("a{at}: {}", register(chain.dtypes[l])));
@@ -117,6 +117,13 @@ fn lower_by_eight(chain: &Chain<'_>, limits: Limits) -> Lowered {
     body.push_str(&chain.statements(&Wgsl, |at| format!("a{at}")));
     let of_results: Vec<String> = results.iter().map(|(r, _)| format!("r{r}")).collect();
     let _ = writeln!(body, "    return Results({});\n}}", of_results.join(", "));
+    body
+}
+
+/// The kernel whose threads have eight elements.
+fn lower_by_eight(chain: &Chain<'_>, limits: Limits) -> Lowered {
+    let results: Vec<(u32, DType)> = chain.results().collect();
+    let mut body = element(chain);
     let _ = writeln!(
         body,
         "fn kernel(group: u32, thread: u32) {{\n    let i = (group * {THREADS}u + thread) * {EIGHT}u;\n    \

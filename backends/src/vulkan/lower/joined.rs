@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use moebius_ir::{DType, Graph, Node, NodeId, Op};
 
-use super::elementwise::{PLACES, Wgsl, coordinates, register};
+use super::elementwise::{coordinates, element};
 use super::gemm::MOST_FEW;
 use crate::chain::Chain;
 use crate::joined::{base, is_kept};
@@ -53,35 +53,14 @@ impl<'a> Joined<'a> {
         })
     }
 
-    /// Whether eight neighbours of a row may be taken together, as floats of 16 bytes.
+    /// Whether eight neighbours of a row may be taken together: only the product is read.
     fn by_eight(&self) -> bool {
-        let float = |at: usize| self.chain.axes.is_stretched(at) || self.chain.dtypes[self.chain.loaded[at]].is_float();
-        self.chain.axes.together(8) && (0..self.product.len()).all(float)
+        self.chain.axes.together(8) && self.others().next().is_none()
     }
 
-    /// The operands that are read beside the product: where among those loaded, and which.
-    fn others(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
-        self.chain.loaded.iter().enumerate().filter(|(at, _)| !self.product[*at]).map(|(at, &i)| (at, i))
-    }
-
-    /// `element(a0, a1, ..)`, which gives an element's results from what is loaded.
-    fn element(&self) -> String {
-        let chain = &self.chain;
-        let results: Vec<(u32, DType)> = chain.results().collect();
-        let fields: String = (0..results.len()).map(|o| format!("    o{o}: f32,\n")).collect();
-        let given = chain.loaded.iter().enumerate().map(|(at, &l)| format!("a{at}: {}", register(chain.dtypes[l])));
-        let given = given.collect::<Vec<_>>().join(", ");
-        let mut s = format!("struct Results {{\n{fields}}}\nfn element({given}) -> Results {{\n");
-        s.push_str(&chain.statements(&Wgsl, |at| format!("a{at}")));
-        let of_results: Vec<String> = results.iter().map(|(r, _)| format!("r{r}")).collect();
-        let _ = writeln!(s, "    return Results({});\n}}", of_results.join(", "));
-        s
-    }
-
-    /// The arguments of `element`: of the product and, for another operand, of its place among those loaded.
-    fn arguments(&self, product: &str, other: impl Fn(usize) -> String) -> String {
-        let of = |at: usize| if self.product[at] { product.to_owned() } else { other(at) };
-        (0..self.product.len()).map(of).collect::<Vec<_>>().join(", ")
+    /// The operands that are read beside the product.
+    fn others(&self) -> impl Iterator<Item = usize> + '_ {
+        self.chain.loaded.iter().zip(&self.product).filter(|(_, product)| !**product).map(|(&i, _)| i)
     }
 
     /// An expression as the product's dtype would keep it.
@@ -96,17 +75,19 @@ impl<'a> Joined<'a> {
     /// `leave`, for one element.
     fn one(&self, shader: Shader) -> Shader {
         let chain = &self.chain;
-        let mut s = self.element();
+        let mut s = element(chain);
         let _ = writeln!(s, "fn leave(i: u32, x: f32) {{\n    let v = {};\n    set_c(i, v);", self.rounded("x"));
         s.push_str(&coordinates(chain));
         let other = |at: usize| format!("get_p{}({})", chain.loaded[at], chain.axes.index(at, ""));
-        let _ = writeln!(s, "    let found = element({});", self.arguments("v", other));
+        let of = |at: usize| if self.product[at] { "v".to_owned() } else { other(at) };
+        let arguments = (0..self.product.len()).map(of).collect::<Vec<_>>().join(", ");
+        let _ = writeln!(s, "    let found = element({arguments});");
         for o in 0..chain.results().count() {
             let _ = writeln!(s, "    set_o{o}(i, found.o{o});");
         }
         s.push_str("}\n");
         let mut shader = shader.with("functions").declare(&s);
-        for (_, i) in self.others() {
+        for i in self.others() {
             shader = shader.buffer(&format!("p{i}"), chain.dtypes[i], At::Operand(self.before[0] + i));
         }
         for (o, (_, dtype)) in chain.results().enumerate() {
@@ -118,7 +99,7 @@ impl<'a> Joined<'a> {
     /// `leave_eight`, for eight of a row.
     fn eight(&self, shader: Shader) -> Shader {
         let chain = &self.chain;
-        let mut s = self.element();
+        let mut s = element(chain);
         s.push_str("fn leave_eight(i: u32, low: vec4<f32>, high: vec4<f32>) {\n");
         for e in 0..8 {
             let x = format!("{}.{}", if e < 4 { "low" } else { "high" }, ["x", "y", "z", "w"][e % 4]);
@@ -129,15 +110,9 @@ impl<'a> Joined<'a> {
         };
         let _ =
             writeln!(s, "    set_eight_c(i, Eight(vec4<f32>({}), vec4<f32>({})));", four("x", 0, ""), four("x", 1, ""));
-        s.push_str(&coordinates(chain));
-        for (at, i) in self.others() {
-            let get = if chain.axes.is_stretched(at) { "get" } else { "eight" };
-            let _ = writeln!(s, "    let y{at} = {get}_p{i}({});", chain.axes.index(at, ""));
-        }
-        for (e, place) in PLACES.iter().enumerate() {
-            let other =
-                |at: usize| if chain.axes.is_stretched(at) { format!("y{at}") } else { format!("y{at}.{place}") };
-            let _ = writeln!(s, "    let v{e} = element({});", self.arguments(&format!("x{e}"), other));
+        for e in 0..8 {
+            let product = vec![format!("x{e}"); self.product.len()].join(", ");
+            let _ = writeln!(s, "    let v{e} = element({product});");
         }
         for o in 0..chain.results().count() {
             let field = format!(".o{o}");
@@ -145,19 +120,10 @@ impl<'a> Joined<'a> {
             let _ = writeln!(s, "    set_eight_o{o}(i, Eight(vec4<f32>({even}), vec4<f32>({odd})));");
         }
         s.push_str("}\n");
-        let mut shader = shader.with("functions").declare(&s);
-        for (at, i) in self.others() {
-            let (name, dtype, from) = (format!("p{i}"), chain.dtypes[i], At::Operand(self.before[0] + i));
-            shader = if chain.axes.is_stretched(at) {
-                shader.buffer(&name, dtype, from)
-            } else {
-                shader.by_eight(&name, dtype, from)
-            };
-        }
-        for (o, (_, dtype)) in chain.results().enumerate() {
-            shader = shader.by_eight(&format!("o{o}"), dtype, At::Result(self.before[1] + o));
-        }
-        shader
+        let results = chain.results().enumerate();
+        results.fold(shader.with("functions").declare(&s), |shader, (o, (_, dtype))| {
+            shader.by_eight(&format!("o{o}"), dtype, At::Result(self.before[1] + o))
+        })
     }
 }
 
