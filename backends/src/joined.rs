@@ -1,5 +1,8 @@
 //! Which fused chains run together with the matrix product they follow: part by part, while the part is in a near cache.
 
+#[cfg(any(feature = "cuda", feature = "vulkan"))]
+use std::collections::HashSet;
+
 use moebius_ir::{Graph, NodeId, Op, Value};
 
 /// The chain to run with a node: a fused chain over as many elements as the node's result, which it takes unstretched, and
@@ -35,6 +38,12 @@ pub(crate) fn joined(graph: &Graph, id: NodeId) -> Option<NodeId> {
         }
         takes.then_some(chain)
     })
+}
+
+/// The chains that `joined` joins onto nodes of a graph: their work is done with those nodes.
+#[cfg(any(feature = "cuda", feature = "vulkan"))]
+pub(crate) fn chains(graph: &Graph, joined: impl Fn(NodeId) -> Option<NodeId>) -> HashSet<NodeId> {
+    graph.nodes_with_ids().filter_map(|(id, _)| joined(id)).collect()
 }
 
 /// What a value is a reshape of.

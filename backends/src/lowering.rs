@@ -29,6 +29,22 @@ pub(crate) fn launches<L>(
     if refusals.is_empty() { Ok(launches) } else { Err(Error::Unsupported { backend, refusals }) }
 }
 
+/// [`launches`] of nodes together with the chains that `joined` joins onto them, which `lower` is given too; those have nothing to do
+/// themselves.
+///
+/// # Errors
+/// As [`launches`].
+#[cfg(any(feature = "cuda", feature = "vulkan"))]
+pub(crate) fn launches_with<L: Default>(
+    backend: &'static str,
+    graph: &Graph,
+    joined: impl Fn(NodeId) -> Option<NodeId>,
+    lower: impl Fn(NodeId, Option<NodeId>) -> Result<L, String>,
+) -> Result<Vec<L>> {
+    let chains = crate::joined::chains(graph, &joined);
+    launches(backend, graph, |id| if chains.contains(&id) { Ok(L::default()) } else { lower(id, joined(id)) })
+}
+
 /// The shapes of a node's first `N` operands.
 pub(crate) fn shapes<const N: usize>(graph: &Graph, node: &Node) -> [Shape; N] {
     std::array::from_fn(|i| graph.ty(node.operands[i]).shape.clone())

@@ -19,9 +19,9 @@ pub(crate) enum Place {
 
 /// The memory of one step.
 pub(crate) struct StepPlaces {
-    /// Of the node's operands.
+    /// Of the node's operands, and behind them of those of the chain that is joined onto it.
     pub(crate) operands: Vec<Place>,
-    /// Of its results.
+    /// Of the results, likewise.
     pub(crate) results: Vec<Place>,
     /// Offset and length of its scratch memory.
     pub(crate) scratch: (usize, usize),
@@ -29,16 +29,6 @@ pub(crate) struct StepPlaces {
     pub(crate) fresh: Vec<(usize, usize)>,
     /// Arena ranges, from and to, that nobody may write during the step: the fences of the buffers that are alive then.
     pub(crate) fences: Vec<(usize, usize)>,
-}
-
-#[cfg(any(feature = "cuda", feature = "vulkan"))]
-impl StepPlaces {
-    /// With the values of the chain that is joined onto the step's node behind its own.
-    pub(crate) fn append(&mut self, mut chain: StepPlaces) {
-        self.operands.append(&mut chain.operands);
-        self.results.append(&mut chain.results);
-        self.fresh.append(&mut chain.fresh);
-    }
 }
 
 /// The parameters and states of a plan, in the order of the table that [`Place::State`] points into.
@@ -72,16 +62,19 @@ pub(crate) fn place(plan: &Plan, states: &[Value], value: Value) -> Place {
 pub(crate) fn of_step(plan: &Plan, states: &[Value], at: usize, node: NodeId, scratch: (usize, usize)) -> StepPlaces {
     debug_assert!(matches!(plan.steps()[at], Step::Run { .. }));
     let graph = plan.graph();
-    let node = graph.node(node);
-    let operands: Vec<Place> = node.operands.iter().map(|&v| place(plan, states, v)).collect();
-    let results: Vec<Place> = node.results.iter().map(|&v| place(plan, states, v)).collect();
-    let mut fresh = vec![scratch];
-    for (&value, place) in node.results.iter().zip(&results) {
-        if let Place::Arena(offset) = *place
-            && !operands.contains(place)
-        {
-            fresh.push((offset, graph.ty(value).bytes()));
+    let (mut operands, mut results, mut fresh) = (Vec::new(), Vec::new(), vec![scratch]);
+    for node in [node].into_iter().chain(plan.joined(node)).map(|id| graph.node(id)) {
+        let places = |values: &[Value]| values.iter().map(|&v| place(plan, states, v)).collect::<Vec<_>>();
+        let (read, written) = (places(&node.operands), places(&node.results));
+        for (&value, place) in node.results.iter().zip(&written) {
+            if let Place::Arena(offset) = *place
+                && !read.contains(place)
+            {
+                fresh.push((offset, graph.ty(value).bytes()));
+            }
         }
+        operands.extend(read);
+        results.extend(written);
     }
     let alive = plan.lifetimes().iter().filter(|l| l.first <= at && at <= l.last);
     let fences = match plan.fences() {

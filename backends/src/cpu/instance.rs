@@ -48,16 +48,10 @@ impl CpuExecutable {
             .enumerate()
             .map(|(at, step)| match *step {
                 Step::Run { node, scratch, scratch_bytes } => {
-                    let mut places = of_step(&plan, &states, at, node, (scratch, scratch_bytes));
+                    let places = of_step(&plan, &states, at, node, (scratch, scratch_bytes));
                     let launch = launches[node.index()].take().unwrap_or_else(|| unreachable!("a node is run once"));
                     let done = done_before == Some(node);
                     done_before = plan.joined(node);
-                    if let Some(chain) = done_before {
-                        let mut of_chain = of_step(&plan, &states, at, chain, (0, 0));
-                        places.fresh.append(&mut of_chain.fresh);
-                        places.operands.append(&mut of_chain.operands);
-                        places.results.append(&mut of_chain.results);
-                    }
                     Work::Launch(Launched { node, done, launch, places })
                 }
                 Step::Copy { state, new } => Work::Copy {

@@ -1,6 +1,5 @@
 //! A compiled plan: every step with its loaded kernels, and how they are put on the stream.
 
-use std::collections::HashSet;
 use std::ffi::c_void;
 use std::sync::Arc;
 
@@ -15,6 +14,7 @@ use super::launch::{Action, Arg, Launch, OfChain};
 use super::memory::Memory;
 use super::source::Source;
 use super::tasks::{Table, Touched};
+use crate::joined::chains;
 use crate::lowering::Rejects;
 use crate::places::{Place, StepPlaces, of_step, place, states};
 use crate::{Executable, Instance, Result};
@@ -246,21 +246,18 @@ impl CudaExecutable {
             .map(|l| functions.by_ref().take(l.actions.iter().filter(|a| a.is_kernel()).count()).collect())
             .collect();
         let states = states(&plan);
-        let chains: HashSet<NodeId> = plan.graph().nodes_with_ids().filter_map(|(id, _)| plan.joined(id)).collect();
+        let chains = chains(plan.graph(), |id| plan.joined(id));
         let done_before = |step: &Step| matches!(step, Step::Run { node, .. } if chains.contains(node));
         let steps = plan.steps().iter().enumerate().filter(|(_, step)| !done_before(step));
         let steps = steps.map(|(at, step)| match *step {
             Step::Run { node, scratch, scratch_bytes } => {
-                let mut places = of_step(&plan, &states, at, node, (scratch, scratch_bytes));
+                let places = of_step(&plan, &states, at, node, (scratch, scratch_bytes));
                 let launch = launches[node.index()].take().unwrap_or_else(|| unreachable!("a node is run once"));
-                let chain = plan.joined(node);
-                if let Some(chain) = chain {
-                    places.append(of_step(&plan, &states, at, chain, (0, 0)));
-                }
                 let functions = std::mem::take(&mut functions[node.index()]);
                 let actions = bound(launch.actions, functions, &places);
                 let number = at as i32 + 1;
                 let (stored, rejects) = (launch.of_chain != OfChain::Instead, launch.rejects);
+                let chain = plan.joined(node);
                 Work::Launch(Launched { node, joined: vec![], chain, stored, number, places, rejects, actions })
             }
             Step::Copy { state, new } => Work::Copy {

@@ -21,7 +21,6 @@ mod recording;
 mod source;
 mod tasks;
 
-use std::collections::HashSet;
 use std::sync::Arc;
 
 use moebius_ir::{Fences, Graph, NodeId, Plan};
@@ -147,10 +146,7 @@ fn planned(graph: Graph, chip: Chip, fences: Fences) -> Result<Plan> {
 
 /// The launch of every node, or all refusals; with the chains that `joined` joins onto nodes, which then have nothing to do themselves.
 fn launches(graph: &Graph, chip: Chip, joined: &dyn Fn(NodeId) -> Option<NodeId>) -> Result<Vec<launch::Launch>> {
-    let chains: HashSet<NodeId> = graph.nodes_with_ids().filter_map(|(id, _)| joined(id)).collect();
-    lowering::launches(BACKEND, graph, |id| {
-        if chains.contains(&id) { Ok(launch::Launch::default()) } else { lower::lower(graph, id, joined(id), chip) }
-    })
+    lowering::launches_with(BACKEND, graph, joined, |id, chain| lower::lower(graph, id, chain, chip))
 }
 
 impl Backend for Cuda {

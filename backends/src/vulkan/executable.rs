@@ -1,6 +1,5 @@
 //! A compiled plan: every step with its kernels made, and how they are recorded.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 
 use ash::vk;
@@ -12,6 +11,7 @@ use super::instance::VulkanInstance;
 use super::launch::{Action, At, Launch, Number};
 use super::memory::{Memory, Region};
 use super::pipelines::Pipeline;
+use crate::joined::chains;
 use crate::lowering::Rejects;
 use crate::places::{Place, StepPlaces, of_step, place, states};
 use crate::{Executable, Instance, Result};
@@ -172,27 +172,19 @@ impl VulkanExecutable {
             made.push(Some((launch.actions.into_iter().map(with_pipeline).collect(), launch.rejects, launch.stored)));
         }
         let states = states(&plan);
-        let graph = plan.graph();
-        let chains: HashSet<NodeId> = graph.nodes_with_ids().filter_map(|(id, _)| plan.joined(id)).collect();
+        let chains = chains(plan.graph(), |id| plan.joined(id));
         let done_before = |step: &Step| matches!(step, Step::Run { node, .. } if chains.contains(node));
         let work = (plan.steps().iter().enumerate())
             .filter(|(_, step)| !done_before(step))
             .map(|(at, step)| match *step {
                 Step::Run { node, scratch, scratch_bytes } => {
-                    let mut places = of_step(&plan, &states, at, node, (scratch, scratch_bytes));
+                    let places = of_step(&plan, &states, at, node, (scratch, scratch_bytes));
                     let taken = made[node.index()].take();
                     let (actions, rejects, stored) = taken.unwrap_or_else(|| unreachable!("a node is run once"));
                     let number = at as u32 + 1;
                     let actions =
                         actions.into_iter().map(|(action, pipeline)| bound(action, pipeline, number)).collect();
-                    let of = |values: &[Value]| values.iter().map(|&v| graph.ty(v).bytes()).collect::<Vec<_>>();
-                    let mut bytes = [of(&graph.node(node).operands), of(&graph.node(node).results)];
-                    let chain = plan.joined(node);
-                    if let Some(chain) = chain {
-                        places.append(of_step(&plan, &states, at, chain, (0, 0)));
-                        bytes[0].extend(of(&graph.node(chain).operands));
-                        bytes[1].extend(of(&graph.node(chain).results));
-                    }
+                    let (chain, bytes) = (plan.joined(node), bytes_of(&plan, node));
                     Work::Launch(Box::new(Launched { node, chain, stored, number, places, rejects, actions, bytes }))
                 }
                 Step::Copy { state, new } => Work::Copy {
@@ -204,6 +196,14 @@ impl VulkanExecutable {
             .collect();
         Ok(VulkanExecutable(Arc::new(Program { device, plan, work, states, checks })))
     }
+}
+
+/// The bytes of the operands and of the results of a step's node, each followed by those of the chain that is joined onto it.
+pub(super) fn bytes_of(plan: &Plan, node: NodeId) -> [Vec<usize>; 2] {
+    let graph = plan.graph();
+    let nodes = || [node].into_iter().chain(plan.joined(node)).map(|id| graph.node(id));
+    let bytes = |v: &Value| graph.ty(*v).bytes();
+    [nodes().flat_map(|n| &n.operands).map(bytes).collect(), nodes().flat_map(|n| &n.results).map(bytes).collect()]
 }
 
 fn bound(action: Action, pipeline: Option<Pipeline>, step: u32) -> Bound {

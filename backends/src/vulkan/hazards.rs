@@ -1,7 +1,8 @@
 //! Which commands must wait for those before them: where one reads what another writes, or writes what another reads or writes.
 
-use moebius_ir::{Plan, Step, Value};
+use moebius_ir::{Plan, Step};
 
+use super::executable::bytes_of;
 use super::launch::{Action, At, Launch};
 use crate::places::{Place, StepPlaces, of_step, place, states};
 
@@ -74,14 +75,8 @@ pub(super) fn count(plan: &Plan, launches: &[Launch]) -> [usize; 2] {
     for (i, step) in plan.steps().iter().enumerate() {
         match *step {
             Step::Run { node, scratch, scratch_bytes } => {
-                let mut places: StepPlaces = of_step(plan, &states, i, node, (scratch, scratch_bytes));
-                let of = |values: &[Value]| -> Vec<usize> { values.iter().map(|&v| graph.ty(v).bytes()).collect() };
-                let mut bytes = [of(&graph.node(node).operands), of(&graph.node(node).results)];
-                if let Some(chain) = plan.joined(node) {
-                    places.append(of_step(plan, &states, i, chain, (0, 0)));
-                    bytes[0].extend(of(&graph.node(chain).operands));
-                    bytes[1].extend(of(&graph.node(chain).results));
-                }
+                let places: StepPlaces = of_step(plan, &states, i, node, (scratch, scratch_bytes));
+                let bytes = bytes_of(plan, node);
                 for action in &launches[node.index()].actions {
                     let used = buffers(action).into_iter().map(|(of, some)| {
                         let ((buffer, from), bytes) = match of {

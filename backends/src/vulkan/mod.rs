@@ -27,7 +27,6 @@ mod pipelines;
 mod shader;
 mod spirv;
 
-use std::collections::HashSet;
 use std::sync::Arc;
 
 use moebius_ir::{DType, Fences, Graph, NodeId, Plan};
@@ -161,10 +160,7 @@ impl Vulkan {
 
 /// The launch of every node, or all refusals; with the chains that `joined` joins onto nodes, which have nothing to do themselves.
 fn launches(graph: &Graph, joined: impl Fn(NodeId) -> Option<NodeId>, limits: Limits) -> Result<Vec<Launch>> {
-    let done: HashSet<NodeId> = graph.nodes_with_ids().filter_map(|(id, _)| joined(id)).collect();
-    let lowered =
-        |id| if done.contains(&id) { Ok(Launch::default()) } else { lower::lower(graph, id, joined(id), limits) };
-    lowering::launches(BACKEND, graph, lowered)
+    lowering::launches_with(BACKEND, graph, joined, |id, chain| lower::lower(graph, id, chain, limits))
 }
 
 /// The plan of a graph for such a device.
