@@ -88,6 +88,14 @@ impl<'a> Chain<'a> {
     }
 }
 
+/// Whether the quick form of a function, by what the device itself has of e^x, is enough for a result: one of 16 bits. `None` for a
+/// function that has none.
+#[cfg(any(feature = "cuda", feature = "vulkan"))]
+pub(crate) fn is_quick(function: &str, result: DType) -> Option<bool> {
+    let has = ["fn_sigmoid", "fn_gelu_tanh", "fn_silu", "fn_gelu_tanh_grad", "fn_silu_grad"].contains(&function);
+    has.then_some(matches!(result, DType::Bf16 | DType::F16))
+}
+
 /// The language of a backend's kernels. Register `i` is called `ri`; floats of all widths are f32 in registers.
 pub(crate) trait Language {
     /// The left side of the definition of a register.

@@ -6,7 +6,7 @@ use moebius_ir::ops::Elementwise;
 use moebius_ir::{DType, Graph, Node};
 
 use super::Lowered;
-use crate::chain::{Chain, Language};
+use crate::chain::{Chain, Language, is_quick};
 use crate::cuda::launch::{Arg, Launch};
 use crate::cuda::source::{FUNCTIONS, Source, VECTORS};
 
@@ -45,9 +45,6 @@ fn convert(to: DType) -> &'static str {
     }
 }
 
-/// Functions that have a quick form for a result of 16 bits.
-const QUICK: [&str; 5] = ["fn_sigmoid", "fn_gelu_tanh", "fn_silu", "fn_gelu_tanh_grad", "fn_silu_grad"];
-
 /// CUDA's C++.
 pub(super) struct Cpp;
 
@@ -67,8 +64,7 @@ impl Language for Cpp {
     }
 
     fn call(&self, function: &str, result: DType, _arguments: DType, args: &[String]) -> String {
-        let half = matches!(result, DType::Bf16 | DType::F16);
-        let form = if QUICK.contains(&function) { format!("<{}>", u8::from(half)) } else { String::new() };
+        let form = is_quick(function, result).map_or(String::new(), |quick| format!("<{}>", u8::from(quick)));
         format!("{function}{form}({})", args.join(", "))
     }
 

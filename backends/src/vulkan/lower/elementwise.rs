@@ -7,7 +7,7 @@ use moebius_ir::ops::Elementwise;
 use moebius_ir::{DType, Graph, Node};
 
 use super::Lowered;
-use crate::chain::{Chain, Language};
+use crate::chain::{Chain, Language, is_quick};
 use crate::vulkan::launch::{At, Launch};
 use crate::vulkan::limits::Limits;
 use crate::vulkan::shader::Shader;
@@ -55,8 +55,9 @@ impl Language for Wgsl {
         }
     }
 
-    fn call(&self, function: &str, _result: DType, arguments: DType, args: &[String]) -> String {
+    fn call(&self, function: &str, result: DType, arguments: DType, args: &[String]) -> String {
         let of = match arguments {
+            _ if is_quick(function, result) == Some(true) => "_quick",
             DType::I32 => "_i32",
             DType::U32 => "_u32",
             DType::F32 | DType::Bf16 | DType::F16 | DType::Bool => "",

@@ -12,6 +12,14 @@ fn sigmoids(x: f32) -> vec2<f32> {
     let small = e * large;
     return select(vec2<f32>(large, small), vec2<f32>(small, large), x < 0.0f);
 }
+// The same for a result of 16 bits, by the device's own power of 2: within (3 + 2 |x| 1.44) 2^-23 of e^-|x|, and 0 where that is no normal number,
+// as the Vulkan specification has it. See CUDA's functions.cuh for what becomes of that.
+fn sigmoids_quick(x: f32) -> vec2<f32> {
+    let e = exp2(-1.44269504f * abs(x));
+    let large = 1.0f / (1.0f + e);
+    let small = e * large;
+    return select(vec2<f32>(large, small), vec2<f32>(small, large), x < 0.0f);
+}
 fn gelu_inner(x: f32) -> f32 { return 2.0f * GELU_C * (x + GELU_A * x * x * x); }
 fn normal_distribution(x: f32) -> f32 { return 0.5f * (1.0f + erf(x * 0.70710678118654752f)); }
 
@@ -41,6 +49,9 @@ fn fn_sigmoid(x: f32) -> f32 { return sigmoids(x).x; }
 fn fn_gelu_tanh(x: f32) -> f32 { return at_least(x, -1e30f) * sigmoids(gelu_inner(x)).x; }
 fn fn_gelu_erf(x: f32) -> f32 { return at_least(x, -1e30f) * normal_distribution(x); }
 fn fn_silu(x: f32) -> f32 { return at_least(x, -1e30f) * sigmoids(x).x; }
+fn fn_sigmoid_quick(x: f32) -> f32 { return select(sigmoids_quick(x).x, x, is_nan(x)); }
+fn fn_gelu_tanh_quick(x: f32) -> f32 { return at_least(x, -1e30f) * sigmoids_quick(gelu_inner(x)).x; }
+fn fn_silu_quick(x: f32) -> f32 { return at_least(x, -1e30f) * sigmoids_quick(x).x; }
 fn fn_relu(x: f32) -> f32 { return select(x, 0.0f, x < 0.0f); }
 fn fn_abs(x: f32) -> f32 { return abs(x); }
 fn fn_sign(x: f32) -> f32 {
@@ -102,10 +113,16 @@ fn fn_pow(a: f32, b: f32) -> f32 {
 }
 
 // Of x and the cotangent: the derivative times it. Beyond the bounds the derivatives are 0 or 1, and infinities would meet zeros.
+fn gelu_tanh_slope(x: f32, s: vec2<f32>) -> f32 {
+    return s.x + x * s.x * s.y * (2.0f * GELU_C) * (1.0f + 3.0f * GELU_A * x * x);
+}
 fn fn_gelu_tanh_grad(x0: f32, dy: f32) -> f32 {
     let x = within(x0, 30.0f);
-    let s = sigmoids(gelu_inner(x));
-    return dy * (s.x + x * s.x * s.y * (2.0f * GELU_C) * (1.0f + 3.0f * GELU_A * x * x));
+    return dy * gelu_tanh_slope(x, sigmoids(gelu_inner(x)));
+}
+fn fn_gelu_tanh_grad_quick(x0: f32, dy: f32) -> f32 {
+    let x = within(x0, 30.0f);
+    return dy * gelu_tanh_slope(x, sigmoids_quick(gelu_inner(x)));
 }
 fn fn_gelu_erf_grad(x0: f32, dy: f32) -> f32 {
     let x = within(x0, 20.0f);
@@ -114,6 +131,11 @@ fn fn_gelu_erf_grad(x0: f32, dy: f32) -> f32 {
 fn fn_silu_grad(x0: f32, dy: f32) -> f32 {
     let x = within(x0, 110.0f);
     let s = sigmoids(x);
+    return dy * (s.x + x * s.x * s.y);
+}
+fn fn_silu_grad_quick(x0: f32, dy: f32) -> f32 {
+    let x = within(x0, 110.0f);
+    let s = sigmoids_quick(x);
     return dy * (s.x + x * s.x * s.y);
 }
 fn fn_relu_grad(x: f32, dy: f32) -> f32 { return select(0.0f, dy, x > 0.0f); }
