@@ -90,7 +90,7 @@ impl Engine {
         let Some(ordinal) = numbered(device, "cuda") else { return Err(no_such(device)) };
         let (what, chip) = match Cuda::open(ordinal) {
             Ok(cuda) => (format!("{device} ({})", cuda.describe()), cuda.chip()),
-            Err(_) => (format!("an H100, as there is no {device}"), Chip::HOPPER),
+            Err(e) => (format!("an H100, as {device} cannot be opened ({e})"), Chip::HOPPER),
         };
         Ok((what, Cuda::explain(passes::optimise(graph)?, chip)?))
     }
