@@ -77,7 +77,15 @@ __device__ __forceinline__ void reject(Fault* fault, int step, int found) {
 
 __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 __device__ __forceinline__ i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+#ifdef MOEBIUS_EMULATOR
 __device__ __forceinline__ float max_nan(float a, float b) { return (a > b || a != a) ? a : b; }
+#else
+__device__ __forceinline__ float max_nan(float a, float b) {
+    float most;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
+    return most;
+}
+#endif
 
 #define WHOLE_WARP 0xffffffffu
 
