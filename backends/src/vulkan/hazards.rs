@@ -4,6 +4,7 @@ use moebius_ir::{Plan, Step};
 
 use super::executable::bytes_of;
 use super::launch::{Action, At, Launch};
+use crate::joined::Beside;
 use crate::places::{Place, StepPlaces, of_step, place, states};
 
 /// A stretch of memory that a command uses.
@@ -75,8 +76,9 @@ pub(super) fn count(plan: &Plan, launches: &[Launch]) -> [usize; 2] {
     for (i, step) in plan.steps().iter().enumerate() {
         match *step {
             Step::Run { node, scratch, scratch_bytes } => {
-                let places: StepPlaces = of_step(plan, &states, i, node, (scratch, scratch_bytes));
-                let bytes = bytes_of(plan, node);
+                let Some(beside) = Beside::of(plan, node) else { continue };
+                let places: StepPlaces = of_step(plan, &states, i, node, beside.nodes(), (scratch, scratch_bytes));
+                let bytes = bytes_of(plan, node, beside);
                 for action in &launches[node.index()].actions {
                     let used = buffers(action).into_iter().map(|(of, some)| {
                         let ((buffer, from), bytes) = match of {

@@ -1,60 +1,33 @@
 // Norms over rows of d elements, with their gradients: a block for each row.
-//
-// PER_LANE: elements that a thread has at a time; PIECES: how often, so that THREADS of them cover a row.
 
-#define THREADS 128
+#define THREADS NORM_THREADS
 #define FINISH_THREADS 1024
 /// Rows that a block of the gradient goes through, and those of them that it takes at once, as registers allow.
 #define CHUNK 16
 #define AT_ONCE (PER_LANE * PIECES > 8 ? 1 : 4)
 
-/// Walks what a thread has of a row: its i-th piece is the PER_LANE elements from `at` on.
-#define EACH_PIECE(i, at)                                                                                              \
-    _Pragma("unroll") for (int i = 0; i < PIECES; i++) if (int at = (i * THREADS + threadIdx.x) * PER_LANE; at < d)
-
-/// The pieces of a row that a thread has, in registers.
-struct Part {
-    Vector<T, PER_LANE> pieces[PIECES];
-    Part() = default;
-    __device__ __forceinline__ Part(const T* row, int d) {
-        EACH_PIECE(i, at) pieces[i] = load_vector<PER_LANE>(row + at);
-    }
-};
-
 KERNEL layer_norm(const T* x, const float* gamma, const float* beta, int d, float eps, T* y, float* mean, float* rstd) {
     begin();
-    __shared__ float room[THREADS / 32];
+    __shared__ float room[NORM_WARPS];
     i64 row = (i64)blockIdx.x * d;
-    Part own(x + row, d);
-    float sum = 0.0f, squares = 0.0f;
-    EACH_PIECE(i, at) EACH_OF(j) sum += to_float(own.pieces[i].at[j]);
-    float m = block_sum<THREADS>(sum, room) / (float)d;
-    EACH_PIECE(i, at) EACH_OF(j) {
-        float distance = to_float(own.pieces[i].at[j]) - m;
-        squares += distance * distance;
-    }
-    float r = 1.0f / sqrtf(block_sum<THREADS>(squares, room) / (float)d + eps);
-    EACH_PIECE(i, at) {
-        auto g = load_vector<PER_LANE>(gamma + at), b = load_vector<PER_LANE>(beta + at);
-        EACH_OF(j) own.pieces[i].at[j] = from_float<T>((to_float(own.pieces[i].at[j]) - m) * r * g.at[j] + b.at[j]);
-        store_vector<PER_LANE>(y + row + at, own.pieces[i]);
-    }
+    Part<T> own(x + row, d);
+    float m = block_sum<THREADS>(own.sum(d), room) / (float)d;
+    float r = rstd_of(block_sum<THREADS>(own.squares(m, d), room), d, eps);
+    Part<float> g(gamma, d), b(beta, d);
+    own.normalise(m, r, g, &b, d);
+    own.store(y + row, d);
     if (threadIdx.x == 0) mean[blockIdx.x] = m, rstd[blockIdx.x] = r;
 }
 
 KERNEL rms_norm(const T* x, const float* gamma, int d, float eps, T* y, float* rstd) {
     begin();
-    __shared__ float room[THREADS / 32];
+    __shared__ float room[NORM_WARPS];
     i64 row = (i64)blockIdx.x * d;
-    Part own(x + row, d);
-    float squares = 0.0f;
-    EACH_PIECE(i, at) EACH_OF(j) squares += to_float(own.pieces[i].at[j]) * to_float(own.pieces[i].at[j]);
-    float r = 1.0f / sqrtf(block_sum<THREADS>(squares, room) / (float)d + eps);
-    EACH_PIECE(i, at) {
-        auto g = load_vector<PER_LANE>(gamma + at);
-        EACH_OF(j) own.pieces[i].at[j] = from_float<T>(to_float(own.pieces[i].at[j]) * r * g.at[j]);
-        store_vector<PER_LANE>(y + row + at, own.pieces[i]);
-    }
+    Part<T> own(x + row, d);
+    float r = rstd_of(block_sum<THREADS>(own.squares(0.0f, d), room), d, eps);
+    Part<float> g(gamma, d);
+    own.normalise(0.0f, r, g, 0, d);
+    own.store(y + row, d);
     if (threadIdx.x == 0) rstd[blockIdx.x] = r;
 }
 
@@ -69,20 +42,20 @@ KERNEL norm_grad(const T* x, const float* gamma, const float* mean, const float*
     Vector<float, PER_LANE> weights[PIECES];
     EACH_PIECE(i, at) weights[i] = load_vector<PER_LANE>(gamma + at);
     float of_gamma[PIECES][PER_LANE] = {}, of_beta[PIECES][PER_LANE] = {};
-    Part next_x[AT_ONCE], next_dy[AT_ONCE];
+    Part<T> next_x[AT_ONCE], next_dy[AT_ONCE];
     // Those behind the last row are the last row's, and not used.
     auto load_next = [&](int row0) {
 #pragma unroll
         for (int u = 0; u < AT_ONCE; u++) {
             i64 next = (i64)min(row0 + u, to - 1) * d;
-            next_x[u] = Part(x + next, d), next_dy[u] = Part(dy + next, d);
+            next_x[u] = Part<T>(x + next, d), next_dy[u] = Part<T>(dy + next, d);
         }
     };
     load_next(from);
     for (int row = from + threadIdx.x; row < to; row += THREADS) of_row[row - from] = make_float2(mean ? mean[row] : 0.0f, rstd[row]);
     __syncthreads();
     for (int row0 = from, turn = 0; row0 < to; row0 += AT_ONCE, turn ^= 1) {
-        Part own[AT_ONCE], cotangent[AT_ONCE];
+        Part<T> own[AT_ONCE], cotangent[AT_ONCE];
 #pragma unroll
         for (int u = 0; u < AT_ONCE; u++) own[u] = next_x[u], cotangent[u] = next_dy[u];
         // The next rows are on their way meanwhile.
