@@ -1,5 +1,4 @@
 //! The random numbers of Moebius: Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC11).
-//! [`crate::moments`] takes 7 rounds instead of 10, the fewest with which that paper finds no fault.
 //!
 //! A number is a pure function of key, stream and index: element i of a stream takes word i % 4 of the block with the
 //! counter [i/4 low, i/4 high, stream, 0]. The transforms use only +, -, *, /, sqrt and bit operations on f32 and u32,
@@ -16,14 +15,8 @@ pub const ROUNDS: usize = 10;
 /// One block of Philox4x32-10.
 #[inline]
 pub fn philox4x32_10(key: [u32; 2], counter: [u32; 4]) -> [u32; 4] {
-    philox4x32(ROUNDS, key, counter)
-}
-
-/// One block of Philox4x32 with so many rounds.
-#[inline]
-pub fn philox4x32(rounds: usize, key: [u32; 2], counter: [u32; 4]) -> [u32; 4] {
     let (mut c, mut key) = (counter, key);
-    for _ in 0..rounds {
+    for _ in 0..ROUNDS {
         c = round(c, key);
         key = next_key(key);
     }

@@ -8,7 +8,7 @@
 //!
 //! 8 bits are codes of blocks of numbers with a scale for each block: see [`eight`].
 //!
-//! The random numbers are those of [`crate::philox`], by [`ROUNDS`] rounds, with a key of their own: [`words`] are a pure function of the tensor's stream,
+//! The random numbers are those of [`crate::philox`] with a key of their own: [`words`] are a pure function of the tensor's stream,
 //! the step and the element, so that every backend and every run has the same. A step computes with the moments before they are
 //! rounded.
 //!
@@ -24,9 +24,6 @@ use serde::{Deserialize, Serialize};
 use crate::dtype::DType;
 use crate::philox;
 use crate::types::{Shape, TensorType};
-
-/// Rounds of a block of random words. On a GPU the words are a good part of a step's instructions.
-pub const ROUNDS: usize = 7;
 
 /// Tensors of fewer elements are not kept in 8 bits.
 pub const SMALL: u64 = 4096;
@@ -138,7 +135,7 @@ pub fn counter(stream: u32, step: u32, group: u64) -> [u32; 4] {
 /// The random words of the elements `4 group..4 group + 4`. In bf16 the lower half of an element's word rounds its first moment, the
 /// upper half its second; in 8 bits the middle half rounds the first, the outer quarters ([`for_second`]) the second.
 pub fn words(stream: u32, step: u32, group: u64) -> [u32; 4] {
-    philox::philox4x32(ROUNDS, KEY, counter(stream, step, group))
+    philox::philox4x32_10(KEY, counter(stream, step, group))
 }
 
 /// The word with its halves exchanged, so that its middle half is one that no first moment in 8 bits was rounded by.

@@ -10,25 +10,9 @@ const BLOCKS: usize = 16;
 /// Words of those blocks.
 const WORDS: usize = 4 * BLOCKS;
 
-/// Which numbers: the rounds of a block, the key, and what the counters end in.
-#[derive(Clone, Copy)]
-struct Sequence {
-    rounds: usize,
-    key: [u32; 2],
-    upper: [u32; 2],
-}
-
-impl Sequence {
-    /// A stream of the random numbers.
-    #[inline(always)]
-    fn stream(key: [u32; 2], stream: u32) -> Sequence {
-        Sequence { rounds: philox::ROUNDS, key, upper: [stream, 0] }
-    }
-}
-
-/// [`BLOCKS`] consecutive blocks of Philox4x32; word w of block b is `[w][b]`.
+/// Philox4x32-10 of [`BLOCKS`] consecutive blocks, whose counters end in `upper`; word w of block b is `[w][b]`.
 #[inline(always)]
-fn philox_blocks(Sequence { rounds, key, upper }: Sequence, first: u64) -> [[u32; BLOCKS]; 4] {
+fn philox_blocks(key: [u32; 2], upper: [u32; 2], first: u64) -> [[u32; BLOCKS]; 4] {
     let mut c = [[0; BLOCKS], [0; BLOCKS], [upper[0]; BLOCKS], [upper[1]; BLOCKS]];
     for b in 0..BLOCKS {
         let block = first.wrapping_add(b as u64);
@@ -36,7 +20,7 @@ fn philox_blocks(Sequence { rounds, key, upper }: Sequence, first: u64) -> [[u32
         c[1][b] = (block >> 32) as u32;
     }
     let mut key = key;
-    for _ in 0..rounds {
+    for _ in 0..philox::ROUNDS {
         for b in 0..BLOCKS {
             [c[0][b], c[1][b], c[2][b], c[3][b]] = philox::round([c[0][b], c[1][b], c[2][b], c[3][b]], key);
         }
@@ -47,12 +31,18 @@ fn philox_blocks(Sequence { rounds, key, upper }: Sequence, first: u64) -> [[u32
 
 /// Writes elements `first..first + out.len()` of a sequence, of which `make` gives [`WORDS`] from their words.
 #[inline(always)]
-fn fill<U: Copy>(sequence: Sequence, first: u64, out: &mut [U], make: impl Fn(&[[u32; BLOCKS]; 4]) -> [U; WORDS]) {
+fn fill<U: Copy>(
+    key: [u32; 2],
+    upper: [u32; 2],
+    first: u64,
+    out: &mut [U],
+    make: impl Fn(&[[u32; BLOCKS]; 4]) -> [U; WORDS],
+) {
     let mut block = first / 4;
     let mut skip = (first % 4) as usize;
     let mut out = out;
     while !out.is_empty() {
-        let values = make(&philox_blocks(sequence, block));
+        let values = make(&philox_blocks(key, upper, block));
         let count = out.len().min(WORDS - skip);
         let (now, later) = out.split_at_mut(count);
         now.copy_from_slice(&values[skip..skip + count]);
@@ -77,32 +67,32 @@ fn interleave<U: Copy + Default>(values: &[[U; BLOCKS]; 4]) -> [U; WORDS] {
 /// Elements `first..first + out.len()` of the raw u32 sequence.
 #[inline(always)]
 pub fn bits(key: [u32; 2], stream: u32, first: u64, out: &mut [u32]) {
-    fill(Sequence::stream(key, stream), first, out, interleave);
+    fill(key, [stream, 0], first, out, interleave);
 }
 
 /// The words that round the moments of elements `first..first + out.len()` in a step: [`moebius_ir::moments::words`].
 #[inline(always)]
 pub fn moment_words(stream: u32, step: u32, first: u64, out: &mut [u32]) {
-    fill(Sequence { rounds: moments::ROUNDS, key: moments::KEY, upper: [stream, step] }, first, out, interleave);
+    fill(moments::KEY, [stream, step], first, out, interleave);
 }
 
 /// Elements `first..first + out.len()` of the uniform sequence: multiples of 2^-24 in [0, 1).
 #[inline(always)]
 pub fn uniform(key: [u32; 2], stream: u32, first: u64, out: &mut [f32]) {
-    fill(Sequence::stream(key, stream), first, out, uniforms);
+    fill(key, [stream, 0], first, out, uniforms);
 }
 
 /// Elements `first..first + out.len()` of the standard normal sequence, |z| < 5.8.
 #[inline(always)]
 pub fn normal(key: [u32; 2], stream: u32, first: u64, out: &mut [f32]) {
-    fill(Sequence::stream(key, stream), first, out, normals);
+    fill(key, [stream, 0], first, out, normals);
 }
 
 /// Elements `first..first + out.len()` of the standard Gumbel sequence: -ln(-ln u), u an odd multiple of 2^-24 in
 /// (0, 1).
 #[inline(always)]
 pub fn gumbel(key: [u32; 2], stream: u32, first: u64, out: &mut [f32]) {
-    fill(Sequence::stream(key, stream), first, out, gumbels);
+    fill(key, [stream, 0], first, out, gumbels);
 }
 
 #[inline(always)]

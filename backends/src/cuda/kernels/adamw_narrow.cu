@@ -5,7 +5,6 @@
 /// The key of all roundings.
 #define KEY0 0x6d6f6d65u
 #define KEY1 0x726f756eu
-#define RANDOM_ROUNDS 7
 
 /// Rounds stochastically, with the lower half of `random`.
 __device__ __forceinline__ bf16 round_bf16(float x, u32 random) {
@@ -31,7 +30,7 @@ KERNEL adamw_bf16(const Step<bf16>* tasks, int count) {
     for (int at = 4 * threadIdx.x; at < STEP_ELEMENTS; at += 4 * THREADS) {
         i64 i = from + at;
         if (i >= n) return;
-        Words words = philox<RANDOM_ROUNDS>(KEY0, KEY1, (u64)i / 4, stream, number);
+        Words words = philox(KEY0, KEY1, (u64)i / 4, stream, number);
         if (i + 4 <= n) {
             auto g = load_vector<4>(grad + i);
             auto ps = load_vector<4>(param + i);
@@ -320,7 +319,7 @@ __device__ __forceinline__ void step_held(const Held& held, const Rule& rule, co
         u32 i = own + APART;
         // Their numbers have the upper word in common: a thread block's begin with a multiple of how many they are.
         u64 four = draw.fours & ~0xffffffffull | ((u32)draw.fours + i / 4);
-        Words words = philox<RANDOM_ROUNDS>(KEY0, KEY1, four, draw.stream, draw.number);
+        Words words = philox(KEY0, KEY1, four, draw.stream, draw.number);
         float m_codes[4], v_codes[4];
 #pragma unroll
         for (int j = 0; j < 4; j++) {

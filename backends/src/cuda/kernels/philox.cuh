@@ -1,4 +1,4 @@
-// Philox4x32, as ir/src/philox.rs.
+// Philox4x32-10, as ir/src/philox.rs.
 
 struct Words { u32 w[4]; };
 
@@ -13,11 +13,11 @@ __device__ __forceinline__ u64 wide_product(u32 a, u32 b) {
 #endif
 }
 
-/// The block of this number; the upper words are those above it in the counter.
-template <int ROUNDS> __device__ __forceinline__ Words philox(u32 key0, u32 key1, u64 block, u32 upper0, u32 upper1) {
+/// The block of this number; `upper` are the two words above it in the counter.
+__device__ __forceinline__ Words philox(u32 key0, u32 key1, u64 block, u32 upper0, u32 upper1) {
     u32 c0 = (u32)block, c1 = (u32)(block >> 32), c2 = upper0, c3 = upper1;
 #pragma unroll
-    for (int round = 0; round < ROUNDS; round++) {
+    for (int round = 0; round < 10; round++) {
         u64 p0 = wide_product(c0, 0xd2511f53u), p1 = wide_product(c2, 0xcd9e8d57u);
         u32 next0 = (u32)(p1 >> 32) ^ c1 ^ key0, next2 = (u32)(p0 >> 32) ^ c3 ^ key1;
         c0 = next0, c1 = (u32)p1, c2 = next2, c3 = (u32)p0;

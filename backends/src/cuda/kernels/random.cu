@@ -47,7 +47,7 @@ KERNEL random_numbers(const u32* key, u32 stream, i64 elements, U* out) {
     begin();
     u64 block = (u64)blockIdx.x * blockDim.x + threadIdx.x;
     if ((i64)(block * 4) >= elements) return;
-    Words words = philox<10>(key[0], key[1], block, stream, 0);
+    Words words = philox(key[0], key[1], block, stream, 0);
     U numbers[4];
     for (int pair = 0; pair < 4; pair += 2) {
         u32 a = words.w[pair], b = words.w[pair + 1];

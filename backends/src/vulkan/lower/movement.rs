@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use moebius_ir::ops::{Distribution, Random};
-use moebius_ir::{DType, Graph, Node, philox};
+use moebius_ir::{DType, Graph, Node};
 
 use super::Lowered;
 use crate::views::{Copy, copies};
@@ -72,7 +72,6 @@ pub(super) fn lower_random(graph: &Graph, node: &Node, op: &Random, limits: Limi
     };
     let shader = Shader::file(limits, "random", THREADS)
         .with("philox")
-        .constant("RANDOM_ROUNDS", philox::ROUNDS)
         .replace("NUMBERS", numbers)
         .buffer("key", DType::U32, At::Operand(0))
         .buffer("out", ty.dtype, At::Result(0))

@@ -2,7 +2,7 @@
 
 use moebius_ir::moments::eight;
 use moebius_ir::ops::Adamw;
-use moebius_ir::{DType, Graph, Moments, Node, moments};
+use moebius_ir::{DType, Graph, Moments, Node};
 
 use super::{Lowered, dtype};
 use crate::vulkan::launch::{At, Launch, Scratch};
@@ -73,14 +73,15 @@ pub(super) fn lower_adamw(graph: &Graph, node: &Node, op: &Adamw, limits: Limits
         .buffer("scale", DType::F32, At::Operand(6))
         .buffer("rounded", of_rounded, rounded);
     let [m, v] = [At::Result(1), At::Result(2)];
-    let random = |shader: Shader| {
-        shader.with("philox").constant("RANDOM_ROUNDS", moments::ROUNDS).number("stream", op.stream as usize)
-    };
     let shader = match op.moments {
         Moments::F32 => shader.buffer("m", DType::F32, m).buffer("v", DType::F32, v),
-        Moments::Bf16 => random(shader).moved("m", 2, m).moved("v", 2, v),
+        Moments::Bf16 => {
+            let shader = shader.with("philox").number("stream", op.stream as usize);
+            shader.moved("m", 2, m).moved("v", 2, v)
+        }
         Moments::Eight => {
-            let shader = random(shader).buffer("m", DType::U32, m).buffer("v", DType::U32, v);
+            let shader = shader.with("philox").number("stream", op.stream as usize);
+            let shader = shader.buffer("m", DType::U32, m).buffer("v", DType::U32, v);
             shader.buffer("scales", DType::F32, At::Result(3))
         }
     };

@@ -1,4 +1,4 @@
-// Philox4x32, as ir/src/philox.rs: of RANDOM_ROUNDS rounds.
+// Philox4x32-10, as ir/src/philox.rs.
 
 // High and low word of a product.
 fn product(a: u32, b: u32) -> vec2<u32> {
@@ -15,7 +15,7 @@ fn product(a: u32, b: u32) -> vec2<u32> {
 fn philox(key: vec2<u32>, block: u32, upper: vec2<u32>) -> vec4<u32> {
     var c = vec4<u32>(block, 0u, upper);
     var k = key;
-    for (var round = 0u; round < RANDOM_ROUNDS; round++) {
+    for (var round = 0u; round < 10u; round++) {
         let p0 = product(c.x, 0xd2511f53u);
         let p1 = product(c.z, 0xcd9e8d57u);
         c = vec4<u32>(p1.x ^ c.y ^ k.x, p1.y, p0.x ^ c.w ^ k.y, p0.y);
