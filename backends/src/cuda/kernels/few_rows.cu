@@ -260,7 +260,8 @@ template <int ROWS> struct Ends {
 };
 
 #if CLUSTER > 1
-#define SUMS (CLUSTER * MOST * COLUMNS)
+/// Those of the blocks behind the first.
+#define SUMS ((CLUSTER - 1) * MOST * COLUMNS)
 #else
 #define SUMS 1
 #endif
@@ -275,7 +276,7 @@ __device__ __forceinline__ void work(float* room, float* sums, const Rows<ROWS>&
     float own[of_thread(ROWS)];
     few<ROWS>(room, a, b, p, rows, k0, k1, round, [&](int j, int i, float v) {
         own[j] = v;
-        if (blockIdx.y > 0) give_number(sums + blockIdx.y * MOST * COLUMNS + i, 0, v);
+        if (blockIdx.y > 0) give_number(sums + (blockIdx.y - 1) * MOST * COLUMNS + i, 0, v);
     });
     cluster_arrive();
     if (blockIdx.y > 0) return;
@@ -286,7 +287,7 @@ __device__ __forceinline__ void work(float* room, float* sums, const Rows<ROWS>&
         if (i >= rows * COLUMNS) continue;
         float v = own[j];
 #pragma unroll
-        for (int block = 1; block < CLUSTER; block++) v += sums[block * MOST * COLUMNS + i];
+        for (int block = 1; block < CLUSTER; block++) v += sums[(block - 1) * MOST * COLUMNS + i];
         ends.end(j, v, biased, partial, p.total, c, chain);
     }
 #else

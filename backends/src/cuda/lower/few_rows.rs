@@ -20,8 +20,8 @@ const ENOUGH_BLOCKS: usize = 264;
 pub(super) const MOST_CLUSTER: usize = 8;
 /// Blocks in clusters that are enough: one for most of 132 processors.
 const ENOUGH_CLUSTERED: usize = 96;
-/// Blocks that run at once on a large GPU: four on each of 132 processors.
-const MOST_CLUSTERED: usize = 528;
+/// Blocks that run at once on a large GPU: three on each of 132 processors, by their registers.
+const MOST_CLUSTERED: usize = 396;
 /// The most loads that a thread has on their way at a time, as in the kernel.
 const MOST_AHEAD: usize = 8;
 /// Loads that a thread should have: shorter chunks of k cost more than they give.
