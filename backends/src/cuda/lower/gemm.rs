@@ -3,10 +3,11 @@
 use moebius_ir::ops::{ExpertMatmul, Matmul};
 use moebius_ir::{DType, Graph, Node, NodeId, Shape};
 
+use super::early::stays;
 use super::few_rows::{self, Around, Few, Number, Operands};
 use super::hopper::{self, End, Segments};
 use super::joined::{self, Joined};
-use super::lead::{Lead, stays};
+use super::lead::Lead;
 use super::{Lowered, dtype, float, int, narrow, shapes, short, split};
 use crate::cuda::chip::Chip;
 use crate::cuda::launch::{Action, Arg, Launch, kernel};

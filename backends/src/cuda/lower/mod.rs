@@ -5,6 +5,7 @@
 
 mod attention;
 mod classifier;
+mod early;
 mod elementwise;
 mod embedding;
 mod few_rows;
