@@ -14,7 +14,7 @@ const MOST_LED: usize = 8;
 const MOST_CHOICES: usize = 64;
 
 /// The nodes whose work is done by the kernels of another. That one's operands and results are followed by those of the node behind it,
-/// and these by those of the one before.
+/// these by those of the one before, of the twin and of the node behind that.
 #[cfg(any(feature = "cuda", feature = "vulkan"))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Beside {
@@ -22,6 +22,9 @@ pub(crate) struct Beside {
     pub(crate) before: Option<NodeId>,
     /// The chain or assign right behind it, as [`follower`] says.
     pub(crate) behind: Option<NodeId>,
+    /// The product of another branch, as [`twin`] says, and the chain behind that.
+    pub(crate) twin: Option<NodeId>,
+    pub(crate) behind_twin: Option<NodeId>,
 }
 
 #[cfg(any(feature = "cuda", feature = "vulkan"))]
@@ -29,14 +32,20 @@ impl Beside {
     /// What a plan joins to a node; `None` for one whose own work is done by the node before it or behind it.
     pub(crate) fn of(plan: &Plan, id: NodeId) -> Option<Beside> {
         let leads = |id: &NodeId| is_lead(&plan.graph().node(*id).op) && plan.joined(*id).is_some();
-        let (onto, behind) = (plan.joined_onto(id), plan.joined(id));
+        let (onto, next) = (plan.joined_onto(id), plan.joined(id));
         let before = onto.filter(leads);
-        if leads(&id) || onto != before { None } else { Some(Beside { before, behind }) }
+        if leads(&id) || onto != before {
+            return None;
+        }
+        let is_product = |id: &NodeId| matches!(plan.graph().node(*id).op, Op::Matmul(_));
+        let behind = next.filter(|next| !is_product(next));
+        let twin = plan.joined(behind.unwrap_or(id)).filter(is_product);
+        Some(Beside { before, behind, twin, behind_twin: twin.and_then(|twin| plan.joined(twin)) })
     }
 
     /// The nodes, in the order of their operands and results behind those of the node itself.
     pub(crate) fn nodes(self) -> impl Iterator<Item = NodeId> {
-        self.behind.into_iter().chain(self.before)
+        [self.behind, self.before, self.twin, self.behind_twin].into_iter().flatten()
     }
 }
 
@@ -69,6 +78,43 @@ pub(crate) fn led(graph: &Graph, id: NodeId) -> Option<NodeId> {
         };
         (as_rows && one).then_some(product)
     })
+}
+
+/// The product that runs beside a product of experts: one of few rows that needs nothing of it and has as many columns over as long a k,
+/// as that of the network beside the experts, which reads the same tokens. Each by itself mostly waits.
+#[cfg(any(feature = "cuda", feature = "vulkan"))]
+pub(crate) fn twin(graph: &Graph, id: NodeId) -> Option<NodeId> {
+    let product = graph.node(id);
+    let Op::ExpertMatmul(of_experts) = &product.op else { return None };
+    let w = graph.ty(product.operands[1]);
+    let like = |node: &Node| {
+        let Op::Matmul(op) = &node.op else { return false };
+        let of_twin = graph.ty(node.operands[1]);
+        let rows = &graph.ty(node.results[0]).shape;
+        of_twin.dtype == w.dtype
+            && of_twin.shape[..] == w.shape[1..]
+            && graph.ty(node.operands[0]).dtype == w.dtype
+            && (op.transpose_a, op.transpose_b) == (false, of_experts.transpose)
+            && rows.rows() <= MOST_LED
+            && node.operands.len() + 1 == product.operands.len()
+    };
+    let (twin, node) = graph.nodes_with_ids().skip(id.index() + 1).find(|(_, node)| like(node))?;
+    let behind = [id].into_iter().chain(joined(graph, id)).flat_map(|id| &graph.node(id).results);
+    let made: Vec<Value> = behind.copied().collect();
+    let chain = joined(graph, twin).map(|chain| graph.node(chain));
+    let mut read = [node].into_iter().chain(chain).flat_map(|node| &node.operands);
+    (!read.any(|&v| made.contains(&base(graph, v)))).then_some(twin)
+}
+
+/// The product of experts that a node ends, which is itself or the chain behind it.
+#[cfg(any(feature = "cuda", feature = "vulkan"))]
+pub(crate) fn ended(graph: &Graph, id: NodeId) -> Option<NodeId> {
+    let is_experts = |id: &NodeId| matches!(graph.node(*id).op, Op::ExpertMatmul(_));
+    if is_experts(&id) {
+        return joined(graph, id).is_none().then_some(id);
+    }
+    let made = graph.node(id).operands.iter().map(|&v| graph.producer(base(graph, v)));
+    made.filter(is_experts).find(|&product| joined(graph, product) == Some(id))
 }
 
 /// Whether a chain reads nothing that a lead makes: blocks that are done would read what others have yet to store.

@@ -258,7 +258,8 @@ impl CudaExecutable {
                 let number = at as i32 + 1;
                 let before = beside.before.filter(|_| launch.before == Joint::Stored);
                 let own = (launch.behind != Joint::Unstored).then_some(node);
-                let stored = before.into_iter().chain(own).chain(beside.behind).collect();
+                let twin = beside.twin.filter(|_| launch.twin != Joint::Unstored);
+                let stored = [before, own, beside.behind, twin, beside.behind_twin].into_iter().flatten().collect();
                 let rejects = launch.rejects;
                 let launched = Launched { node, joined: vec![], stored, beside, number, places, rejects, actions };
                 Some(Work::Launch(Box::new(launched)))

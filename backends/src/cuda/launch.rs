@@ -152,6 +152,8 @@ pub(crate) struct Launch {
     pub(crate) behind: Joint,
     /// Of the node before that was offered. Its operands and results follow those.
     pub(crate) before: Joint,
+    /// Of the twin that was offered, and its results where a chain is behind it.
+    pub(crate) twin: Joint,
     /// Of a product, the rule by which it got these kernels and tiles, in words.
     pub(crate) why: Option<String>,
 }

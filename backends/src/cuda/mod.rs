@@ -124,10 +124,11 @@ impl Cuda {
                 launch::Action::Tasks(_) | launch::Action::Clear { .. } => None,
             });
             let (ty, kernels) = (graph.ty(node.results[0]), kernels.collect::<Vec<_>>().join(" + "));
-            let Beside { before, behind } = Beside::of(&plan, id).unwrap_or_default();
+            let Beside { before, behind, twin, .. } = Beside::of(&plan, id).unwrap_or_default();
             let of = before.map_or_else(String::new, |id| format!("; with the {} before it", graph.node(id).op.name()));
             let chain = if behind.is_some() { "; with the chain behind it" } else { "" };
-            Some(format!("{} {ty}: {kernels}, {why}{of}{chain}", node.op.name()))
+            let twin = if twin.is_some() { "; with its twin" } else { "" };
+            Some(format!("{} {ty}: {kernels}, {why}{of}{chain}{twin}", node.op.name()))
         });
         Ok(lines.collect())
     }

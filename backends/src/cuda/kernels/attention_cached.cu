@@ -41,53 +41,85 @@ __device__ __forceinline__ float group_sum(float x) {
     return x;
 }
 
+/// Keys that a block reads at the same time.
+#define ROUND (GROUPS * AHEAD)
+
+/// Keys and values that a lane has a part of, of one round.
+struct Round {
+    Vector<T, PER_LANE> keys[AHEAD][PIECES], values[AHEAD][PIECES];
+    /// Those of the rows from `from` to `to` that the round from `row0` on has; key and value of row r are `pitch` elements behind those of
+    /// the row before.
+    __device__ __forceinline__ void load(const T* k, const T* v, i64 pitch, int row0, int from, int to) {
+#pragma unroll
+        for (int u = 0; u < AHEAD; u++) {
+            int row = row0 + u * GROUPS + (int)threadIdx.x / GROUP;
+            if (from <= row && row < to) EACH_PIECE(i, at) {
+                keys[u][i] = load_vector<PER_LANE>(k + row * pitch + at);
+                values[u][i] = load_vector<PER_LANE>(v + row * pitch + at);
+            }
+        }
+    }
+};
+
+/// What of a block's keys was there before the run: where EARLY no kernel of the run writes it, nor `start`.
+struct Fetched {
+    int before;
+    /// The first key of the chunk, and where its visible ones end.
+    int first, end;
+    /// This head's rows of the caches, one every `width` elements.
+    T *k, *v;
+    Round round;
+    __device__ __forceinline__ void load(const int* start, T* k_cache, T* v_cache, const Cached& s) {
+        int b = blockIdx.y / s.tokens, t = blockIdx.y % s.tokens, g = blockIdx.x / (s.heads / s.kv_heads), width = s.kv_heads * HEAD;
+        i64 head = (i64)b * s.room * width + (i64)g * HEAD;
+        k = k_cache + head, v = v_cache + head;
+        before = start_of(start, s), first = (int)blockIdx.z * CHUNK, end = min(before + t + 1, first + CHUNK);
+        round.load(k, v, width, first, first, min(before, end));
+    }
+};
+
 /// Grid: heads, tokens of the batch, chunks of CHUNK keys. The keys of a chunk are dealt out to the groups of lanes, whose results
 /// are joined in order. A single chunk gives the result, else each gives its part; those behind the last visible key give none.
 CACHE_KERNEL attend_cache(const T* qkv, const int* start, T* k_cache, T* v_cache, Part* parts, T* out, Cached s, Fault* fault, int step) {
+    Fetched fetched;
+    if (EARLY) fetched.load(start, k_cache, v_cache, s);
     begin();
-    __shared__ float greatest_of[GROUPS], sum_of[GROUPS], acc_of[GROUPS][HEAD];
+    __shared__ float greatest_of[GROUPS], sum_of[GROUPS], weight_of[GROUPS], acc_of[GROUPS][HEAD];
 #if CLUSTER > 1
-    __shared__ Part found;
+    __shared__ Part found[CLUSTER];
+    cluster_arrive();
 #endif
+    if (!EARLY) fetched.load(start, k_cache, v_cache, s);
     int h = blockIdx.x, b = blockIdx.y / s.tokens, t = blockIdx.y % s.tokens, g = h / (s.heads / s.kv_heads);
-    int group = threadIdx.x / GROUP, width = s.kv_heads * HEAD, pitch = s.heads * HEAD + 2 * width, before = start_of(start, s);
-    int visible = before + t + 1, first = (int)blockIdx.z * CHUNK, end = min(visible, first + CHUNK);
+    int group = threadIdx.x / GROUP, width = s.kv_heads * HEAD, pitch = s.heads * HEAD + 2 * width, before = fetched.before;
+    int visible = before + t + 1, first = fetched.first, end = fetched.end;
     if (before != *start && h == 0 && blockIdx.y == 0 && blockIdx.z == 0 && threadIdx.x == 0) reject(fault, step, *start);
-    if (CLUSTER == 1 && first >= visible) return;
+    // In a cluster, whoever ends is waited for no more.
+    if (first >= visible) return;
     const T* from = qkv + (i64)blockIdx.y * pitch + h * HEAD;
-    // Where this head's keys lie in the cache, and those of the new tokens as if they did not begin behind the `before` old ones.
-    i64 caches = (i64)b * s.room * width + (i64)g * HEAD;
+    // The new tokens' keys as if they did not begin behind the `before` old ones; their values lie behind them.
     const T* fresh = qkv + ((i64)b * s.tokens - before) * pitch + (s.heads + g) * HEAD;
-    auto key = [&](int row) { return row < before ? k_cache + caches + (i64)row * width : fresh + (i64)row * pitch; };
-    auto value = [&](int row) { return row < before ? v_cache + caches + (i64)row * width : fresh + (i64)row * pitch + width; };
-    // This token's own row, by the first of the heads that share it.
-    int own = visible - 1;
-    if (h == g * (s.heads / s.kv_heads) && first <= own && own < first + CHUNK)
-        for (int at = threadIdx.x * PER_LANE; at < HEAD; at += THREADS * PER_LANE) {
-            store_vector<PER_LANE>(k_cache + caches + (i64)own * width + at, load_vector<PER_LANE>(key(own) + at));
-            store_vector<PER_LANE>(v_cache + caches + (i64)own * width + at, load_vector<PER_LANE>(value(own) + at));
-        }
     float query[PIECES][PER_LANE] = {}, acc[PIECES][PER_LANE] = {}, greatest = -INF_F, sum = 0.0f;
     EACH_PIECE(i, at) {
         auto v = load_vector<PER_LANE>(from + at);
         EACH_OF(j) query[i][j] = to_float(v.at[j]);
     }
+    Round& round = fetched.round;
+    round.load(fresh, fresh + width, pitch, first, before, end);
+    // This token's own row, by the first of the heads that share it.
+    int own = visible - 1;
+    if (h == g * (s.heads / s.kv_heads) && first <= own && own < first + CHUNK)
+        for (int at = threadIdx.x * PER_LANE; at < HEAD; at += THREADS * PER_LANE) {
+            store_vector<PER_LANE>(fetched.k + (i64)own * width + at, load_vector<PER_LANE>(fresh + (i64)own * pitch + at));
+            store_vector<PER_LANE>(fetched.v + (i64)own * width + at, load_vector<PER_LANE>(fresh + (i64)own * pitch + width + at));
+        }
     // All groups go as often round, as the lanes of a warp meet in every sum.
-    for (int row0 = first; row0 < end; row0 += GROUPS * AHEAD) {
-        Vector<T, PER_LANE> keys[AHEAD][PIECES], values[AHEAD][PIECES];
+    for (int row0 = first;;) {
         float score[AHEAD];
 #pragma unroll
         for (int u = 0; u < AHEAD; u++) {
-            int row = row0 + u * GROUPS + group;
-            if (row < end) EACH_PIECE(i, at) {
-                keys[u][i] = load_vector<PER_LANE>(key(row) + at);
-                values[u][i] = load_vector<PER_LANE>(value(row) + at);
-            }
-        }
-#pragma unroll
-        for (int u = 0; u < AHEAD; u++) {
             float dot = 0.0f;
-            if (row0 + u * GROUPS + group < end) EACH_PIECE(i, at) EACH_OF(j) dot = fmaf(query[i][j], to_float(keys[u][i].at[j]), dot);
+            if (row0 + u * GROUPS + group < end) EACH_PIECE(i, at) EACH_OF(j) dot = fmaf(query[i][j], to_float(round.keys[u][i].at[j]), dot);
             score[u] = s.scale * group_sum(dot);
         }
 #pragma unroll
@@ -96,54 +128,65 @@ CACHE_KERNEL attend_cache(const T* qkv, const int* start, T* k_cache, T* v_cache
             float most = max_nan(greatest, score[u]), shrink = expf(greatest - most), weight = expf(score[u] - most);
             sum = sum * shrink + weight;
             greatest = most;
-            EACH_PIECE(i, at) EACH_OF(j) acc[i][j] = acc[i][j] * shrink + weight * to_float(values[u][i].at[j]);
+            EACH_PIECE(i, at) EACH_OF(j) acc[i][j] = acc[i][j] * shrink + weight * to_float(round.values[u][i].at[j]);
         }
+        row0 += ROUND;
+        if (row0 >= end) break;
+        round.load(fetched.k, fetched.v, width, row0, row0, min(before, end));
+        round.load(fresh, fresh + width, pitch, row0, before, end);
     }
     if (threadIdx.x % GROUP == 0) greatest_of[group] = greatest, sum_of[group] = sum;
     EACH_PIECE(i, at) EACH_OF(j) acc_of[group][at + j] = acc[i][j];
     __syncthreads();
     float most = -INF_F, total = 0.0f;
+#pragma unroll
     for (int w = 0; w < GROUPS; w++) most = max_nan(most, greatest_of[w]);
     // A group without keys adds nothing.
-    auto share = [&](int w) { return sum_of[w] == 0.0f ? 0.0f : expf(greatest_of[w] - most); };
-    for (int w = 0; w < GROUPS; w++) total += share(w) * sum_of[w];
+    for (int w = threadIdx.x; w < GROUPS; w += THREADS) weight_of[w] = sum_of[w] == 0.0f ? 0.0f : expf(greatest_of[w] - most);
+    __syncthreads();
+#pragma unroll
+    for (int w = 0; w < GROUPS; w++) total += weight_of[w] * sum_of[w];
     i64 place = (i64)blockIdx.y * s.heads + h;
 #if CLUSTER > 1
-    Part* part = &found;
+    // From here on every block of the cluster was there.
+    cluster_wait();
+    Part* part = &found[blockIdx.z];
+    auto give = [&](float* to, float x) { give_number(to, 0, x); };
+    bool alone = false;
 #else
     Part* part = gridDim.z > 1 ? parts + place * gridDim.z + blockIdx.z : 0;
+    auto give = [&](float* to, float x) { *to = x; };
+    bool alone = !part;
 #endif
-    if (part && threadIdx.x == 0) part->greatest = most, part->sum = total;
+    if (!alone && threadIdx.x == 0) give(&part->greatest, most), give(&part->sum, total);
     for (int c = threadIdx.x; c < HEAD; c += THREADS) {
         float mixed = 0.0f;
-        for (int w = 0; w < GROUPS; w++) mixed += share(w) * acc_of[w][c];
-        if (part) part->mixed[c] = mixed;
-        else out[place * HEAD + c] = from_float<T>(mixed / total);
+#pragma unroll
+        for (int w = 0; w < GROUPS; w++) mixed += weight_of[w] * acc_of[w][c];
+        if (alone) out[place * HEAD + c] = from_float<T>(mixed / total);
+        else give(&part->mixed[c], mixed);
     }
 #if CLUSTER > 1
-    cluster_sync();
-    if (blockIdx.z == 0) {
-        // As join_cache; parts behind the last visible key weigh nothing.
-        float weight[CLUSTER], joined = 0.0f;
-        most = -INF_F;
+    cluster_arrive();
+    if (blockIdx.z > 0) return;
+    cluster_wait();
+    // As join_cache; parts behind the last visible key weigh nothing.
+    float weight[CLUSTER], joined = 0.0f;
+    most = -INF_F;
 #pragma unroll
-        for (int i = 0; i < CLUSTER; i++) weight[i] = number_of(&found.greatest, i);
+    for (int i = 0; i < CLUSTER; i++)
+        if (i * CHUNK < visible) most = max_nan(most, found[i].greatest);
 #pragma unroll
-        for (int i = 0; i < CLUSTER; i++) most = max_nan(most, weight[i]);
-#pragma unroll
-        for (int i = 0; i < CLUSTER; i++) {
-            weight[i] = i * CHUNK < visible ? expf(weight[i] - most) : 0.0f;
-            joined += weight[i] * number_of(&found.sum, i);
-        }
-        for (int c = threadIdx.x; c < HEAD; c += THREADS) {
-            float mixed = 0.0f;
-#pragma unroll
-            for (int i = 0; i < CLUSTER; i++) mixed += weight[i] * number_of(&found.mixed[c], i);
-            out[place * HEAD + c] = from_float<T>(mixed / joined);
-        }
+    for (int i = 0; i < CLUSTER; i++) {
+        weight[i] = i * CHUNK < visible ? expf(found[i].greatest - most) : 0.0f;
+        joined += i * CHUNK < visible ? weight[i] * found[i].sum : 0.0f;
     }
-    // No block ends while the first may still read its memory.
-    cluster_sync();
+    for (int c = threadIdx.x; c < HEAD; c += THREADS) {
+        float mixed = 0.0f;
+#pragma unroll
+        for (int i = 0; i < CLUSTER; i++) mixed += i * CHUNK < visible ? weight[i] * found[i].mixed[c] : 0.0f;
+        out[place * HEAD + c] = from_float<T>(mixed / joined);
+    }
 #endif
 }
 

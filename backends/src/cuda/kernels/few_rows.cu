@@ -7,6 +7,8 @@
 // few_rows_finish adds them up. The order of a sum depends on k, the chunk and the layout alone, neither on the row's place nor on the
 // number of rows. A block has THREADS threads. What becomes of an element is up to `put` of chain.cuh, what a is to lead.cuh.
 //
+// TWIN: the last blocks along z of a product of experts do a dense one of as many columns over as long a k, of at most MOST rows.
+//
 // A kernel's time is mostly that of waiting: so all that a thread loads is on its way before it waits for any of it, and what no kernel
 // of the run writes (EARLY: b, the bias, a norm's weights) before it waits for the kernel before.
 
@@ -115,13 +117,17 @@ template <int ROWS> struct Rows {
     int token[ROWS];
     float gate[ROWS];
     bool gated;
-    __device__ __forceinline__ Rows(const TA* a, int row0, int count, const Lead& lead) : a(a), row0(row0), count(count), gated(lead.gate) {
+    /// `plain`: of rows that lie in memory as they are.
+    __device__ __forceinline__ Rows(const TA* a, int row0, int count, const Lead& lead, bool plain)
+        : a(a), row0(row0), count(count), gated(!plain && lead.gate) {
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
+            token[r] = row0 + min(r, count - 1), gate[r] = 1.0f;
+            if (plain) continue;
             int c = lead.slot_choice[row0 + min(r, count - 1)];
             bool used = c >= 0 && c < lead.choices;
             token[r] = used ? c / lead.of_token : -1;
-            gate[r] = used && gated ? lead.gate[c] : 1.0f;
+            if (used && gated) gate[r] = lead.gate[c];
         }
     }
     __device__ __forceinline__ const TA* row(int r, const Few& p) const { return a + max(token[r], 0) * p.a_row; }
@@ -130,7 +136,7 @@ template <int ROWS> struct Rows {
         return gated ? to_float(from_float<TA>(gate[r] * to_float(x))) : to_float(x);
     }
 #else
-    __device__ __forceinline__ Rows(const TA* a, int row0, int count, const Lead&) : a(a), row0(row0), count(count) {}
+    __device__ __forceinline__ Rows(const TA* a, int row0, int count, const Lead&, bool) : a(a), row0(row0), count(count) {}
     __device__ __forceinline__ const TA* row(int r, const Few& p) const { return a + (row0 + min(r, count - 1)) * p.a_row; }
     __device__ __forceinline__ float made(int, TA x) const { return to_float(x); }
 #endif
@@ -262,7 +268,8 @@ template <int ROWS> struct Ends {
 };
 
 #if CLUSTER > 1
-#define SUMS (CLUSTER * MOST * COLUMNS)
+/// Those of the blocks behind the first.
+#define SUMS ((CLUSTER - 1) * MOST * COLUMNS)
 #else
 #define SUMS 1
 #endif
@@ -277,7 +284,7 @@ __device__ __forceinline__ void work(float* room, float* sums, const Rows<ROWS>&
     float own[of_thread(ROWS)];
     few<ROWS>(room, a, b, p, rows, k0, k1, round, [&](int j, int i, float v) {
         own[j] = v;
-        if (blockIdx.y > 0) give_number(sums + blockIdx.y * MOST * COLUMNS + i, 0, v);
+        if (blockIdx.y > 0) give_number(sums + (blockIdx.y - 1) * MOST * COLUMNS + i, 0, v);
     });
     cluster_arrive();
     if (blockIdx.y > 0) return;
@@ -288,7 +295,7 @@ __device__ __forceinline__ void work(float* room, float* sums, const Rows<ROWS>&
         if (i >= rows * COLUMNS) continue;
         float v = own[j];
 #pragma unroll
-        for (int block = 1; block < CLUSTER; block++) v += sums[block * MOST * COLUMNS + i];
+        for (int block = 1; block < CLUSTER; block++) v += sums[(block - 1) * MOST * COLUMNS + i];
         ends.end(j, v, biased, partial, p.total, c, chain);
     }
 #else
@@ -319,7 +326,7 @@ struct Fetched {
 /// The work of a block on rows of an expert.
 template <int ROWS>
 __device__ __forceinline__ void of_expert(float* room, float* sums, const TA* a, const T* b, const void* bias, const Few& p, i64 expert,
-                                          int row0, int rows, float* partial, TC* c, const Lead& lead, const Chain& chain) {
+                                          int row0, int rows, float* partial, TC* c, const Lead& lead, bool plain, const Chain& chain) {
     int k0 = blockIdx.y * p.chunk, k1 = min(k0 + p.chunk, p.k);
     b += expert * p.b_batch;
     Round<ROWS> round;
@@ -327,50 +334,72 @@ __device__ __forceinline__ void of_expert(float* room, float* sums, const TA* a,
     Ends<ROWS> ends;
     ends.find(bias, p, expert, row0, rows);
     if (!partial) ends.load(chain);
-    Rows<ROWS> of_a(a, row0, rows, lead);
+    Rows<ROWS> of_a(a, row0, rows, lead, plain);
     work<ROWS>(room, sums, of_a, b, p, rows, k0, k1, round, ends, bias != 0, partial, c, chain);
 }
+#endif
+
+#if TWIN
+#define TWIN_PARAMETERS                                                                                                \
+    , const TA* twin_a, const T* twin_b, const void* twin_bias, TC* twin_c, int twin_rows TWIN_CHAIN_PARAMETERS
+#else
+#define TWIN_PARAMETERS
 #endif
 
 /// Blocks along z: for each product of a batch, groups of MOST rows; if EXPERTS one for each slot, of which only those at the start of
 /// MOST rows of an expert have work, and those of unused slots, which become 0.
 FEW_KERNEL few_rows(const TA* a, const T* b, const int* offsets, const void* bias, float* partial, TC* c, Few p LEAD_PARAMETERS
-                        CHAIN_PARAMETERS) {
+                        CHAIN_PARAMETERS TWIN_PARAMETERS) {
     Fetched fetched;
     if (EARLY) fetched.load(b, bias, p, LEADING);
     begin();
     __shared__ float room[SHARES * MOST * COLUMNS], sums[SUMS];
 #if EXPERTS
+#if TWIN
+    bool is_twin = blockIdx.z + 1 == gridDim.z;
+    if (is_twin) a = twin_a, b = twin_b, bias = twin_bias, c = twin_c;
+    const Chain chain = is_twin ? TWIN_CHAIN : CHAIN;
+#else
+    const bool is_twin = false;
+    const Chain chain = CHAIN;
+#endif
     __shared__ int of_slot;
-    int row0 = blockIdx.z;
-    if (threadIdx.x == 0) of_slot = -1;
-    __syncthreads();
-    for (int e = threadIdx.x; e < p.experts; e += THREADS)
-        if (offsets[e] <= row0 && row0 < offsets[e + 1]) of_slot = e;
-    __syncthreads();
-    int expert = of_slot;
+    int row0 = is_twin ? 0 : blockIdx.z, expert = 0, rows = 0;
+#if TWIN
+    rows = twin_rows;
+#endif
+    if (!is_twin) {
+        if (threadIdx.x == 0) of_slot = -1;
+        __syncthreads();
+        for (int e = threadIdx.x; e < p.experts; e += THREADS)
+            if (offsets[e] <= row0 && row0 < offsets[e + 1]) of_slot = e;
+        __syncthreads();
+        expert = of_slot;
+    }
     if (expert < 0) {
         // Of an unused slot one block ends each column, or each chunk's where they are added up later; c_batch is 0.
         Ends<1> ends;
         ends.find(0, p, 0, row0, 1);
-        if (!partial) ends.load(CHAIN);
-        if (blockIdx.y == 0 || partial) ends.end(0, 0.0f, false, partial, p.total, c, CHAIN);
+        if (!partial) ends.load(chain);
+        if (blockIdx.y == 0 || partial) ends.end(0, 0.0f, false, partial, p.total, c, chain);
         return;
     }
-    int rows = min(MOST, offsets[expert + 1] - row0);
-    if ((row0 - offsets[expert]) % MOST != 0) return;
+    if (!is_twin) {
+        rows = min(MOST, offsets[expert + 1] - row0);
+        if ((row0 - offsets[expert]) % MOST != 0) return;
+    }
 #if CLUSTER > 1
     cluster_arrive();
 #endif
-    if (rows == 1) of_expert<1>(room, sums, a, b, bias, p, expert, row0, rows, partial, c, LEADING, CHAIN);
+    if (rows == 1) of_expert<1>(room, sums, a, b, bias, p, expert, row0, rows, partial, c, LEADING, is_twin, chain);
 #if MOST > 1
-    else if (rows == 2) of_expert<2>(room, sums, a, b, bias, p, expert, row0, rows, partial, c, LEADING, CHAIN);
+    else if (rows == 2) of_expert<2>(room, sums, a, b, bias, p, expert, row0, rows, partial, c, LEADING, is_twin, chain);
 #endif
 #if MOST > 2
-    else if (rows <= 4) of_expert<4>(room, sums, a, b, bias, p, expert, row0, rows, partial, c, LEADING, CHAIN);
+    else if (rows <= 4) of_expert<4>(room, sums, a, b, bias, p, expert, row0, rows, partial, c, LEADING, is_twin, chain);
 #endif
 #if MOST > 4
-    else of_expert<8>(room, sums, a, b, bias, p, expert, row0, rows, partial, c, LEADING, CHAIN);
+    else of_expert<8>(room, sums, a, b, bias, p, expert, row0, rows, partial, c, LEADING, is_twin, chain);
 #endif
 #else
 #if CLUSTER > 1
@@ -384,7 +413,7 @@ FEW_KERNEL few_rows(const TA* a, const T* b, const int* offsets, const void* bia
     __align__(16) __shared__ TA from[MOST * WIDTH];
     make_rows(from, fetched.rows, LEADING, fetched.lead, blockIdx.x == 0 && blockIdx.y == 0);
 #endif
-    Rows<MOST> rows(from, fetched.row0, fetched.rows, LEADING);
+    Rows<MOST> rows(from, fetched.row0, fetched.rows, LEADING, true);
     work<MOST>(room, sums, rows, fetched.b, p, fetched.rows, fetched.k0, fetched.k1, fetched.round, fetched.ends, bias != 0, partial, c,
                CHAIN);
 #endif

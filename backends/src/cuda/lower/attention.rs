@@ -3,6 +3,7 @@
 use moebius_ir::ops::{Attention, AttentionCached, AttentionGrad};
 use moebius_ir::{DType, Graph, Node};
 
+use super::early::{alone_writes, stays};
 use super::few_rows::MOST_CLUSTER;
 use super::wgmma::{held_instruction, instructions};
 use super::{Lowered, dtype, float, int, per_lane, shapes, typed};
@@ -231,7 +232,8 @@ pub(super) fn lower_attention_cached(graph: &Graph, node: &Node, op: &AttentionC
         .define("CHUNK", CHUNK)
         .define("PER_LANE", each)
         .define("GROUP", group)
-        .define("CLUSTER", if clustered { chunks } else { 1 });
+        .define("CLUSTER", if clustered { chunks } else { 1 })
+        .define("EARLY", u8::from(stays(graph, node.operands[3]) && alone_writes(graph, node)));
     let mut scratch = Scratch::default();
     let joins = chunks > 1 && !clustered;
     // A part is the greatest score, the sum of the weights, and a row.

@@ -5,6 +5,7 @@ use moebius_ir::DType;
 use super::gemm::{Product, Strides};
 use super::joined::{self, Joined};
 use super::lead::{self, Lead};
+use super::twin::{self, Twin};
 use super::{float, int};
 use crate::cuda::chip::Chip;
 use crate::cuda::launch::{Action, Arg, Launch, Scratch, kernel};
@@ -20,8 +21,8 @@ const ENOUGH_BLOCKS: usize = 264;
 pub(super) const MOST_CLUSTER: usize = 8;
 /// Blocks in clusters that are enough: one for most of 132 processors.
 const ENOUGH_CLUSTERED: usize = 96;
-/// Blocks that run at once on a large GPU: four on each of 132 processors.
-const MOST_CLUSTERED: usize = 528;
+/// Blocks that run at once on a large GPU: three on each of 132 processors, by their registers.
+const MOST_CLUSTERED: usize = 396;
 /// The most loads that a thread has on their way at a time, as in the kernel.
 const MOST_AHEAD: usize = 8;
 /// Loads that a thread should have: shorter chunks of k cost more than they give.
@@ -60,6 +61,8 @@ pub(super) struct Around<'a> {
     pub(super) joined: Option<&'a Joined>,
     /// What makes its rows.
     pub(super) lead: Option<&'a Lead>,
+    /// What runs beside a product of experts.
+    pub(super) twin: Option<&'a Twin>,
     /// Whether all that it reads but its rows is as it was before the run.
     pub(super) early: bool,
 }
@@ -118,7 +121,7 @@ pub(super) fn launch(
     few: Few,
     number: Number,
     operands: Operands,
-    Around { joined, lead, early }: Around<'_>,
+    Around { joined, lead, twin, early }: Around<'_>,
 ) -> Result<Launch, String> {
     let (batch, experts) = match number {
         Number::Batch(batch) => (batch, None),
@@ -144,22 +147,27 @@ pub(super) fn launch(
     let aligned = [line, width, b_batch].iter().all(|n| n.is_multiple_of(vector));
     let together = a.column == 1 && [a.row, a_batch].iter().all(|n| n.is_multiple_of(vector));
     let most = m.clamp(1, MOST_ROWS).next_power_of_two();
+    let twin = twin.filter(|twin| twin.fits(most));
     let warps = THREADS / 32;
     // Columns of a block, in the rule of the chunks as for one row, so that these do not depend on the rows.
     let (columns, of_rule, step) = match transposed {
         true => (warps * if most > 2 { 2 } else { 1 }, warps, 32 * vector),
         false => (8 * vector, 8 * vector, 4 * warps),
     };
-    let tiles = n.div_ceil(of_rule) * batch;
+    let tiles = n.div_ceil(of_rule) * batch * if twin.is_some() { 2 } else { 1 };
     // As many chunks as a cluster has blocks, if these are enough: more would need another kernel to add up.
     let enough =
         if chip.hopper && tiles * MOST_CLUSTER >= ENOUGH_CLUSTERED { tiles * MOST_CLUSTER } else { ENOUGH_BLOCKS };
     let chunks = chunks(tiles, p.k, step, enough.min(ENOUGH_BLOCKS));
-    let z = if experts.is_some() { m } else { groups(batch, m) };
+    let z = if experts.is_some() { m + usize::from(twin.is_some()) } else { groups(batch, m) };
     // The chunks of a tile are a cluster where there are clusters as large, and all of them run at once: a block that waits for the
     // others of its cluster keeps those behind it from starting.
     let blocks = n.div_ceil(columns).saturating_mul(chunks.count).saturating_mul(z);
     let clustered = chip.hopper && (2..=MOST_CLUSTER).contains(&chunks.count) && blocks <= MOST_CLUSTERED;
+    if twin.is_some() && !(chunks.count == 1 || clustered) {
+        // Whoever adds up chunks elsewhere has no place for a second product's.
+        return launch(chip, [of_a, of_b], product, few, number, operands, Around { joined, lead, twin: None, early });
+    }
     let total = batch * m * n;
     let mut scratch = Scratch::default();
     let partial = if chunks.count > 1 && !clustered { scratch.take(4 * chunks.count * total) } else { Arg::Null };
@@ -178,7 +186,7 @@ pub(super) fn launch(
     let lead = lead.filter(|lead| n > 0 && lead.fits(m, p.k, few_dtype, MOST_ROWS));
     let headers = headers(clustered, lead.is_some_and(Lead::is_norm));
     let source = joined::source(joined, "few_rows.cu", headers, TEXT);
-    let source = lead::source(lead, source)
+    let source = twin::source(twin, lead::source(lead, source))
         .define("THREADS", THREADS)
         .define("EXPERTS", u8::from(experts.is_some()))
         .define("EARLY", u8::from(early && experts.is_none()))
@@ -197,6 +205,7 @@ pub(super) fn launch(
     let mut args = vec![a, b, offsets, bias, partial.clone(), joined::out(joined), Arg::Bytes(bytes)];
     args.extend(lead::args(lead));
     args.extend(joined::args(joined));
+    args.extend(twin::args(twin));
     let grid = [n.div_ceil(columns), chunks.count, z];
     let mut actions = vec![kernel(source.clone(), "few_rows", grid, THREADS as u32, args)];
     if chunks.count > 1 && !clustered {
@@ -210,6 +219,7 @@ pub(super) fn launch(
     );
     let mut launch = joined::with(joined, Launch::of(actions).with_scratch(scratch.bytes())).because(why);
     launch.before = lead::joint(lead);
+    launch.twin = twin::joint(twin);
     Ok(launch)
 }
 

@@ -3,10 +3,12 @@
 use moebius_ir::ops::{ExpertMatmul, Matmul};
 use moebius_ir::{DType, Graph, Node, NodeId, Shape};
 
+use super::early::stays;
 use super::few_rows::{self, Around, Few, Number, Operands};
 use super::hopper::{self, End, Segments};
 use super::joined::{self, Joined};
-use super::lead::{Lead, stays};
+use super::lead::Lead;
+use super::twin::Twin;
 use super::{Lowered, dtype, float, int, narrow, shapes, short, split};
 use crate::cuda::chip::Chip;
 use crate::cuda::launch::{Action, Arg, Launch, kernel};
@@ -186,7 +188,7 @@ pub(super) fn lower_matmul(graph: &Graph, id: NodeId, op: &Matmul, beside: Besid
     if let Some(side) = few(batch, m, n, k) {
         let lead = if side == Few::Rows && batch == 1 { Lead::new(graph, id, beside)? } else { None };
         let early = side == Few::Rows && node.operands[1..].iter().all(|&v| stays(graph, v));
-        let around = Around { joined, lead: lead.as_ref(), early };
+        let around = Around { joined, lead: lead.as_ref(), twin: None, early };
         return few_rows::launch(chip, dtypes, &product, side, Number::Batch(batch), operands, around);
     }
     if batch == 1 {
@@ -240,7 +242,8 @@ pub(super) fn lower_expert_matmul(graph: &Graph, id: NodeId, op: &ExpertMatmul, 
     if few(1, m, usize::MAX, k) == Some(Few::Rows) {
         let dtypes = [dtype(graph, node, 0); 2];
         let lead = Lead::new(graph, id, beside)?;
-        let around = Around { joined, lead: lead.as_ref(), early: false };
+        let twin = Twin::new(graph, id, beside, joined)?;
+        let around = Around { joined, lead: lead.as_ref(), twin: twin.as_ref(), early: false };
         return few_rows::launch(chip, dtypes, &product, Few::Rows, Number::Experts(experts), operands, around);
     }
     let segments = Segments::Rows(experts);

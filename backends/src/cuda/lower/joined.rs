@@ -17,7 +17,9 @@ const CHAIN: &str = include_str!("../kernels/chain.cuh");
 pub(super) struct Joined {
     /// `CHAIN_PARAMETERS`, `CHAIN`, `KEPT` and `Chain`, as `chain.cuh` wants them.
     text: String,
-    /// The arguments for `CHAIN_PARAMETERS`.
+    /// The types and names of `CHAIN_PARAMETERS`.
+    parameters: Vec<(String, String)>,
+    /// The arguments for them.
     pub(super) args: Vec<Arg>,
     /// Whether the product is read by others too.
     kept: bool,
@@ -41,13 +43,12 @@ impl Joined {
         let (loaded, axes, dtypes) = (&chain_of.loaded, &chain_of.axes, &chain_of.dtypes);
         // Places in `loaded` of the operands that are not the product, and those operands' number.
         let read = || loaded.iter().enumerate().filter(|(_, i)| base(graph, after.operands[**i]) != product);
-        let (mut parameters, mut fields, mut values) = (String::new(), String::new(), Vec::new());
+        let (mut parameters, mut fields) = (Vec::new(), String::new());
         let (mut args, mut held, mut loads) = (Vec::new(), String::new(), String::new());
         for (at, &i) in read() {
             let (kind, index) = (stored(dtypes[i]), axes.index(at, "(i64)"));
-            let _ = write!(parameters, ", const {kind}* p{i}");
             let _ = writeln!(fields, "    const {kind}* p{i};");
-            values.push(format!("p{i}"));
+            parameters.push((format!("const {kind}*"), format!("p{i}")));
             args.push(Arg::Operand(node.operands.len() + i));
             if axes.is_stretched(at) {
                 let _ = writeln!(held, "        {kind} v{i};");
@@ -69,9 +70,8 @@ impl Joined {
         let (mut results, mut rounded, mut stores) = (String::new(), String::new(), String::new());
         for (o, (r, dtype)) in chain_of.results().enumerate() {
             let kind = stored(dtype);
-            let _ = write!(parameters, ", {kind}* o{o}");
             let _ = writeln!(fields, "    {kind}* o{o};");
-            values.push(format!("o{o}"));
+            parameters.push((format!("{kind}*"), format!("o{o}")));
             args.push(Arg::Result(node.results.len() + o));
             let value = if dtype.is_float() { format!("narrowed<{kind}>(r{r})") } else { format!("r{r}") };
             let _ = writeln!(results, "        Vector<{kind}, COUNT> w{o};");
@@ -80,8 +80,9 @@ impl Joined {
         }
         let (kept, alone) = (is_kept(graph, product, chain), read().next().is_none());
         let coordinates = coordinates(&chain_of);
+        let [given, made] = words(&parameters, "");
         let text = format!(
-            "#define CHAIN_PARAMETERS {parameters}\n#define CHAIN Chain{{{values}}}\n#define KEPT {}\n\
+            "#define CHAIN_PARAMETERS {given}\n#define CHAIN {made}\n#define KEPT {}\n\
              /// The chain behind the product, from element `i` on.\nstruct Chain {{\n{fields}\
              \x20   template <int COUNT> struct Loaded {{\n{held}    }};\n\
              \x20   /// What it reads beside the product.\n\
@@ -92,15 +93,36 @@ impl Joined {
              \x20   __device__ __forceinline__ void end(i64 i, const Loaded<COUNT>& l, const Vector<{own}, COUNT>& product) const {{\n\
              {results}#pragma unroll\n        for (int j = 0; j < COUNT; j++) {{\n{statements}{rounded}        }}\n{stores}    }}\n}};\n",
             u8::from(kept),
-            values = values.join(", "),
         );
-        Ok(Some(Joined { text, args, kept, eights: axes.together(8), alone }))
+        Ok(Some(Joined { text, parameters, args, kept, eights: axes.together(8), alone }))
+    }
+
+    /// Whether the chain of another product is done by the same text.
+    pub(super) fn is_like(&self, other: &Joined) -> bool {
+        self.text == other.text
+    }
+
+    /// Whether the product is read by others too.
+    pub(super) fn is_kept(&self) -> bool {
+        self.kept
     }
 
     /// Where the product's own result goes: nowhere if nothing but the chain reads it.
     fn out(&self) -> Arg {
         if self.kept { Arg::Result(0) } else { Arg::Null }
     }
+}
+
+/// Parameters of a kernel with names behind `prefix`, and the chain that is made of them.
+fn words(parameters: &[(String, String)], prefix: &str) -> [String; 2] {
+    let given = parameters.iter().map(|(kind, name)| format!(", {kind} {prefix}{name}")).collect();
+    let names: Vec<String> = parameters.iter().map(|(_, name)| format!("{prefix}{name}")).collect();
+    [given, format!("Chain{{{}}}", names.join(", "))]
+}
+
+/// The words for parameters and chain of another product of the same kernel, or for none.
+pub(super) fn other_words(joined: Option<&Joined>, prefix: &str) -> [String; 2] {
+    joined.map_or_else(|| [String::new(), "Chain()".into()], |joined| words(&joined.parameters, prefix))
 }
 
 /// Where a product's own result goes.

@@ -1,7 +1,7 @@
 //! What makes the rows of a product in its kernel: the norm or the dispatch right before it. lead.cuh has the
 //! kernel's side of it.
 
-use moebius_ir::{DType, Graph, Node, NodeId, Op, Role, Value};
+use moebius_ir::{DType, Graph, Node, NodeId, Op};
 
 use super::{dtype, int, per_lane};
 use crate::cuda::launch::{Arg, Joint};
@@ -118,20 +118,4 @@ pub(super) fn joint(lead: Option<&Lead>) -> Joint {
         Some(Lead { kept: true, .. }) => Joint::Stored,
         Some(Lead { kept: false, .. }) => Joint::Unstored,
     }
-}
-
-/// Whether a run leaves a tensor as it found it, so that kernels may read it before those before them have ended: a parameter or state
-/// that no update or op of the graph writes.
-pub(super) fn stays(graph: &Graph, value: Value) -> bool {
-    let stored = |mut value: Value| {
-        while graph.node(graph.producer(value)).op.is_alias() {
-            value = graph.node(graph.producer(value)).operands[0];
-        }
-        value
-    };
-    let tensor = stored(value);
-    let is_kept = graph.input_of(tensor).is_some_and(|input| input.role != Role::Feed);
-    let is_updated = graph.updates().iter().any(|update| update.state == tensor);
-    let overwrites = |node: &Node| node.op.in_place().iter().any(|&(_, i)| stored(node.operands[i]) == tensor);
-    is_kept && !is_updated && !graph.nodes().iter().any(overwrites)
 }

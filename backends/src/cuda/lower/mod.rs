@@ -5,6 +5,7 @@
 
 mod attention;
 mod classifier;
+mod early;
 mod elementwise;
 mod embedding;
 mod few_rows;
@@ -21,6 +22,7 @@ mod route;
 mod short;
 mod sparse;
 mod split;
+mod twin;
 mod wgmma;
 
 use moebius_ir::{DType, Graph, Node, NodeId, Op};
@@ -69,13 +71,24 @@ fn per_lane(dtype: DType, d: usize) -> usize {
 /// node.
 pub(crate) fn joined(graph: &Graph, id: NodeId, chip: Chip) -> Option<NodeId> {
     if let Some(product) = shared::led(graph, id) {
-        let beside = Beside { before: Some(id), behind: joined(graph, product, chip) };
+        let beside = Beside { before: Some(id), behind: follower(graph, product, chip), ..Beside::default() };
         let apart = beside.behind.is_none_or(|chain| shared::apart(graph, id, chain));
         let does = || lower(graph, product, beside, chip).is_ok_and(|l| l.before != Joint::None);
         return Some(product).filter(|_| apart && does());
     }
+    follower(graph, id, chip).or_else(|| {
+        let product = shared::ended(graph, id)?;
+        let behind = Some(id).filter(|_| id != product);
+        let twin = shared::twin(graph, product)?;
+        let beside = Beside { before: None, behind, twin: Some(twin), behind_twin: follower(graph, twin, chip) };
+        lower(graph, product, beside, chip).is_ok_and(|l| l.twin != Joint::None).then_some(twin)
+    })
+}
+
+/// The node behind that a node's kernels can do on such a GPU.
+fn follower(graph: &Graph, id: NodeId, chip: Chip) -> Option<NodeId> {
     let does = |behind: &NodeId| {
-        let beside = Beside { before: None, behind: Some(*behind) };
+        let beside = Beside { behind: Some(*behind), ..Beside::default() };
         lower(graph, id, beside, chip).is_ok_and(|l| l.behind != Joint::None)
     };
     shared::follower(graph, id).filter(does)

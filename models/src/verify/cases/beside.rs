@@ -155,7 +155,7 @@ fn layers() -> Vec<Case> {
     for (at, few) in FEW.into_iter().enumerate() {
         let Few { tokens, k, experts, capacity, order, by_gate } = few;
         // Rows that are a multiple of 16 bytes and others; a k that is cut up.
-        let (d, hidden) = [(264, 72), (33, 40), (520, 24)][at % 3];
+        let (d, hidden) = [(264, 72), (33, 40), (120, 24)][at % 3];
         for gated in [false, true] {
             let title = format!(
                 "{tokens} tokens of {d}, {k} of {experts} experts, capacity {capacity:?}, by gate {by_gate}, gates before {gated}"
@@ -177,8 +177,14 @@ fn layers() -> Vec<Case> {
                 let h = s.graph.expert_matmul(rows, up, offsets, Some(bias), false)?;
                 let h = s.graph.unary(UnaryFn::GeluTanh, h)?;
                 let rows = s.graph.expert_matmul(h, down, offsets, None, true)?;
+                // A network beside the experts, whose products are like theirs.
                 let (side, coefficient) = if gated {
-                    let side = s.float([tokens, d], |x| x)?;
+                    let up = weight(s, dtype, &[d, hidden], small)?;
+                    let bias = weight(s, dtype, &[hidden], |x| x)?;
+                    let down = weight(s, dtype, &[d, hidden], |x| x / 8.0)?;
+                    let h = s.graph.matmul_with(x, up, Some(bias), false, false)?;
+                    let h = s.graph.unary(UnaryFn::GeluTanh, h)?;
+                    let side = s.graph.matmul_with(h, down, None, false, true)?;
                     (Some(side), Some(s.float_as(DType::F32, [tokens, 2], |x| x / 2.0)?))
                 } else {
                     (None, None)
