@@ -15,8 +15,6 @@ use crate::cache::Cache;
 
 /// The least version of Vulkan: the first with timeline semaphores.
 const VERSION: u32 = vk::API_VERSION_1_2;
-/// Threads of the largest workgroups of the kernels.
-const MOST_THREADS: u32 = 256;
 /// Bytes of the values that a kernel is given beside its buffers.
 pub(crate) const NUMBER_BYTES: u32 = 128;
 /// What parts of memory that kernels are given begin at multiples of, as the plan does.
@@ -129,7 +127,7 @@ impl Device {
             return Err(old(format!("of {ALIGNMENT} bytes"), found));
         }
         for (what, wanted, found) in [
-            ("threads of a workgroup", MOST_THREADS, l.max_compute_work_group_invocations),
+            ("threads of a workgroup", Limits::LEAST.threads as u32, l.max_compute_work_group_invocations),
             ("bytes of shared memory", Limits::LEAST.shared as u32, l.max_compute_shared_memory_size),
             ("bytes of push constants", NUMBER_BYTES, l.max_push_constants_size),
             ("storage buffers", Limits::LEAST.buffers as u32, l.max_per_stage_descriptor_storage_buffers),
@@ -152,7 +150,11 @@ impl Device {
             buffers: l.max_per_stage_descriptor_storage_buffers as usize,
             range: l.max_storage_buffer_range as usize,
             processor: shown.kind == vk::PhysicalDeviceType::CPU,
+            threads: l.max_compute_work_group_invocations.min(l.max_compute_work_group_size[0]) as usize,
             subgroup: subgroups.subgroup_size as usize,
+            shuffles: subgroups.subgroup_size == 32
+                && subgroups.supported_stages.contains(vk::ShaderStageFlags::COMPUTE)
+                && subgroups.supported_operations.contains(vk::SubgroupFeatureFlags::SHUFFLE),
             matrices_bf16: matrices.bf16,
             matrices_f16: matrices.f16,
         };

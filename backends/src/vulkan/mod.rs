@@ -17,6 +17,8 @@ mod hazards;
 mod instance;
 #[cfg(test)]
 mod interpreter;
+#[cfg(test)]
+mod lanes_tests;
 mod launch;
 mod limits;
 mod loader;

@@ -67,9 +67,11 @@ texts! {
     "embedding",
     "embedding_grad",
     "floats",
+    "fold",
     "functions",
     "gate_grad",
     "gemm",
+    "gemm_added",
     "gemm_by_slot",
     "gemm_few_rows",
     "gemm_finish",
@@ -84,6 +86,8 @@ texts! {
     "kept_grad",
     "kept_rows",
     "kept_tiles",
+    "lanes",
+    "lanes_apart",
     "layer_norm",
     "layer_norm_eight",
     "logits",
@@ -113,6 +117,7 @@ texts! {
     "softmax_grad",
     "sum_of_squares",
     "sums",
+    "sums_by_lanes",
     "tile_sums",
 }
 
@@ -163,6 +168,27 @@ impl Shader {
     pub(crate) fn with(mut self, header: &'static str) -> Shader {
         self.headers.push(header);
         self
+    }
+
+    /// With `other_one(thread, x, mask)`, `other_two` and `other_four`: what another of the same 32 threads has.
+    #[must_use]
+    pub(crate) fn lanes(self) -> Shader {
+        let name = if self.limits.shuffles { "lanes" } else { "lanes_apart" };
+        self.with(name)
+    }
+
+    /// With `fold_into(thread, base, even, odd)`: sums of eight columns over the lanes of 32 threads, `across` of which have different
+    /// columns, in `folded`, of so many floats.
+    #[must_use]
+    pub(crate) fn folding(self, across: usize, room: usize) -> Shader {
+        self.lanes().with("fold").constant("ACROSS", across).constant("FOLDED", room)
+    }
+
+    /// With sums and maxima over a workgroup of 32, 64, 128 or 256 threads: `block_sum(thread, x)`, `block_max` and `block_count`.
+    #[must_use]
+    pub(crate) fn sums(self) -> Shader {
+        let name = if self.limits.shuffles { "sums_by_lanes" } else { "sums" };
+        self.with(name)
     }
 
     /// With `name` in its text replaced.

@@ -53,7 +53,7 @@ impl Classes<'_> {
     /// A kernel on rows, with the labels.
     fn rows(&self, name: &'static str) -> Shader {
         Shader::file(self.limits, name, ROW_THREADS)
-            .with("sums")
+            .sums()
             .rejecting()
             .number("n", self.n)
             .number("classes", self.classes)

@@ -70,7 +70,7 @@ impl Way {
         if p.m > MOST_FEW {
             return Way::plain(limits, p.m, p.n);
         }
-        Few::of(p, p.m, p.batch).map_or(Way::FewRows(p.m.max(1)), Way::Eights)
+        Few::of(limits, p, p.m, p.batch).map_or(Way::FewRows(p.m.max(1)), Way::Eights)
     }
 
     /// Plain tiles, which are narrow where the product is.
@@ -341,7 +341,7 @@ pub(super) fn lower_expert_matmul(
     let along_k = [true, w.row == 1];
     let (shader, columns, down) = if slots <= MOST_FEW {
         // Slots rarely share an expert.
-        let way = Few::of(&of_all, 1, slots).map_or(Way::FewRows(1), Way::Eights);
+        let way = Few::of(limits, &of_all, 1, slots).map_or(Way::FewRows(1), Way::Eights);
         let (shader, [_, columns]) = product(limits, "gemm_by_slot", way, along_k, factors, &out, Some(k));
         (shader, columns, slots)
     } else {

@@ -16,7 +16,7 @@ const MOST_KEPT: usize = 8192;
 /// A kernel on the rows of the node's first operand, and how many there are.
 fn by_row(graph: &Graph, node: &Node, name: &'static str, limits: Limits) -> (Shader, usize) {
     let shape = &graph.ty(node.operands[0]).shape;
-    (Shader::file(limits, name, THREADS).with("sums").number("d", shape.last()), shape.rows())
+    (Shader::file(limits, name, THREADS).sums().number("d", shape.last()), shape.rows())
 }
 
 /// A kernel of a norm: that for rows of multiples of eight elements, of which a thread keeps its own, where the rows are such. And whether
@@ -29,7 +29,7 @@ fn norm(graph: &Graph, node: &Node, [one, eight]: [&'static str; 2], limits: Lim
         return (shader, rows, false);
     }
     let threads = (d / 8).next_power_of_two().clamp(32, 256);
-    let shader = Shader::file(limits, eight, threads).with("sums").with("eight").number("d", d);
+    let shader = Shader::file(limits, eight, threads).sums().with("eight").number("d", d);
     (shader.constant("OWN", (d / 8).div_ceil(threads)), shape.rows(), true)
 }
 

@@ -69,7 +69,7 @@ pub(super) fn lower_combine(graph: &Graph, node: &Node, op: Combine, limits: Lim
 pub(super) fn lower_gate_grad(graph: &Graph, node: &Node, limits: Limits) -> Lowered {
     let [x, _, slot_choice, choice_slot] = shapes(graph, node);
     let shader = Shader::file(limits, "gate_grad", ROW_THREADS)
-        .with("sums")
+        .sums()
         .number("slots", slot_choice[0])
         .number("k", choice_slot[1])
         .number("d", x[1])
