@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use ash::vk::{self, Handle};
 
 use super::error::{Result, VulkanError, failed};
+use super::hazards::Barrier;
 use super::limits::Limits;
 use super::loader::{self, Choice, Loader};
 use super::matrices::{Bf16Features, Matrices};
@@ -362,23 +363,22 @@ impl Device {
         let info = vk::CommandBufferBeginInfo::default().flags(usage);
         // SAFETY: commands of a pool that allows this, which nothing is running: callers wait before they record again.
         unsafe { self.handle.begin_command_buffer(commands, &info) }.map_err(failed("vkBeginCommandBuffer"))?;
-        self.barrier(commands);
+        self.barrier(commands, Barrier::All);
         record(commands);
         // SAFETY: begun above.
         unsafe { self.handle.end_command_buffer(commands) }.map_err(failed("vkEndCommandBuffer"))
     }
 
-    /// Everything before it is done and seen by everything after it.
-    pub(crate) fn barrier(&self, commands: vk::CommandBuffer) {
-        let stages = vk::PipelineStageFlags::COMPUTE_SHADER | vk::PipelineStageFlags::TRANSFER;
-        let barrier = vk::MemoryBarrier::default()
-            .src_access_mask(vk::AccessFlags::SHADER_WRITE | vk::AccessFlags::TRANSFER_WRITE)
-            .dst_access_mask(
-                vk::AccessFlags::SHADER_READ
-                    | vk::AccessFlags::SHADER_WRITE
-                    | vk::AccessFlags::TRANSFER_READ
-                    | vk::AccessFlags::TRANSFER_WRITE,
-            );
+    /// What it keeps apart and is before it is done and seen by what is after it.
+    pub(super) fn barrier(&self, commands: vk::CommandBuffer, barrier: Barrier) {
+        let (mut stages, mut reads, mut writes) =
+            (vk::PipelineStageFlags::COMPUTE_SHADER, vk::AccessFlags::SHADER_READ, vk::AccessFlags::SHADER_WRITE);
+        if barrier == Barrier::All {
+            stages |= vk::PipelineStageFlags::TRANSFER;
+            reads |= vk::AccessFlags::TRANSFER_READ;
+            writes |= vk::AccessFlags::TRANSFER_WRITE;
+        }
+        let barrier = vk::MemoryBarrier::default().src_access_mask(writes).dst_access_mask(reads | writes);
         let none = vk::DependencyFlags::empty();
         // SAFETY: commands that are being recorded.
         unsafe { self.handle.cmd_pipeline_barrier(commands, stages, stages, none, &[barrier], &[], &[]) };

@@ -6,7 +6,7 @@ use ash::vk;
 use moebius_ir::{NodeId, Op, Plan, Step, Storage, Value};
 
 use super::device::Device;
-use super::hazards::{Hazards, Use, writes};
+use super::hazards::{self, Hazards, Use, writes};
 use super::instance::VulkanInstance;
 use super::launch::{Action, At, Launch, Number};
 use super::memory::{Memory, Region};
@@ -120,8 +120,8 @@ impl Program {
                 Bound::Clear { at, .. } => vec![addresses.used(step, *at)],
                 Bound::Kernel { buffers, .. } => buffers.iter().map(|&at| addresses.used(step, at)).collect(),
             };
-            if hazards.wait(&uses) {
-                self.device.barrier(commands);
+            if let Some(barrier) = hazards.wait(&uses, matches!(action, Bound::Clear { .. })) {
+                self.device.barrier(commands, barrier);
             }
             match action {
                 Bound::Clear { at, bytes } => {
@@ -161,6 +161,8 @@ impl VulkanExecutable {
             .filter_map(|a| if let Action::Kernel(k) = a { Some(&k.source) } else { None })
             .collect();
         let mut pipelines = device.pipelines(&sources)?.into_iter();
+        // With checks on, what a step may not rely on is known for the plan's own order.
+        let order = if checks { (0..plan.steps().len()).collect() } else { hazards::order(&plan, &launches) };
         // The kernels in the order of the launches, the launches by node.
         type Made = (Vec<(Action, Option<Pipeline>)>, Option<Rejects>, bool);
         let mut made: Vec<Option<Made>> = Vec::with_capacity(launches.len());
@@ -174,7 +176,7 @@ impl VulkanExecutable {
         let states = states(&plan);
         let chains = chains(plan.graph(), |id| plan.joined(id));
         let done_before = |step: &Step| matches!(step, Step::Run { node, .. } if chains.contains(node));
-        let work = (plan.steps().iter().enumerate())
+        let work = (order.into_iter().map(|at| (at, &plan.steps()[at])))
             .filter(|(_, step)| !done_before(step))
             .map(|(at, step)| match *step {
                 Step::Run { node, scratch, scratch_bytes } => {
