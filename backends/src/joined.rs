@@ -1,12 +1,100 @@
-//! Which fused chains run together with the matrix product they follow: part by part, while the part is in a near cache.
-
-#[cfg(any(feature = "cuda", feature = "vulkan"))]
-use std::collections::HashSet;
+//! Which nodes run together with the matrix product beside them: fused chains behind it, part by part, while the part is in a near
+//! cache; and on GPUs, where rows are few and a kernel more costs more than its work, norms and dispatches before it. There a chain is
+//! also joined onto a combine, and an assign onto a route.
 
 use moebius_ir::{Graph, NodeId, Op, Value};
+#[cfg(any(feature = "cuda", feature = "vulkan"))]
+use moebius_ir::{Node, Plan};
 
-/// The chain to run with a node: a fused chain over as many elements as the node's result, which it takes unstretched, and
-/// whose other operands are made before the node.
+/// The most rows of a norm that is done by the product behind it: every block of that normalises them all.
+#[cfg(any(feature = "cuda", feature = "vulkan"))]
+const MOST_LED: usize = 8;
+/// The most choices that one block routes and assigns.
+#[cfg(any(feature = "cuda", feature = "vulkan"))]
+const MOST_CHOICES: usize = 64;
+
+/// The nodes whose work is done by the kernels of another. That one's operands and results are followed by those of the node behind it,
+/// and these by those of the one before.
+#[cfg(any(feature = "cuda", feature = "vulkan"))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Beside {
+    /// The norm or dispatch right before it, as [`led`] says.
+    pub(crate) before: Option<NodeId>,
+    /// The chain or assign right behind it, as [`follower`] says.
+    pub(crate) behind: Option<NodeId>,
+}
+
+#[cfg(any(feature = "cuda", feature = "vulkan"))]
+impl Beside {
+    /// What a plan joins to a node; `None` for one whose own work is done by the node before it or behind it.
+    pub(crate) fn of(plan: &Plan, id: NodeId) -> Option<Beside> {
+        let leads = |id: &NodeId| is_lead(&plan.graph().node(*id).op) && plan.joined(*id).is_some();
+        let (onto, behind) = (plan.joined_onto(id), plan.joined(id));
+        let before = onto.filter(leads);
+        if leads(&id) || onto != before { None } else { Some(Beside { before, behind }) }
+    }
+
+    /// The nodes, in the order of their operands and results behind those of the node itself.
+    pub(crate) fn nodes(self) -> impl Iterator<Item = NodeId> {
+        self.behind.into_iter().chain(self.before)
+    }
+}
+
+/// Whether a node that another is joined onto is done by that one.
+#[cfg(any(feature = "cuda", feature = "vulkan"))]
+fn is_lead(op: &Op) -> bool {
+    matches!(op, Op::LayerNorm(_) | Op::RmsNorm(_) | Op::Dispatch(_))
+}
+
+/// The product whose kernel is to do a norm's or a dispatch's work too: the first one that has its rows, few ones, as its own. If others
+/// read those of a norm too, that kernel also stores them; of a dispatch nothing else does.
+#[cfg(any(feature = "cuda", feature = "vulkan"))]
+pub(crate) fn led(graph: &Graph, id: NodeId) -> Option<NodeId> {
+    let node = graph.node(id);
+    let y = *node.results.first().filter(|_| is_lead(&node.op))?;
+    let shape = &graph.ty(y).shape;
+    if shape.rows() > MOST_LED {
+        return None;
+    }
+    let dispatches = matches!(node.op, Op::Dispatch(_));
+    graph.nodes_with_ids().skip(id.index() + 1).find_map(|(product, node)| {
+        let reads = |v: &Value| base(graph, *v) == y;
+        let rows = *node.operands.first()?;
+        let as_rows =
+            reads(&rows) && graph.ty(rows).shape.last() == shape.last() && !node.operands[1..].iter().any(reads);
+        let one = if let Op::Matmul(op) = &node.op {
+            !dispatches && !op.transpose_a && graph.shape(node.operands[1]).len() == 2
+        } else {
+            dispatches && matches!(node.op, Op::ExpertMatmul(_)) && !is_kept(graph, y, product)
+        };
+        (as_rows && one).then_some(product)
+    })
+}
+
+/// Whether a chain reads nothing that a lead makes: blocks that are done would read what others have yet to store.
+#[cfg(any(feature = "cuda", feature = "vulkan"))]
+pub(crate) fn apart(graph: &Graph, lead: NodeId, chain: NodeId) -> bool {
+    let made = &graph.node(lead).results;
+    !graph.node(chain).operands.iter().any(|&v| made.contains(&base(graph, v)))
+}
+
+/// The node to run with the one before it: the chain behind a product or a combine, or of a route of few tokens the assign.
+#[cfg(any(feature = "cuda", feature = "vulkan"))]
+pub(crate) fn follower(graph: &Graph, id: NodeId) -> Option<NodeId> {
+    let node = graph.node(id);
+    if matches!(node.op, Op::Combine(_)) {
+        return chain_behind(graph, id);
+    }
+    if !matches!(node.op, Op::Route(_)) {
+        return joined(graph, id);
+    }
+    let index = node.results[1];
+    let assigns = |node: &Node| matches!(node.op, Op::Assign(_)) && base(graph, node.operands[0]) == index;
+    let few = graph.ty(index).elements() <= MOST_CHOICES;
+    graph.nodes_with_ids().find(|(_, node)| few && assigns(node)).map(|(id, _)| id)
+}
+
+/// The chain to run with a product, as [`chain_behind`] says.
 pub(crate) fn joined(graph: &Graph, id: NodeId) -> Option<NodeId> {
     let node = graph.node(id);
     let product = *node.results.first()?;
@@ -16,9 +104,13 @@ pub(crate) fn joined(graph: &Graph, id: NodeId) -> Option<NodeId> {
     } else {
         matches!(node.op, Op::ExpertMatmul(_))
     };
-    if !one {
-        return None;
-    }
+    if one { chain_behind(graph, id) } else { None }
+}
+
+/// The chain that can run with a node: a fused chain over as many elements as the node's result, which it takes unstretched, and
+/// whose other operands are made before the node.
+fn chain_behind(graph: &Graph, id: NodeId) -> Option<NodeId> {
+    let product = *graph.node(id).results.first()?;
     let before = |v: Value| {
         let producer = graph.producer(v);
         producer.index() < id.index() || matches!(graph.node(producer).op, Op::Input(_) | Op::Constant(_))
@@ -40,12 +132,6 @@ pub(crate) fn joined(graph: &Graph, id: NodeId) -> Option<NodeId> {
     })
 }
 
-/// The chains that `joined` joins onto nodes of a graph: their work is done with those nodes.
-#[cfg(any(feature = "cuda", feature = "vulkan"))]
-pub(crate) fn chains(graph: &Graph, joined: impl Fn(NodeId) -> Option<NodeId>) -> HashSet<NodeId> {
-    graph.nodes_with_ids().filter_map(|(id, _)| joined(id)).collect()
-}
-
 /// What a value is a reshape of.
 pub(crate) fn base(graph: &Graph, mut value: Value) -> Value {
     while let Op::Reshape(_) = graph.node(graph.producer(value)).op {
@@ -54,12 +140,12 @@ pub(crate) fn base(graph: &Graph, mut value: Value) -> Value {
     value
 }
 
-/// Whether anything but the chain needs the product: a node, an output or an update.
+/// Whether anything but `reader` needs a value: a node, an output or an update.
 #[cfg(any(feature = "cuda", feature = "vulkan"))]
-pub(crate) fn is_kept(graph: &Graph, product: Value, chain: NodeId) -> bool {
-    let is = |v: Value| base(graph, v) == product;
-    let reads = |(id, node): (NodeId, &moebius_ir::Node)| {
-        id != chain && !matches!(node.op, Op::Reshape(_)) && node.operands.iter().any(|&v| is(v))
+pub(crate) fn is_kept(graph: &Graph, value: Value, reader: NodeId) -> bool {
+    let is = |v: Value| base(graph, v) == value;
+    let reads = |(id, node): (NodeId, &Node)| {
+        id != reader && !matches!(node.op, Op::Reshape(_)) && node.operands.iter().any(|&v| is(v))
     };
     graph.outputs().iter().any(|(_, v)| is(*v))
         || graph.updates().iter().any(|u| is(u.new))

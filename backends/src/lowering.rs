@@ -2,6 +2,8 @@
 
 use moebius_ir::{Graph, Node, NodeId, Shape};
 
+#[cfg(any(feature = "cuda", feature = "vulkan"))]
+use crate::joined::Beside;
 use crate::{Error, Refusal, Result};
 
 /// The launch of every node, or a refusal for each node that `lower` gives none for but says what it wants instead.
@@ -29,8 +31,8 @@ pub(crate) fn launches<L>(
     if refusals.is_empty() { Ok(launches) } else { Err(Error::Unsupported { backend, refusals }) }
 }
 
-/// [`launches`] of nodes together with the chains that `joined` joins onto them, which `lower` is given too; those have nothing to do
-/// themselves.
+/// [`launches`] of nodes together with what `beside` says is beside them, which `lower` is given too; what that gives nothing for is done
+/// with another node and has nothing to do itself.
 ///
 /// # Errors
 /// As [`launches`].
@@ -38,11 +40,10 @@ pub(crate) fn launches<L>(
 pub(crate) fn launches_with<L: Default>(
     backend: &'static str,
     graph: &Graph,
-    joined: impl Fn(NodeId) -> Option<NodeId>,
-    lower: impl Fn(NodeId, Option<NodeId>) -> Result<L, String>,
+    beside: impl Fn(NodeId) -> Option<Beside>,
+    lower: impl Fn(NodeId, Beside) -> Result<L, String>,
 ) -> Result<Vec<L>> {
-    let chains = crate::joined::chains(graph, &joined);
-    launches(backend, graph, |id| if chains.contains(&id) { Ok(L::default()) } else { lower(id, joined(id)) })
+    launches(backend, graph, |id| beside(id).map_or_else(|| Ok(L::default()), |beside| lower(id, beside)))
 }
 
 /// The shapes of a node's first `N` operands.

@@ -19,7 +19,7 @@ pub(crate) enum Place {
 
 /// The memory of one step.
 pub(crate) struct StepPlaces {
-    /// Of the node's operands, and behind them of those of the chain that is joined onto it.
+    /// Of the node's operands, and behind them of those of the nodes whose work is done with it.
     pub(crate) operands: Vec<Place>,
     /// Of the results, likewise.
     pub(crate) results: Vec<Place>,
@@ -58,12 +58,19 @@ pub(crate) fn place(plan: &Plan, states: &[Value], value: Value) -> Place {
     }
 }
 
-/// The memory of step `at`, which runs `node` with this scratch memory.
-pub(crate) fn of_step(plan: &Plan, states: &[Value], at: usize, node: NodeId, scratch: (usize, usize)) -> StepPlaces {
+/// The memory of step `at`, which runs `node` with this scratch memory, and the nodes `beside` it.
+pub(crate) fn of_step(
+    plan: &Plan,
+    states: &[Value],
+    at: usize,
+    node: NodeId,
+    beside: impl IntoIterator<Item = NodeId>,
+    scratch: (usize, usize),
+) -> StepPlaces {
     debug_assert!(matches!(plan.steps()[at], Step::Run { .. }));
     let graph = plan.graph();
     let (mut operands, mut results, mut fresh) = (Vec::new(), Vec::new(), vec![scratch]);
-    for node in [node].into_iter().chain(plan.joined(node)).map(|id| graph.node(id)) {
+    for node in [node].into_iter().chain(beside).map(|id| graph.node(id)) {
         let places = |values: &[Value]| values.iter().map(|&v| place(plan, states, v)).collect::<Vec<_>>();
         let (read, written) = (places(&node.operands), places(&node.results));
         for (&value, place) in node.results.iter().zip(&written) {

@@ -80,6 +80,8 @@ pub struct Plan {
     steps: Vec<Step>,
     /// For each node, the one joined onto it.
     joined: Vec<Option<NodeId>>,
+    /// For each node, the one it is joined onto.
+    onto: Vec<Option<NodeId>>,
     storage: Vec<Storage>,
     lifetimes: Vec<Lifetime>,
     arena_bytes: usize,
@@ -96,10 +98,11 @@ impl Plan {
         Plan::with_joined(graph, scratch, &|_, _| None, fences)
     }
 
-    /// Like [`Plan::new`] for a backend that can run some fused chains together with the node they follow. `join` names the
-    /// chain for a node; where the order allows it, [`Plan::joined`] then holds: the chain's step comes right after the
-    /// node's, and during the node's step the chain's results have their memory already, which overlaps nothing but, as
-    /// ever, an operand of the chain that it works over, and never an operand of the node.
+    /// Like [`Plan::new`] for a backend that can run some nodes together, as a fused chain with the product it follows. `join`
+    /// names the node that is to follow a node; where the order allows it, [`Plan::joined`] then holds: its step comes right
+    /// after the node's. What is joined makes a group, as a norm, a product and a chain. During each step of a group all operands
+    /// and results of the group have their memory, and none lies over another's, but for a result of a chain, which may, as ever,
+    /// lie over an operand of that chain, though never over one of the nodes before it.
     ///
     /// # Errors
     /// As [`Plan::new`].
@@ -121,7 +124,11 @@ impl Plan {
                 steps.push(Step::Run { node, scratch: 0, scratch_bytes: scratch(&graph, node) });
             }
         }
-        let roots = roots(&graph, &steps, &step_of, &joined);
+        let mut onto = vec![None; joined.len()];
+        for (id, next) in joined.iter().enumerate() {
+            next.iter().for_each(|next| onto[next.index()] = Some(NodeId(id as u32)));
+        }
+        let roots = roots(&graph, &steps, &step_of, &onto);
         for update in graph.updates() {
             if roots[update.new.index()] != update.state {
                 let stale = |v: Value| roots[v.index()] == update.state;
@@ -137,7 +144,7 @@ impl Plan {
             }
         }
         let (storage, lifetimes) = (Vec::new(), Vec::new());
-        let mut plan = Plan { graph, steps, joined, storage, lifetimes, arena_bytes: 0, fences };
+        let mut plan = Plan { graph, steps, joined, onto, storage, lifetimes, arena_bytes: 0, fences };
         plan.place(&roots, &step_of)?;
         Ok(plan)
     }
@@ -152,9 +159,14 @@ impl Plan {
         &self.steps
     }
 
-    /// The fused chain whose results can be written during the step of this node, which is the one before its own.
+    /// The node that is joined onto this one, whose step is the next: the work of both can be done in either step.
     pub fn joined(&self, node: NodeId) -> Option<NodeId> {
         self.joined[node.index()]
+    }
+
+    /// The node that this one is joined onto, whose step is the one before.
+    pub fn joined_onto(&self, node: NodeId) -> Option<NodeId> {
+        self.onto[node.index()]
     }
 
     /// Where a value lies.
@@ -255,9 +267,12 @@ impl Plan {
             if !node.op.is_alias() {
                 node.operands.iter().for_each(|v| live(roots[v.index()], at, at));
             }
-            if let Some(chain) = self.joined[id.index()] {
-                node.operands.iter().for_each(|v| live(roots[v.index()], at, at + 1));
-                graph.node(chain).results.iter().for_each(|v| live(roots[v.index()], at, at + 1));
+            // Of a group everything is there from its first step to its last.
+            let before = before(&self.onto, id).count();
+            let behind = std::iter::successors(self.joined[id.index()], |n| self.joined[n.index()]).count();
+            if before + behind > 0 {
+                let values = node.operands.iter().chain(&node.results);
+                values.for_each(|v| live(roots[v.index()], at - before, at + behind));
             }
         }
         graph.outputs().iter().for_each(|(_, v)| live(roots[v.index()], end, end));
@@ -310,8 +325,8 @@ impl Plan {
     }
 }
 
-/// Node order with every op that works in place after all other readers of what it overwrites, and the chains that are
-/// joined right behind their nodes: those of `joined` that are ready then. A node that computes the update of a stored tensor
+/// Node order with every op that works in place after all other readers of what it overwrites, and the nodes that are
+/// joined right behind those they are joined onto: those of `joined` that are ready then. A node that computes the update of a stored tensor
 /// comes as soon as its operands are there, which need not be kept then. Otherwise nodes keep the order in which they were made.
 fn order(graph: &Graph, mut joined: Vec<Option<NodeId>>) -> Result<(Vec<NodeId>, Vec<Option<NodeId>>)> {
     let nodes = graph.nodes();
@@ -376,7 +391,7 @@ fn order(graph: &Graph, mut joined: Vec<Option<NodeId>>) -> Result<(Vec<NodeId>,
     let mut ready: BinaryHeap<_> = (0..nodes.len()).filter(|&i| waits[i] == 0).map(key).collect();
     let mut taken = vec![false; nodes.len()];
     let mut order = Vec::with_capacity(nodes.len());
-    // The node that was taken last, if a chain is to follow it.
+    // The node that was taken last, if another is to follow it.
     let mut followed: Option<NodeId> = None;
     while let Some(Reverse((busy, _, i))) = ready.pop() {
         if taken[i] {
@@ -385,9 +400,9 @@ fn order(graph: &Graph, mut joined: Vec<Option<NodeId>>) -> Result<(Vec<NodeId>,
         let mut now = i;
         if busy && let Some(node) = followed.take() {
             match joined[node.index()].map(NodeId::index) {
-                Some(chain) if waits[chain] == 0 && !taken[chain] => {
+                Some(next) if waits[next] == 0 && !taken[next] => {
                     ready.push(key(i));
-                    now = chain;
+                    now = next;
                 }
                 Some(_) | None => joined[node.index()] = None,
             }
@@ -417,6 +432,11 @@ fn order(graph: &Graph, mut joined: Vec<Option<NodeId>>) -> Result<(Vec<NodeId>,
     Ok((order, joined))
 }
 
+/// The nodes of a node's group that come before it, the nearest first, where `onto` says which node each is joined onto.
+fn before(onto: &[Option<NodeId>], node: NodeId) -> impl Iterator<Item = NodeId> {
+    std::iter::successors(onto[node.index()], |n| onto[n.index()])
+}
+
 fn alias_base(graph: &Graph, mut value: Value) -> Value {
     while graph.node(graph.producer(value)).op.is_alias() {
         value = graph.node(graph.producer(value)).operands[0];
@@ -425,7 +445,7 @@ fn alias_base(graph: &Graph, mut value: Value) -> Value {
 }
 
 /// For each value, the value whose storage it shares (itself if it has its own).
-fn roots(graph: &Graph, steps: &[Step], step_of: &[usize], joined: &[Option<NodeId>]) -> Vec<Value> {
+fn roots(graph: &Graph, steps: &[Step], step_of: &[usize], onto: &[Option<NodeId>]) -> Vec<Value> {
     let mut roots: Vec<Value> = graph.values().collect();
     // In step order, so that an operand's root is final before it is passed on.
     let mut by_step: Vec<NodeId> = graph.nodes_with_ids().map(|(id, _)| id).collect();
@@ -451,13 +471,8 @@ fn roots(graph: &Graph, steps: &[Step], step_of: &[usize], joined: &[Option<Node
             *l = (*l).max(step_of[id.index()]);
         }
     }
-    // What a node reads that has a chain joined onto it is read while that chain writes.
-    let mut read_before: Vec<&[Value]> = vec![&[]; graph.nodes().len()];
-    for (id, node) in graph.nodes_with_ids() {
-        if let Some(chain) = joined[id.index()] {
-            read_before[chain.index()] = &node.operands;
-        }
-    }
+    // What the nodes of a group read is read while a chain behind them writes.
+    let read_before = |chain: NodeId| before(onto, chain).flat_map(|id| &graph.node(id).operands);
     let kept = graph.outputs().iter().map(|(_, v)| *v).chain(graph.updates().iter().map(|u| u.new));
     kept.for_each(|v| last[roots[v.index()].index()] = end);
 
@@ -491,7 +506,7 @@ fn roots(graph: &Graph, steps: &[Step], step_of: &[usize], joined: &[Option<Node
                     && reusable(root, result)
                     && last[root.index()] == step_of[id.index()]
                     && !taken.contains(&root)
-                    && !read_before[id.index()].iter().any(|v| roots[v.index()] == root)
+                    && !read_before(id).any(|v| roots[v.index()] == root)
             };
             // The stored tensor first: another operand would have to be copied over it.
             let is_stored = |v: &&Value| graph.input_of(roots[v.index()]).is_some();

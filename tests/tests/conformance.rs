@@ -165,6 +165,47 @@ fn a_chain_behind_products_of_experts_has_the_bits_of_the_chain_by_itself() {
     }
 }
 
+/// Where a norm is computed, in the kernel of the product behind it or in one of its own, does not show in the bits.
+#[test]
+fn a_norm_before_a_product_has_the_bits_of_the_norm_by_itself() {
+    for (device, dtype) in devices().iter().flat_map(|d| [DType::F32, DType::Bf16, DType::F16].map(|dtype| (d, dtype)))
+    {
+        for (m, k, n, layer_norm) in [(1, 1024, 136, true), (1, 264, 40, false), (5, 40, 72, false), (8, 136, 40, true)]
+        {
+            let x = |s: &mut Sketch| s.fixed(TensorType::new(dtype, [m, k]), uneven(m * k, 3));
+            let norm = |s: &mut Sketch| {
+                let x = x(s)?;
+                let gamma = s.fixed(TensorType::f32([k]), uneven(k, 7))?;
+                let beta = s.fixed(TensorType::f32([k]), uneven(k, 13))?;
+                if layer_norm { s.graph.layer_norm(x, gamma, beta, 1e-5) } else { s.graph.rms_norm(x, gamma, 1e-5) }
+            };
+            let product = |s: &mut Sketch, y| {
+                let w = s.fixed(TensorType::new(dtype, [k, n]), uneven(k * n, 11))?;
+                let y = s.graph.matmul(y, w)?;
+                s.aux(y)
+            };
+            let run = |s: &Sketch| {
+                let mut live = Live::new(device.backend.as_ref(), &s.graph).unwrap();
+                live.run(&s.inputs).unwrap_or_else(|e| panic!("{}: {e}", device.name)).remove("y0").unwrap()
+            };
+            let [mut both, mut first, mut second] = [(); 3].map(|()| Sketch::new(dtype));
+            let y = norm(&mut both).unwrap();
+            product(&mut both, y).unwrap();
+            let what = format!("{}: {m}x{k}x{n}, {dtype}", device.name);
+            if device.backend.name() == "cuda" {
+                let plan = device.backend.plan(passes::optimise(&both.graph).unwrap()).unwrap();
+                let any = plan.graph().nodes_with_ids().any(|(id, _)| plan.joined(id).is_some());
+                assert!(any, "{what}: the norm has a step of its own");
+            }
+            let y = norm(&mut first).unwrap();
+            first.aux(y).unwrap();
+            let y = second.fixed(TensorType::new(dtype, [m, k]), run(&first).data).unwrap();
+            product(&mut second, y).unwrap();
+            assert!(run(&both).to_bytes() == run(&second).to_bytes(), "{what}");
+        }
+    }
+}
+
 #[test]
 fn every_group_and_every_op_is_tested() {
     let groups = cases::groups();

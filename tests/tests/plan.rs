@@ -92,17 +92,23 @@ impl Owners<'_> {
                         }
                         me.arena[scratch..scratch + scratch_bytes].fill(Self::SCRATCH);
                         node.results.iter().for_each(|&v| me.write(v));
-                        if let Some(chain) = plan.joined(id) {
-                            // The chain may write now, and the node may still read: neither disturbs the other.
-                            let chain = graph.node(chain);
-                            let next = plan.steps().get(at + 1);
-                            let follows =
-                                |s: &Step| matches!(*s, Step::Run { node, .. } if Some(node) == plan.joined(id));
-                            assert!(next.is_some_and(follows), "step {at}: the chain comes later");
+                        if let Some(next) = plan.joined(id) {
+                            let follows = |s: &Step| matches!(*s, Step::Run { node, .. } if node == next);
+                            assert!(
+                                plan.steps().get(at + 1).is_some_and(follows),
+                                "step {at}: what is joined comes later"
+                            );
+                            // All that are joined may write now, and the first ones may still read: none disturbs another.
+                            let rest =
+                                std::iter::successors(Some(next), |&id| plan.joined(id)).map(|id| graph.node(id));
+                            let rest: Vec<&Node> = rest.collect();
                             let before = me.arena.clone();
-                            chain.results.iter().for_each(|&v| me.write(v));
-                            for &v in node.operands.iter().chain(&chain.results) {
-                                assert!(me.holds(v), "step {at}: a joined chain writes over %{}", v.index());
+                            rest.iter().flat_map(|n| &n.results).for_each(|&v| me.write(v));
+                            let read = [node].into_iter().chain(rest.iter().rev().skip(1).copied());
+                            let last = rest.last().unwrap();
+                            for &v in read.flat_map(|n| &n.operands).chain(&last.results) {
+                                let made = rest.iter().any(|n| n.results.contains(&v));
+                                assert!(made || me.holds(v), "step {at}: what is joined writes over %{}", v.index());
                             }
                             me.arena = before;
                         }
@@ -172,6 +178,37 @@ fn every_step_of_a_training_step_finds_what_it_reads() {
     assert!(2 * plan.arena_bytes() < all, "arena {} of {all}", plan.arena_bytes());
     assert!(plan.lifetimes().iter().all(|l| l.offset % 128 == 0 && l.offset + l.bytes <= plan.arena_bytes()));
     assert_eq!(FENCE_BYTES % 128, 0);
+}
+
+/// A norm, the product behind it and the chain behind that follow one another, and nothing of them lies over what another reads: not even
+/// the chain's result over the residual stream, which dies with it but is what the norm reads.
+#[test]
+fn what_is_joined_lies_apart() {
+    let mut g = Graph::new();
+    let x = g.feed("x", TensorType::f32([1, 64])).unwrap();
+    let (gamma, w) = (g.parameter("gamma", TensorType::f32([64])), g.parameter("w", TensorType::f32([64, 64])));
+    let stream = g.mul_scalar(x, 2.0).unwrap();
+    let norm = g.rms_norm(stream, gamma.unwrap(), 1e-5).unwrap();
+    let product = g.matmul(norm, w.unwrap()).unwrap();
+    let y = g.add(stream, product).unwrap();
+    g.output("y", y).unwrap();
+    let graph = passes::optimise(&g).unwrap();
+    let of = |wanted: &str, after: usize| {
+        let is = |(id, node): &(NodeId, &Node)| id.index() >= after && node.op.name() == wanted;
+        graph.nodes_with_ids().find(is).map(|(id, _)| id).unwrap()
+    };
+    let norm = of("rms_norm", 0);
+    let (product, chain) = (of("matmul", 0), of("elementwise", norm.index()));
+    let next = |_: &Graph, id| if id == norm { Some(product) } else { (id == product).then_some(chain) };
+    let plan = Plan::with_joined(graph.clone(), &scratch, &next, Fences::Off).unwrap();
+    Owners::check(&plan);
+    assert_eq!([plan.joined(norm), plan.joined(product), plan.joined(chain)], [Some(product), Some(chain), None]);
+    assert_eq!([norm, product, chain].map(|id| plan.joined_onto(id)), [None, Some(norm), Some(product)]);
+    let stream = graph.node(norm).operands[0];
+    assert_ne!(plan.storage(stream), plan.storage(graph.node(chain).results[0]));
+    // By itself the chain writes over it.
+    let plan = Plan::new(graph.clone(), &scratch, Fences::Off).unwrap();
+    assert_eq!(plan.storage(stream), plan.storage(graph.node(chain).results[0]));
 }
 
 /// What is computed for a stored tensor that nothing reads needs no place of its own; what something reads does.

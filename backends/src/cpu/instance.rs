@@ -48,7 +48,7 @@ impl CpuExecutable {
             .enumerate()
             .map(|(at, step)| match *step {
                 Step::Run { node, scratch, scratch_bytes } => {
-                    let places = of_step(&plan, &states, at, node, (scratch, scratch_bytes));
+                    let places = of_step(&plan, &states, at, node, plan.joined(node), (scratch, scratch_bytes));
                     let launch = launches[node.index()].take().unwrap_or_else(|| unreachable!("a node is run once"));
                     let done = done_before == Some(node);
                     done_before = plan.joined(node);

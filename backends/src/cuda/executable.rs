@@ -10,11 +10,11 @@ use moebius_ir::{NodeId, Op, Plan, Step, Storage, Value};
 use super::device::Device;
 use super::driver::{Counter, Shape, check, describe, failed, launch};
 use super::instance::CudaInstance;
-use super::launch::{Action, Arg, Launch, OfChain};
+use super::launch::{Action, Arg, Joint, Launch};
 use super::memory::Memory;
 use super::source::Source;
 use super::tasks::{Table, Touched};
-use crate::joined::chains;
+use crate::joined::Beside;
 use crate::lowering::Rejects;
 use crate::places::{Place, StepPlaces, of_step, place, states};
 use crate::{Executable, Instance, Result};
@@ -39,10 +39,10 @@ pub(super) struct Launched {
     pub(super) node: NodeId,
     /// The nodes of other steps whose tasks this one does too.
     pub(super) joined: Vec<NodeId>,
-    /// The chain of the next step, whose work this one does too.
-    pub(super) chain: Option<NodeId>,
-    /// Whether the node's results are in memory afterwards: the chain may be all that reads them.
-    pub(super) stored: bool,
+    /// The nodes whose results are in memory afterwards, of itself and those beside it, in order: one may be all that reads another's.
+    pub(super) stored: Vec<NodeId>,
+    /// The nodes of the steps before and behind whose work this one does too.
+    pub(super) beside: Beside,
     /// Number of the step, from 1: what kernels note a rejection under.
     pub(super) number: i32,
     pub(super) places: StepPlaces,
@@ -52,7 +52,7 @@ pub(super) struct Launched {
 
 /// A step.
 pub(super) enum Work {
-    Launch(Launched),
+    Launch(Box<Launched>),
     Copy { from: Place, to: Place, bytes: usize },
 }
 
@@ -116,20 +116,21 @@ impl Addresses<'_> {
 }
 
 impl Program {
-    /// Puts the kernels of a step on the stream.
-    pub(super) fn enqueue(&self, step: &Launched, addresses: Addresses<'_>) -> Result<()> {
+    /// Puts the kernels of a step on the stream. The first kernel of a run waits for all that is before the run, and with it those behind
+    /// it: they may then read what no kernel of the run writes before they wait. `begun`: whether there was one.
+    pub(super) fn enqueue(&self, step: &Launched, addresses: Addresses<'_>, begun: &mut bool) -> Result<()> {
         for action in &step.actions {
             match action {
                 Bound::Clear { at, bytes } => self.device.fill(addresses.address(step, at)?, 0, *bytes)?,
                 Bound::Kernel { function, grid, threads, shared, args } => {
                     let shape = Shape { grid: *grid, threads: *threads, shared: *shared };
                     let values: Result<Vec<_>> = args.iter().map(|arg| addresses.value(step, arg)).collect();
-                    self.launch(*function, shape, values?)?;
+                    self.launch(*function, shape, values?, begun)?;
                 }
                 Bound::Tasks { function, threads, table } => {
                     let shape = Shape { grid: [table.blocks() as u32, 1, 1], threads: *threads, shared: 0 };
                     let at = (addresses.tables + table.at() as u64).to_le_bytes().to_vec();
-                    self.launch(*function, shape, vec![at, (table.len() as i32).to_le_bytes().to_vec()])?;
+                    self.launch(*function, shape, vec![at, (table.len() as i32).to_le_bytes().to_vec()], begun)?;
                 }
             }
         }
@@ -137,15 +138,16 @@ impl Program {
     }
 
     /// Puts a kernel with the bytes of its arguments on the stream.
-    fn launch(&self, function: Function, shape: Shape, values: Vec<Vec<u8>>) -> Result<()> {
+    fn launch(&self, function: Function, shape: Shape, values: Vec<Vec<u8>>, begun: &mut bool) -> Result<()> {
         // Each argument in words of 16 bytes, the strictest alignment of a struct.
         let values: Vec<Vec<u128>> = values.iter().map(|bytes| words(bytes)).collect();
         let mut pointers: Vec<*mut c_void> = values.iter().map(|v| v.as_ptr().cast_mut().cast()).collect();
-        let (stream, early) = (self.device.raw_stream(), self.device.launches_early);
+        let (stream, early) = (self.device.raw_stream(), *begun && self.device.launches_early);
         // SAFETY: the lowering gives each kernel arguments of its parameters' types, whose addresses are planned memory, and every
         // kernel begins with the wait.
         unsafe { launch(function.0, shape, stream, &mut pointers, early)? };
         Counter::count(&self.device.counter.launches);
+        *begun = true;
         Ok(())
     }
 
@@ -246,25 +248,26 @@ impl CudaExecutable {
             .map(|l| functions.by_ref().take(l.actions.iter().filter(|a| a.is_kernel()).count()).collect())
             .collect();
         let states = states(&plan);
-        let chains = chains(plan.graph(), |id| plan.joined(id));
-        let done_before = |step: &Step| matches!(step, Step::Run { node, .. } if chains.contains(node));
-        let steps = plan.steps().iter().enumerate().filter(|(_, step)| !done_before(step));
-        let steps = steps.map(|(at, step)| match *step {
+        let steps = plan.steps().iter().enumerate().filter_map(|(at, step)| match *step {
             Step::Run { node, scratch, scratch_bytes } => {
-                let places = of_step(&plan, &states, at, node, (scratch, scratch_bytes));
+                let beside = Beside::of(&plan, node)?;
+                let places = of_step(&plan, &states, at, node, beside.nodes(), (scratch, scratch_bytes));
                 let launch = launches[node.index()].take().unwrap_or_else(|| unreachable!("a node is run once"));
                 let functions = std::mem::take(&mut functions[node.index()]);
                 let actions = bound(launch.actions, functions, &places);
                 let number = at as i32 + 1;
-                let (stored, rejects) = (launch.of_chain != OfChain::Instead, launch.rejects);
-                let chain = plan.joined(node);
-                Work::Launch(Launched { node, joined: vec![], chain, stored, number, places, rejects, actions })
+                let before = beside.before.filter(|_| launch.before == Joint::Stored);
+                let own = (launch.behind != Joint::Unstored).then_some(node);
+                let stored = before.into_iter().chain(own).chain(beside.behind).collect();
+                let rejects = launch.rejects;
+                let launched = Launched { node, joined: vec![], stored, beside, number, places, rejects, actions };
+                Some(Work::Launch(Box::new(launched)))
             }
-            Step::Copy { state, new } => Work::Copy {
+            Step::Copy { state, new } => Some(Work::Copy {
                 from: place(&plan, &states, new),
                 to: place(&plan, &states, state),
                 bytes: plan.graph().ty(state).bytes(),
-            },
+            }),
         });
         let mut work: Vec<Work> = steps.collect();
         if !checks {

@@ -117,11 +117,12 @@ impl CudaInstance {
         mut after: impl FnMut(&Launched) -> Result<bool>,
     ) -> Result<()> {
         let (program, addresses) = (&*self.program, self.addresses());
+        let mut begun = false;
         for work in &program.work {
             match work {
                 Work::Launch(step) => {
                     before(step)?;
-                    program.enqueue(step, addresses)?;
+                    program.enqueue(step, addresses, &mut begun)?;
                     if !after(step)? {
                         return Ok(());
                     }
@@ -274,9 +275,7 @@ impl Instance for CudaInstance {
         let mut found = None;
         let graph = program.plan.graph();
         self.run_steps(|step| {
-            let own = step.stored.then_some(step.node);
-            let others = step.chain.into_iter().chain(step.joined.iter().copied());
-            let nodes = own.into_iter().chain(others).map(|id| graph.node(id));
+            let nodes = step.stored.iter().chain(&step.joined).map(|&id| graph.node(id));
             for (node, &value) in nodes.flat_map(|node| node.results.iter().map(move |value| (node, value))) {
                 if let Some(element) = non_finite(graph.ty(value).dtype, &self.value_bytes(value)?) {
                     found = Some(NonFinite::of(graph, node, value, element));
@@ -302,7 +301,7 @@ impl Instance for CudaInstance {
         let mut events = vec![event()?];
         let mut launched = Vec::with_capacity(program.work.len());
         self.run_steps(|step| {
-            launched.push(([&[step.node], &step.joined[..]].concat(), step.chain));
+            launched.push(([&[step.node], &step.joined[..]].concat(), step.beside));
             events.push(event()?);
             Ok(true)
         })?;
@@ -315,12 +314,12 @@ impl Instance for CudaInstance {
         let graph = program.plan.graph();
         let bytes = |node: NodeId| graph.node(node).results.iter().map(|&v| graph.ty(v).bytes() as f64).sum::<f64>();
         let mut times = Vec::with_capacity(launched.len());
-        for ((nodes, chain), pair) in launched.into_iter().zip(events.windows(2)) {
+        for ((nodes, beside), pair) in launched.into_iter().zip(events.windows(2)) {
             let (seconds, all) = (seconds(pair)?, nodes.iter().map(|&n| bytes(n)).sum::<f64>().max(1.0));
             let alone = nodes.len() == 1;
             times.extend(nodes.into_iter().map(|n| (n, if alone { seconds } else { seconds * bytes(n) / all })));
-            // A chain's time is its product's.
-            times.extend(chain.map(|chain| (chain, 0.0)));
+            // The time of what is beside a node is that node's.
+            times.extend(beside.nodes().map(|id| (id, 0.0)));
         }
         Ok(times)
     }

@@ -127,16 +127,16 @@ impl Action {
     }
 }
 
-/// What a launch does of the chain that is joined onto its node.
+/// What a launch does of a node that is joined to its own, before it or behind it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum OfChain {
+pub(crate) enum Joint {
     /// Nothing.
     #[default]
-    Nothing,
-    /// All of it, beside the node's own result.
-    Beside,
-    /// All of it, without the node's own result, which nothing else reads.
-    Instead,
+    None,
+    /// All of it; the results of the first of the two are stored.
+    Stored,
+    /// All of it; the results of the first of the two, which only the second reads, are not stored.
+    Unstored,
 }
 
 /// The work of a node.
@@ -148,8 +148,10 @@ pub(crate) struct Launch {
     pub(crate) actions: Vec<Action>,
     /// If kernels of it note rejected values.
     pub(crate) rejects: Option<Rejects>,
-    /// Of the chain that was offered with the node. Its operands and results follow the node's.
-    pub(crate) of_chain: OfChain,
+    /// Of the node behind that was offered. Its operands and results follow the node's.
+    pub(crate) behind: Joint,
+    /// Of the node before that was offered. Its operands and results follow those.
+    pub(crate) before: Joint,
     /// Of a product, the rule by which it got these kernels and tiles, in words.
     pub(crate) why: Option<String>,
 }
@@ -162,7 +164,7 @@ const MOST_X: usize = i32::MAX as usize;
 impl Launch {
     /// Work without scratch memory.
     pub(crate) fn of(actions: Vec<Action>) -> Launch {
-        Launch { scratch: 0, actions, rejects: None, of_chain: OfChain::Nothing, why: None }
+        Launch { actions, ..Launch::default() }
     }
 
     /// One kernel without scratch memory.

@@ -25,6 +25,7 @@ use std::sync::Arc;
 
 use moebius_ir::{Fences, Graph, NodeId, Plan};
 
+use crate::joined::Beside;
 use crate::{Backend, Executable, Result, Store, lowering};
 
 pub use chip::Chip;
@@ -92,12 +93,10 @@ impl Cuda {
     /// [`crate::Error::Unsupported`].
     pub fn kernels(graph: &Graph, chip: Chip) -> Result<Vec<KernelText>> {
         let mut texts = Vec::new();
-        let joined = graph.nodes_with_ids().filter_map(|(id, _)| {
-            let chain = lower::joined(graph, id, chip)?;
-            lower::lower(graph, id, Some(chain), chip).ok()
-        });
-        // The order of a plan decides whether a chain can be joined: it may need a kernel of its own as well.
-        for launch in launches(graph, chip, &|_| None)?.into_iter().chain(joined) {
+        let plan = planned(graph.clone(), chip, Fences::Off)?;
+        let joined = launches(graph, chip, &|id| Beside::of(&plan, id))?;
+        // The order of a plan decides what can be joined: what is may need a kernel of its own elsewhere.
+        for launch in launches(graph, chip, &alone)?.into_iter().chain(joined) {
             for action in launch.actions {
                 if let launch::Action::Kernel(k) = action {
                     let (title, text, options) = (k.source.title(), k.source.text(), k.source.options().to_vec());
@@ -117,7 +116,7 @@ impl Cuda {
     /// [`crate::Error::Unsupported`], [`crate::Error::Graph`].
     pub fn explain(graph: Graph, chip: Chip) -> Result<Vec<String>> {
         let plan = planned(graph, chip, Fences::Off)?;
-        let (graph, launches) = (plan.graph(), launches(plan.graph(), chip, &|id| plan.joined(id))?);
+        let (graph, launches) = (plan.graph(), launches(plan.graph(), chip, &|id| Beside::of(&plan, id))?);
         let lines = graph.nodes_with_ids().zip(&launches).filter_map(|((id, node), launch)| {
             let why = launch.why.as_ref()?;
             let kernels = launch.actions.iter().filter_map(|action| match action {
@@ -125,8 +124,10 @@ impl Cuda {
                 launch::Action::Tasks(_) | launch::Action::Clear { .. } => None,
             });
             let (ty, kernels) = (graph.ty(node.results[0]), kernels.collect::<Vec<_>>().join(" + "));
-            let chain = if plan.joined(id).is_some() { "; with the chain behind it" } else { "" };
-            Some(format!("{} {ty}: {kernels}, {why}{chain}", node.op.name()))
+            let Beside { before, behind } = Beside::of(&plan, id).unwrap_or_default();
+            let of = before.map_or_else(String::new, |id| format!("; with the {} before it", graph.node(id).op.name()));
+            let chain = if behind.is_some() { "; with the chain behind it" } else { "" };
+            Some(format!("{} {ty}: {kernels}, {why}{of}{chain}", node.op.name()))
         });
         Ok(lines.collect())
     }
@@ -139,14 +140,19 @@ impl Cuda {
 
 /// The plan of a graph on such a GPU.
 fn planned(graph: Graph, chip: Chip, fences: Fences) -> Result<Plan> {
-    let scratch: Vec<usize> = launches(&graph, chip, &|_| None)?.iter().map(|l| l.scratch).collect();
+    let scratch: Vec<usize> = launches(&graph, chip, &alone)?.iter().map(|l| l.scratch).collect();
     let join = |graph: &Graph, node: NodeId| lower::joined(graph, node, chip);
     Ok(Plan::with_joined(graph, &|_, node: NodeId| scratch[node.index()], &join, fences)?)
 }
 
-/// The launch of every node, or all refusals; with the chains that `joined` joins onto nodes, which then have nothing to do themselves.
-fn launches(graph: &Graph, chip: Chip, joined: &dyn Fn(NodeId) -> Option<NodeId>) -> Result<Vec<launch::Launch>> {
-    lowering::launches_with(BACKEND, graph, joined, |id, chain| lower::lower(graph, id, chain, chip))
+/// The launch of every node, or all refusals; what `beside` gives nothing for is done with another node.
+fn launches(graph: &Graph, chip: Chip, beside: &dyn Fn(NodeId) -> Option<Beside>) -> Result<Vec<launch::Launch>> {
+    lowering::launches_with(BACKEND, graph, beside, |id, beside| lower::lower(graph, id, beside, chip))
+}
+
+/// Each node by itself.
+fn alone(_: NodeId) -> Option<Beside> {
+    Some(Beside::default())
 }
 
 impl Backend for Cuda {
@@ -171,14 +177,14 @@ impl Backend for Cuda {
     }
 
     fn compile(&self, plan: Plan) -> Result<Arc<dyn Executable>> {
-        let launches = launches(plan.graph(), self.device.chip, &|id| plan.joined(id))?;
+        let launches = launches(plan.graph(), self.device.chip, &|id| Beside::of(&plan, id))?;
         Ok(Arc::new(executable::CudaExecutable::new(Arc::clone(&self.device), plan, launches, self.checks)?))
     }
 
     fn prepare(&self, graphs: &mut dyn Iterator<Item = Graph>) -> Result<()> {
         let taken = graphs.filter_map(|graph| {
             let plan = self.plan(graph).ok()?;
-            launches(plan.graph(), self.device.chip, &|id| plan.joined(id)).ok()
+            launches(plan.graph(), self.device.chip, &|id| Beside::of(&plan, id)).ok()
         });
         let actions = taken.flatten().flat_map(|launch| launch.actions);
         let kernel = |action| if let launch::Action::Kernel(k) = action { Some(k.source) } else { None };

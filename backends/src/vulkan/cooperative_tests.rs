@@ -7,7 +7,7 @@ use moebius_ir::{DType, Fences, Graph, TensorType, Value, passes};
 use super::interpreter;
 use super::launch::{Action, At, Kernel, Number};
 use super::limits::Limits;
-use super::{launches, planned, spirv};
+use super::{Beside, launches, planned, spirv};
 
 /// A card of which there is none here.
 const CARD: Limits = Limits {
@@ -50,7 +50,8 @@ pub(super) fn floats(dtype: DType, bytes: &[u8]) -> Vec<f32> {
 /// The kernels of a graph of one product: one, or two if the sums are cut into parts.
 fn kernels(graph: &Graph, limits: Limits) -> Vec<Kernel> {
     let plan = planned(passes::optimise(graph).unwrap(), limits, Fences::Off).unwrap();
-    let actions = launches(plan.graph(), |id| plan.joined(id), limits).unwrap().into_iter().flat_map(|l| l.actions);
+    let actions =
+        launches(plan.graph(), |id| Beside::of(&plan, id), limits).unwrap().into_iter().flat_map(|l| l.actions);
     actions.filter_map(|a| if let Action::Kernel(k) = a { Some(k) } else { None }).collect()
 }
 

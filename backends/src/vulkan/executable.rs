@@ -11,7 +11,7 @@ use super::instance::VulkanInstance;
 use super::launch::{Action, At, Launch, Number};
 use super::memory::{Memory, Region};
 use super::pipelines::Pipeline;
-use crate::joined::chains;
+use crate::joined::Beside;
 use crate::lowering::Rejects;
 use crate::places::{Place, StepPlaces, of_step, place, states};
 use crate::{Executable, Instance, Result};
@@ -174,36 +174,35 @@ impl VulkanExecutable {
             made.push(Some((launch.actions.into_iter().map(with_pipeline).collect(), launch.rejects, launch.stored)));
         }
         let states = states(&plan);
-        let chains = chains(plan.graph(), |id| plan.joined(id));
-        let done_before = |step: &Step| matches!(step, Step::Run { node, .. } if chains.contains(node));
         let work = (order.into_iter().map(|at| (at, &plan.steps()[at])))
-            .filter(|(_, step)| !done_before(step))
-            .map(|(at, step)| match *step {
+            .filter_map(|(at, step)| match *step {
                 Step::Run { node, scratch, scratch_bytes } => {
-                    let places = of_step(&plan, &states, at, node, (scratch, scratch_bytes));
+                    let beside = Beside::of(&plan, node)?;
+                    let places = of_step(&plan, &states, at, node, beside.nodes(), (scratch, scratch_bytes));
                     let taken = made[node.index()].take();
                     let (actions, rejects, stored) = taken.unwrap_or_else(|| unreachable!("a node is run once"));
                     let number = at as u32 + 1;
                     let actions =
                         actions.into_iter().map(|(action, pipeline)| bound(action, pipeline, number)).collect();
-                    let (chain, bytes) = (plan.joined(node), bytes_of(&plan, node));
-                    Work::Launch(Box::new(Launched { node, chain, stored, number, places, rejects, actions, bytes }))
+                    let (chain, bytes) = (beside.behind, bytes_of(&plan, node, beside));
+                    let launched = Launched { node, chain, stored, number, places, rejects, actions, bytes };
+                    Some(Work::Launch(Box::new(launched)))
                 }
-                Step::Copy { state, new } => Work::Copy {
+                Step::Copy { state, new } => Some(Work::Copy {
                     from: place(&plan, &states, new),
                     to: place(&plan, &states, state),
                     bytes: plan.graph().ty(state).bytes(),
-                },
+                }),
             })
             .collect();
         Ok(VulkanExecutable(Arc::new(Program { device, plan, work, states, checks })))
     }
 }
 
-/// The bytes of the operands and of the results of a step's node, each followed by those of the chain that is joined onto it.
-pub(super) fn bytes_of(plan: &Plan, node: NodeId) -> [Vec<usize>; 2] {
+/// The bytes of the operands and of the results of a step's node, each followed by those of the nodes beside it.
+pub(super) fn bytes_of(plan: &Plan, node: NodeId, beside: Beside) -> [Vec<usize>; 2] {
     let graph = plan.graph();
-    let nodes = || [node].into_iter().chain(plan.joined(node)).map(|id| graph.node(id));
+    let nodes = || [node].into_iter().chain(beside.nodes()).map(|id| graph.node(id));
     let bytes = |v: &Value| graph.ty(*v).bytes();
     [nodes().flat_map(|n| &n.operands).map(bytes).collect(), nodes().flat_map(|n| &n.results).map(bytes).collect()]
 }

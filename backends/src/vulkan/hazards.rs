@@ -4,6 +4,7 @@ use moebius_ir::{Plan, Step};
 
 use super::executable::bytes_of;
 use super::launch::{Action, At, Launch};
+use crate::joined::Beside;
 use crate::places::{Place, StepPlaces, of_step, place, states};
 
 /// Steps among which those that need not wait are looked for: what belongs together in time stays near in caches.
@@ -95,8 +96,9 @@ fn uses(plan: &Plan, launches: &[Launch]) -> Vec<Vec<(Vec<Use>, bool)>> {
     };
     let of = |(i, step): (usize, &Step)| match *step {
         Step::Run { node, scratch, scratch_bytes } => {
-            let places: StepPlaces = of_step(plan, &states, i, node, (scratch, scratch_bytes));
-            let bytes = bytes_of(plan, node);
+            let Some(beside) = Beside::of(plan, node) else { return Vec::new() };
+            let places: StepPlaces = of_step(plan, &states, i, node, beside.nodes(), (scratch, scratch_bytes));
+            let bytes = bytes_of(plan, node, beside);
             let used = |(of, some): (At, Option<usize>)| {
                 let ((buffer, from), bytes) = match of {
                     At::Operand(i) => (at(places.operands[i]), bytes[0][i]),

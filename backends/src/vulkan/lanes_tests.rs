@@ -7,7 +7,7 @@ use super::cooperative_tests::{bytes, floats, numbers};
 use super::interpreter;
 use super::launch::{Action, At, Number};
 use super::limits::Limits;
-use super::{launches, planned, spirv};
+use super::{Beside, launches, planned, spirv};
 
 /// A card of which there is none here.
 const CARD: Limits = Limits {
@@ -48,7 +48,7 @@ fn run(
         over.iter().for_each(|&result| graph.update(*value, results[result]).unwrap());
     }
     let plan = planned(passes::optimise(&graph).unwrap(), limits, Fences::Off).unwrap();
-    let all = launches(plan.graph(), |id| plan.joined(id), limits).unwrap();
+    let all = launches(plan.graph(), |id| Beside::of(&plan, id), limits).unwrap();
     let (node, launch) = plan.graph().nodes().iter().zip(all).find(|(_, l)| !l.actions.is_empty()).unwrap();
     let types: Vec<TensorType> = node.results.iter().map(|&v| plan.graph().ty(v).clone()).collect();
     let old = |result: usize| feeds.iter().find(|(_, _, over)| *over == Some(result));

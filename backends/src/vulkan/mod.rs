@@ -35,6 +35,7 @@ use moebius_ir::{DType, Fences, Graph, NodeId, Plan};
 
 use self::launch::Launch;
 use crate::cache::Cache;
+use crate::joined::Beside;
 use crate::{Backend, Executable, Result, Store, lowering};
 
 pub use error::VulkanError;
@@ -135,7 +136,7 @@ impl Vulkan {
     pub fn kernels(graph: &Graph, limits: Limits) -> Result<Vec<ShaderText>> {
         let plan = planned(graph.clone(), limits, Fences::Off)?;
         let mut texts = Vec::new();
-        for launch in launches(plan.graph(), |id| plan.joined(id), limits)? {
+        for launch in launches(plan.graph(), |id| Beside::of(&plan, id), limits)? {
             for action in launch.actions {
                 if let launch::Action::Kernel(k) = action {
                     let shader::Source { title, text, cooperative, .. } = k.source;
@@ -155,19 +156,20 @@ impl Vulkan {
     /// [`crate::Error::Unsupported`], or that of the plan.
     pub fn commands(graph: Graph, limits: Limits) -> Result<[usize; 2]> {
         let plan = planned(graph, limits, Fences::Off)?;
-        let launches = launches(plan.graph(), |id| plan.joined(id), limits)?;
+        let launches = launches(plan.graph(), |id| Beside::of(&plan, id), limits)?;
         Ok(hazards::count(&plan, &launches))
     }
 }
 
-/// The launch of every node, or all refusals; with the chains that `joined` joins onto nodes, which have nothing to do themselves.
-fn launches(graph: &Graph, joined: impl Fn(NodeId) -> Option<NodeId>, limits: Limits) -> Result<Vec<Launch>> {
-    lowering::launches_with(BACKEND, graph, joined, |id, chain| lower::lower(graph, id, chain, limits))
+/// The launch of every node, or all refusals; what `beside` gives nothing for is done with another node.
+fn launches(graph: &Graph, beside: impl Fn(NodeId) -> Option<Beside>, limits: Limits) -> Result<Vec<Launch>> {
+    lowering::launches_with(BACKEND, graph, beside, |id, beside| lower::lower(graph, id, beside.behind, limits))
 }
 
 /// The plan of a graph for such a device.
 fn planned(graph: Graph, limits: Limits, fences: Fences) -> Result<Plan> {
-    let scratch: Vec<usize> = launches(&graph, |_| None, limits)?.iter().map(|l| l.scratch).collect();
+    let scratch: Vec<usize> =
+        launches(&graph, |_| Some(Beside::default()), limits)?.iter().map(|l| l.scratch).collect();
     let join = |graph: &Graph, id| lower::joined(graph, id, limits);
     Ok(Plan::with_joined(graph, &|_, node: NodeId| scratch[node.index()], &join, fences)?)
 }
@@ -186,14 +188,14 @@ impl Backend for Vulkan {
     }
 
     fn compile(&self, plan: Plan) -> Result<Arc<dyn Executable>> {
-        let launches = launches(plan.graph(), |id| plan.joined(id), self.device.limits)?;
+        let launches = launches(plan.graph(), |id| Beside::of(&plan, id), self.device.limits)?;
         Ok(Arc::new(executable::VulkanExecutable::new(Arc::clone(&self.device), plan, launches, self.checks)?))
     }
 
     fn prepare(&self, graphs: &mut dyn Iterator<Item = Graph>) -> Result<()> {
         let taken = graphs.filter_map(|graph| {
             let plan = planned(graph, self.device.limits, Fences::Off).ok()?;
-            launches(plan.graph(), |id| plan.joined(id), self.device.limits).ok()
+            launches(plan.graph(), |id| Beside::of(&plan, id), self.device.limits).ok()
         });
         let actions = taken.flatten().flat_map(|launch| launch.actions);
         let kernel = |action| if let launch::Action::Kernel(k) = action { Some(k.source) } else { None };

@@ -40,19 +40,6 @@ __device__ __forceinline__ void read(const int* index, int first, int choices, i
     }
 }
 
-/// Choice c comes before choice d where their priorities are equal. Choice-major: all first choices before all second ones.
-__device__ __forceinline__ bool earlier(int c, int d, int n, int k, int choice_major) {
-    if (!choice_major) return c < d;
-    i64 rank_c = (i64)(c % k) * n + c / k, rank_d = (i64)(d % k) * n + d / k;
-    return rank_c < rank_d;
-}
-
-/// A NaN comes last.
-__device__ __forceinline__ float urgency(const float* priority, int c) {
-    float p = priority[c];
-    return p != p ? -INF_F : p;
-}
-
 /// index [n, k]; capacity -1: dropless. `kept` is scratch of a byte for each choice.
 KERNEL assign(const int* index, const float* priority, int n, int k, int experts, int capacity, int choice_major, int slots,
               int* slot_choice, int* choice_slot, int* offsets, int* dropped, u8* kept) {

@@ -12,11 +12,12 @@ typedef long long i64;
 #define KERNEL extern "C" __global__ void
 
 /// The first statement of every kernel. From Hopper on a kernel is launched while the one before it on the stream still runs
-/// (driver/kernel.rs): only here does it wait for what that one writes, and lets the next one be launched.
+/// (driver/kernel.rs): only here does it wait for what that one writes. The next one may be launched, to wait here itself, as soon as all
+/// blocks of this one are there: it then has nothing left to do but wait.
 __device__ __forceinline__ void begin() {
 #if !defined(MOEBIUS_EMULATOR) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 

@@ -1,18 +1,18 @@
-// Products c = a b + bias of few rows, where reading b is the work: dense and batched, or M-grouped by `offsets`. Every element
-// of b is read once for each MOST rows, 16 bytes at a time where ALIGNED; plain f32 arithmetic.
+// Products c = a b + bias of few rows, where reading b is the work: dense and batched, or M-grouped by `offsets` if EXPERTS. Every
+// element of b is read once for each MOST rows, 16 bytes at a time where ALIGNED; plain f32 arithmetic.
 //
 // T is b's type, TA that of a and TC that of c. b is stored [k, n], or [n, k] if TRANSPOSED. MOST is 1, 2, 4 or 8. k is cut into
-// chunks, one for each block along y. With more than one their f32 results are added up in order: the blocks are a cluster of
-// CLUSTER, of which the first adds up, or, where CLUSTER is 1, they are `partial`, and few_rows_finish adds them up. The order of a
-// sum depends on k, the chunk and the layout alone, neither on the row's place nor on the number of rows. What becomes of an element is
-// up to `put` of chain.cuh.
+// chunks, one for each block along y; a thread has LOADS pieces of a chunk at most, or 8 and more. With more chunks than one their f32 results are
+// added up in order: the blocks are a cluster of CLUSTER, of which the first adds up, or, where CLUSTER is 1, they are `partial`, and
+// few_rows_finish adds them up. The order of a sum depends on k, the chunk and the layout alone, neither on the row's place nor on the
+// number of rows. A block has THREADS threads. What becomes of an element is up to `put` of chain.cuh, what a is to lead.cuh.
+//
+// A kernel's time is mostly that of waiting: so all that a thread loads is on its way before it waits for any of it, and what no kernel
+// of the run writes (EARLY: b, the bias, a norm's weights) before it waits for the kernel before.
 
-#define THREADS 256
 #define WARPS (THREADS / 32)
 /// Elements of one load.
 #define VECTOR (16 / (int)sizeof(T))
-/// Loads of a thread on their way at a time: fewer where the sums of many rows take the registers.
-#define AHEAD (MOST > 4 ? 2 : 4)
 #if CLUSTER > 1
 #define FEW_KERNEL extern "C" __global__ void __cluster_dims__(1, CLUSTER, 1)
 #else
@@ -23,11 +23,13 @@
 /// Columns of a warp: where there are more rows, elements of a are used twice.
 #define ACROSS (MOST > 2 ? 2 : 1)
 #define COLUMNS (WARPS * ACROSS)
-#define ROOM 1
+/// Threads that have parts of a column's sum in `room`.
+#define SHARES 1
 #else
+#define ACROSS 1
 /// Columns of a block: eight loads side by side, 128 bytes.
 #define COLUMNS (8 * VECTOR)
-#define ROOM (WARPS * MOST * COLUMNS)
+#define SHARES WARPS
 #endif
 
 /// Sizes, and strides in elements. `b_line` is from one stored row of b to the next.
@@ -45,108 +47,154 @@ struct Few {
 };
 
 /// Elements that lie together.
-struct Elements { float at[VECTOR]; };
+template <typename Element> using Elements = Vector<Element, VECTOR>;
 
 /// The first `count` elements from here on, the others 0; where ALIGNED all are there, or `count` is not positive.
-__device__ __forceinline__ Elements load(const T* from, int count) {
-    Elements v;
+template <typename Element> __device__ __forceinline__ Elements<Element> load(const Element* from, int count) {
+    Elements<Element> v;
+#pragma unroll
+    for (int i = 0; i < (int)(sizeof(v) / 16); i++) v.fours[i] = make_uint4(0, 0, 0, 0);
 #if ALIGNED
-    uint4 four = make_uint4(0, 0, 0, 0);
-    if (count > 0) four = *(const uint4*)from;
-    u32 word[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-    for (int i = 0; i < VECTOR; i++) {
-#if WIDE
-        v.at[i] = __uint_as_float(word[i]);
-#else
-        T element;
-        element.bits = (u16)(word[i / 2] >> (i % 2 * 16));
-        v.at[i] = to_float(element);
-#endif
-    }
+    if (count > 0) v = load_vector<VECTOR>(from);
 #else
 #pragma unroll
-    for (int i = 0; i < VECTOR; i++) v.at[i] = i < count ? to_float(from[i]) : 0.0f;
+    for (int i = 0; i < VECTOR; i++)
+        if (i < count) v.at[i] = from[i];
 #endif
     return v;
 }
 
-/// Gives `end(row, column, sum)` the products of rows 0..rows of a, at most ROWS, and the columns of the block over k0..k1.
-template <int ROWS, typename End>
-__device__ __forceinline__ void few(float* room, const TA* a, const T* b, const Few& p, int rows, int k0, int k1, End end) {
+/// How many pieces of b a thread has on their way at a time: fewer where the sums of many rows take the registers.
+__device__ constexpr int ahead(int rows) {
+    int most = rows > 4 || !ALIGNED ? 2 : rows > 2 ? 4 : 8;
+    return (most < LOADS ? most : LOADS) / ACROSS > 0 ? (most < LOADS ? most : LOADS) / ACROSS : 1;
+}
+
+/// From one of a thread's pieces to the next along k, and where its first one is.
+#define STEP (TRANSPOSED ? 32 * VECTOR : 4 * WARPS)
+__device__ __forceinline__ int first_piece() {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    return TRANSPOSED ? lane * VECTOR : 4 * warp + lane / 8;
+}
+
+/// A round of a thread's pieces of b.
+template <int ROWS> struct Round {
+    static constexpr int COUNT = ahead(ROWS);
+    Elements<T> w[COUNT][ACROSS];
+    /// Those of the round that begins with the rows, or columns, of k from `from` on; what is behind `k1` is 0.
+    __device__ __forceinline__ void load_from(const T* b, const Few& p, int from, int k1) {
+        int k = from + first_piece();
 #if TRANSPOSED
-    const int steps = AHEAD / ACROSS, step = 32 * VECTOR;
-    int column0 = blockIdx.x * COLUMNS + warp * ACROSS;
-    float sum[ACROSS][ROWS] = {};
-    // `whole`: nothing of it is behind k1, so that loads wait for no comparison.
-    auto add = [&](int k, bool whole) {
-        Elements w[steps][ACROSS];
+        int column0 = blockIdx.x * COLUMNS + threadIdx.x / 32 * ACROSS;
+#else
+        int column = blockIdx.x * COLUMNS + threadIdx.x % 8 * VECTOR;
+#endif
 #pragma unroll
-        for (int u = 0; u < steps; u++)
+        for (int u = 0; u < COUNT; u++)
 #pragma unroll
             for (int c = 0; c < ACROSS; c++) {
-                int at = k + step * u;
+                int at = k + STEP * u;
+#if TRANSPOSED
                 // A column behind the last is read as the last, and not given out.
-                w[u][c] = load(b + min(column0 + c, p.n - 1) * p.b_line + at, whole ? VECTOR : k1 - at);
+                w[u][c] = load(b + min(column0 + c, p.n - 1) * p.b_line + at, k1 - at);
+#else
+                w[u][c] = load(b + at * p.b_line + column, at < k1 ? p.n - column : 0);
+#endif
             }
+    }
+};
+
+/// Rows of a: those from `row0` on, of which `count` are there. What is behind the last has what that has: it is not given out.
+template <int ROWS> struct Rows {
+    const TA* a;
+    int row0, count;
+#if LEAD == DISPATCH
+    /// Of each row the token, -1 where there is none, and its gate.
+    int token[ROWS];
+    float gate[ROWS];
+    bool gated;
+    __device__ __forceinline__ Rows(const TA* a, int row0, int count, const Lead& lead) : a(a), row0(row0), count(count), gated(lead.gate) {
 #pragma unroll
-        for (int u = 0; u < steps; u++)
+        for (int r = 0; r < ROWS; r++) {
+            int c = lead.slot_choice[row0 + min(r, count - 1)];
+            bool used = c >= 0 && c < lead.choices;
+            token[r] = used ? c / lead.of_token : -1;
+            gate[r] = used && gated ? lead.gate[c] : 1.0f;
+        }
+    }
+    __device__ __forceinline__ const TA* row(int r, const Few& p) const { return a + max(token[r], 0) * p.a_row; }
+    __device__ __forceinline__ float made(int r, TA x) const {
+        if (token[r] < 0) return 0.0f;
+        return gated ? to_float(from_float<TA>(gate[r] * to_float(x))) : to_float(x);
+    }
+#else
+    __device__ __forceinline__ Rows(const TA* a, int row0, int count, const Lead&) : a(a), row0(row0), count(count) {}
+    __device__ __forceinline__ const TA* row(int r, const Few& p) const { return a + (row0 + min(r, count - 1)) * p.a_row; }
+    __device__ __forceinline__ float made(int, TA x) const { return to_float(x); }
+#endif
+    __device__ __forceinline__ float element(int r, int k, const Few& p) const { return made(r, row(r, p)[k * p.a_column]); }
+    /// The elements from k on, of which `there` are, the others 0.
+    __device__ __forceinline__ void load(int r, int k, int there, const Few& p, float (&x)[VECTOR]) const {
+#if TOGETHER
+        Elements<TA> v = ::load(row(r, p) + k, there);
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++) x[i] = made(r, v.at[i]);
+#else
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++) x[i] = i < there ? element(r, k + i, p) : 0.0f;
+#endif
+    }
+};
+
+/// How many elements of c a thread ends, of `rows` rows of the block's columns.
+__device__ constexpr int of_thread(int rows) { return rows * COLUMNS > THREADS ? rows * COLUMNS / THREADS : 1; }
+
+/// Gives `end(j, i, sum)` the sums over k0..k1 of elements of the block: the thread's j-th, the i-th in rows of COLUMNS. `round` is the
+/// first one, loaded. `rows` of ROWS rows are there.
+template <int ROWS, typename End>
+__device__ __forceinline__ void few(float* room, const Rows<ROWS>& a, const T* b, const Few& p, int rows, int k0, int k1,
+                                    Round<ROWS>& round, End end) {
+    const int COUNT = Round<ROWS>::COUNT;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#if TRANSPOSED
+    float sum[ACROSS][ROWS] = {};
+#else
+    float sum[ROWS][VECTOR] = {};
+#endif
+    for (int from = k0;;) {
+        int k = from + first_piece();
+#pragma unroll
+        for (int u = 0; u < COUNT; u++)
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
-                int at = k + step * u, there = whole ? VECTOR : k1 - at;
-                const TA* row = a + min(r, rows - 1) * p.a_row;
-#if TOGETHER
-                Elements x = load(row + at, there);
-#else
-                Elements x;
-#pragma unroll
-                for (int i = 0; i < VECTOR; i++) x.at[i] = i < there ? to_float(row[(at + i) * p.a_column]) : 0.0f;
-#endif
+                int at = k + STEP * u;
+#if TRANSPOSED
+                float x[VECTOR];
+                a.load(r, at, k1 - at, p, x);
 #pragma unroll
                 for (int c = 0; c < ACROSS; c++)
 #pragma unroll
-                    for (int i = 0; i < VECTOR; i++) sum[c][r] = fmaf(x.at[i], w[u][c].at[i], sum[c][r]);
+                    for (int i = 0; i < VECTOR; i++) sum[c][r] = fmaf(x[i], to_float(round.w[u][c].at[i]), sum[c][r]);
+#else
+                float x = at < k1 ? a.element(r, at, p) : 0.0f;
+#pragma unroll
+                for (int i = 0; i < VECTOR; i++) sum[r][i] = fmaf(x, to_float(round.w[u][0].at[i]), sum[r][i]);
+#endif
             }
-    };
-    int from = k0;
-    for (; from + step * steps <= k1; from += step * steps) add(from + lane * VECTOR, true);
-    if (from < k1) add(from + lane * VECTOR, false);
+        from += STEP * COUNT;
+        if (from >= k1) break;
+        round.load_from(b, p, from, k1);
+    }
+#if TRANSPOSED
 #pragma unroll
     for (int c = 0; c < ACROSS; c++)
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             float s = warp_sum(sum[c][r]);
-            if (lane == 0 && r < rows && column0 + c < p.n) end(r, column0 + c, s);
+            if (lane == 0) room[r * COLUMNS + warp * ACROSS + c] = s;
         }
 #else
-    int column = lane % 8 * VECTOR, columns = p.n - (int)blockIdx.x * COLUMNS - column;
-    const T* from = b + (i64)blockIdx.x * COLUMNS + column;
-    float sum[ROWS][VECTOR] = {};
-    // Four rows of b for each warp at a time. `whole`: nothing of it is behind k1, so that loads wait for no comparison.
-    const int step = 4 * WARPS;
-    auto add = [&](int k, bool whole) {
-        Elements w[AHEAD];
-#pragma unroll
-        for (int u = 0; u < AHEAD; u++) {
-            int at = k + step * u;
-            w[u] = load(from + at * p.b_line, whole || at < k1 ? columns : 0);
-        }
-#pragma unroll
-        for (int u = 0; u < AHEAD; u++)
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) {
-                int at = k + step * u;
-                float x = whole || at < k1 ? to_float(a[min(r, rows - 1) * p.a_row + at * p.a_column]) : 0.0f;
-#pragma unroll
-                for (int i = 0; i < VECTOR; i++) sum[r][i] = fmaf(x, w[u].at[i], sum[r][i]);
-            }
-    };
-    if (columns > 0) {
-        int first = 4 * warp + lane / 8, k = k0;
-        for (; k + step * AHEAD <= k1; k += step * AHEAD) add(k + first, true);
-        if (k < k1) add(k + first, false);
-    }
+    int column = lane % 8 * VECTOR;
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
 #pragma unroll
@@ -156,87 +204,187 @@ __device__ __forceinline__ void few(float* room, const TA* a, const T* b, const 
             s += __shfl_xor_sync(WHOLE_WARP, s, 16);
             if (lane < 8) room[(warp * ROWS + r) * COLUMNS + column + i] = s;
         }
+#endif
     __syncthreads();
-    for (int i = threadIdx.x; i < rows * COLUMNS; i += THREADS) {
-        int c = blockIdx.x * COLUMNS + i % COLUMNS;
+#pragma unroll
+    for (int j = 0; j < of_thread(ROWS); j++) {
+        int i = threadIdx.x + j * THREADS;
+        if (i >= rows * COLUMNS) continue;
         float s = room[i];
-        for (int w = 1; w < WARPS; w++) s += room[w * ROWS * COLUMNS + i];
-        if (c < p.n) end(i / COLUMNS, c, s);
+#pragma unroll
+        for (int w = 1; w < SHARES; w++) s += room[w * ROWS * COLUMNS + i];
+        end(j, i, s);
     }
+}
+
+/// What a thread's elements of c meet: places, bias and what the chain reads.
+template <int ROWS> struct Ends {
+    static constexpr int COUNT = of_thread(ROWS);
+    bool is[COUNT];
+    i64 at[COUNT];
+    float bias[COUNT];
+    Chain::Loaded<1> loaded[COUNT];
+    /// Of the block's rows from `row0` on. Only those blocks end elements that are the first of their chunks.
+    __device__ __forceinline__ void find(const void* all, const Few& p, i64 batch, int row0, int rows) {
+#pragma unroll
+        for (int j = 0; j < COUNT; j++) {
+            int i = threadIdx.x + j * THREADS, row = row0 + i / COLUMNS, column = blockIdx.x * COLUMNS + i % COLUMNS;
+            is[j] = i < rows * COLUMNS && column < p.n;
+            at[j] = batch * p.c_batch + row * p.c_row + column * p.c_column;
+            bias[j] = 0.0f;
+            if (!is[j] || !all || blockIdx.y > 0) continue;
+            i64 k = batch * p.bias_batch + row * p.bias_row + column * p.bias_column;
+            bias[j] = p.wide_bias ? ((const float*)all)[k] : to_float(((const TC*)all)[k]);
+        }
+    }
+    /// What the chain reads, which kernels before may have written.
+    __device__ __forceinline__ void load(const Chain& chain) {
+#if JOINED
+#pragma unroll
+        for (int j = 0; j < COUNT; j++)
+            if (is[j] && blockIdx.y == 0) loaded[j] = chain.load<1>(at[j]);
+#endif
+    }
+    /// Ends the thread's j-th element, whose sum is `v`. A bias is added even where it is 0: -0 would else stay.
+    __device__ __forceinline__ void end(int j, float v, bool biased, float* partial, i64 total, TC* c, const Chain& chain) const {
+        if (!is[j]) return;
+        if (biased && blockIdx.y == 0) v += bias[j];
+        if (partial) {
+            partial[blockIdx.y * total + at[j]] = v;
+            return;
+        }
+        Vector<TC, 1> one;
+        one.at[0] = from_float<TC>(v);
+        put<1>(c, at[j], one, chain, loaded[j]);
+    }
+};
+
+#if CLUSTER > 1
+#define SUMS (CLUSTER * MOST * COLUMNS)
+#else
+#define SUMS 1
+#endif
+
+/// The work of a block on rows of ROWS rows, whose first round is loaded. In a cluster the first block is given the sums of the others.
+template <int ROWS>
+__device__ __forceinline__ void work(float* room, float* sums, const Rows<ROWS>& a, const T* b, const Few& p, int rows, int k0, int k1,
+                                     Round<ROWS>& round, const Ends<ROWS>& ends, bool biased, float* partial, TC* c, const Chain& chain) {
+#if CLUSTER > 1
+    // From here on every block of the cluster is there.
+    cluster_wait();
+    float own[of_thread(ROWS)];
+    few<ROWS>(room, a, b, p, rows, k0, k1, round, [&](int j, int i, float v) {
+        own[j] = v;
+        if (blockIdx.y > 0) give_number(sums + blockIdx.y * MOST * COLUMNS + i, 0, v);
+    });
+    cluster_arrive();
+    if (blockIdx.y > 0) return;
+    cluster_wait();
+#pragma unroll
+    for (int j = 0; j < of_thread(ROWS); j++) {
+        int i = threadIdx.x + j * THREADS;
+        if (i >= rows * COLUMNS) continue;
+        float v = own[j];
+#pragma unroll
+        for (int block = 1; block < CLUSTER; block++) v += sums[block * MOST * COLUMNS + i];
+        ends.end(j, v, biased, partial, p.total, c, chain);
+    }
+#else
+    few<ROWS>(room, a, b, p, rows, k0, k1, round, [&](int j, int, float v) { ends.end(j, v, biased, partial, p.total, c, chain); });
 #endif
 }
 
-/// Blocks along z: for each product of a batch, groups of MOST rows; with `offsets` one for each slot, of which only those at
-/// the start of MOST rows of an expert have work, and those of unused slots, which become 0.
-FEW_KERNEL few_rows(const TA* a, const T* b, const int* offsets, const void* bias, float* partial, TC* c, Few p CHAIN_PARAMETERS) {
-    begin();
-    __shared__ float room[ROOM];
-    __shared__ int of_slot;
-#if CLUSTER > 1
-    __shared__ float sums[MOST * COLUMNS];
-#endif
+/// What a block of a dense product needs that no kernel of the run writes where EARLY, and what else does not wait for its rows.
+struct Fetched {
     i64 batch;
-    int row0, rows;
-    if (offsets) {
-        row0 = blockIdx.z;
-        if (threadIdx.x == 0) of_slot = -1;
-        __syncthreads();
-        for (int e = threadIdx.x; e < p.experts; e += THREADS)
-            if (offsets[e] <= row0 && row0 < offsets[e + 1]) of_slot = e;
-        __syncthreads();
-        batch = of_slot;
-        rows = batch < 0 ? 1 : min(MOST, offsets[batch + 1] - row0);
-        if (batch >= 0 && (row0 - offsets[batch]) % MOST != 0) return;
-    } else {
+    int row0, rows, k0, k1;
+    const T* b;
+    Round<MOST> round;
+    Ends<MOST> ends;
+    Lead::Early lead;
+    __device__ __forceinline__ void load(const T* all, const void* bias, const Few& p, const Lead& leading) {
         int groups = ceil_div(p.m, MOST);
         batch = blockIdx.z / groups, row0 = blockIdx.z % groups * MOST, rows = min(MOST, p.m - row0);
+        k0 = blockIdx.y * p.chunk, k1 = min(k0 + p.chunk, p.k);
+        b = all + batch * p.b_batch;
+        round.load_from(b, p, k0, k1);
+        lead.load(leading);
+        ends.find(bias, p, batch, row0, rows);
     }
+};
+
+#if EXPERTS
+/// The work of a block on rows of an expert.
+template <int ROWS>
+__device__ __forceinline__ void of_expert(float* room, float* sums, const TA* a, const T* b, const void* bias, const Few& p, i64 expert,
+                                          int row0, int rows, float* partial, TC* c, const Lead& lead, const Chain& chain) {
     int k0 = blockIdx.y * p.chunk, k1 = min(k0 + p.chunk, p.k);
-    auto store = [&](int row, int column, float v) {
-        i64 at = batch * p.c_batch + (row0 + row) * p.c_row + column * p.c_column;
-        if (bias && batch >= 0 && blockIdx.y == 0) {
-            i64 i = batch * p.bias_batch + (row0 + row) * p.bias_row + column * p.bias_column;
-            v += p.wide_bias ? ((const float*)bias)[i] : to_float(((const TC*)bias)[i]);
-        }
-        if (partial) partial[blockIdx.y * p.total + at] = v;
-        else put(c, at, from_float<TC>(v), CHAIN);
-    };
-#if CLUSTER > 1
-    auto end = [&](int row, int column, float v) { sums[row * COLUMNS + column - blockIdx.x * COLUMNS] = v; };
-#else
-    auto& end = store;
+    b += expert * p.b_batch;
+    Round<ROWS> round;
+    round.load_from(b, p, k0, k1);
+    Ends<ROWS> ends;
+    ends.find(bias, p, expert, row0, rows);
+    if (!partial) ends.load(chain);
+    Rows<ROWS> of_a(a, row0, rows, lead);
+    work<ROWS>(room, sums, of_a, b, p, rows, k0, k1, round, ends, bias != 0, partial, c, chain);
+}
 #endif
-    if (batch < 0) {
-        // c_batch is 0 where there are offsets.
-        int column = blockIdx.x * COLUMNS + threadIdx.x;
-        if (threadIdx.x < COLUMNS && column < p.n && (CLUSTER == 1 || blockIdx.y == 0)) store(0, column, 0.0f);
+
+/// Blocks along z: for each product of a batch, groups of MOST rows; if EXPERTS one for each slot, of which only those at the start of
+/// MOST rows of an expert have work, and those of unused slots, which become 0.
+FEW_KERNEL few_rows(const TA* a, const T* b, const int* offsets, const void* bias, float* partial, TC* c, Few p LEAD_PARAMETERS
+                        CHAIN_PARAMETERS) {
+    Fetched fetched;
+    if (EARLY) fetched.load(b, bias, p, LEADING);
+    begin();
+    __shared__ float room[SHARES * MOST * COLUMNS], sums[SUMS];
+#if EXPERTS
+    __shared__ int of_slot;
+    int row0 = blockIdx.z;
+    if (threadIdx.x == 0) of_slot = -1;
+    __syncthreads();
+    for (int e = threadIdx.x; e < p.experts; e += THREADS)
+        if (offsets[e] <= row0 && row0 < offsets[e + 1]) of_slot = e;
+    __syncthreads();
+    int expert = of_slot;
+    if (expert < 0) {
+        // Of an unused slot one block ends each column, or each chunk's where they are added up later; c_batch is 0.
+        Ends<1> ends;
+        ends.find(0, p, 0, row0, 1);
+        if (!partial) ends.load(CHAIN);
+        if (blockIdx.y == 0 || partial) ends.end(0, 0.0f, false, partial, p.total, c, CHAIN);
         return;
     }
-    a += batch * p.a_batch + row0 * p.a_row, b += batch * p.b_batch;
-    if (rows == 1) few<1>(room, a, b, p, rows, k0, k1, end);
+    int rows = min(MOST, offsets[expert + 1] - row0);
+    if ((row0 - offsets[expert]) % MOST != 0) return;
+#if CLUSTER > 1
+    cluster_arrive();
+#endif
+    if (rows == 1) of_expert<1>(room, sums, a, b, bias, p, expert, row0, rows, partial, c, LEADING, CHAIN);
 #if MOST > 1
-    else if (rows == 2) few<2>(room, a, b, p, rows, k0, k1, end);
+    else if (rows == 2) of_expert<2>(room, sums, a, b, bias, p, expert, row0, rows, partial, c, LEADING, CHAIN);
 #endif
 #if MOST > 2
-    else if (rows <= 4) few<4>(room, a, b, p, rows, k0, k1, end);
+    else if (rows <= 4) of_expert<4>(room, sums, a, b, bias, p, expert, row0, rows, partial, c, LEADING, CHAIN);
 #endif
 #if MOST > 4
-    else few<8>(room, a, b, p, rows, k0, k1, end);
+    else of_expert<8>(room, sums, a, b, bias, p, expert, row0, rows, partial, c, LEADING, CHAIN);
 #endif
+#else
 #if CLUSTER > 1
-    cluster_sync();
-    if (blockIdx.y == 0) {
-        for (int i = threadIdx.x; i < rows * COLUMNS; i += THREADS) {
-            int column = blockIdx.x * COLUMNS + i % COLUMNS;
-            if (column >= p.n) continue;
-            float v = sums[i];
-#pragma unroll
-            for (int block = 1; block < CLUSTER; block++) v += number_of(sums + i, block);
-            store(i / COLUMNS, column, v);
-        }
-    }
-    // No block ends while the first may still read its memory.
-    cluster_sync();
+    cluster_arrive();
+#endif
+    if (!EARLY) fetched.load(b, bias, p, LEADING);
+    if (!partial) fetched.ends.load(CHAIN);
+#if LEAD == NOTHING
+    const TA* from = a + fetched.batch * p.a_batch;
+#else
+    __align__(16) __shared__ TA from[MOST * WIDTH];
+    make_rows(from, fetched.rows, LEADING, fetched.lead, blockIdx.x == 0 && blockIdx.y == 0);
+#endif
+    Rows<MOST> rows(from, fetched.row0, fetched.rows, LEADING);
+    work<MOST>(room, sums, rows, fetched.b, p, fetched.rows, fetched.k0, fetched.k1, fetched.round, fetched.ends, bias != 0, partial, c,
+               CHAIN);
 #endif
 }
 

@@ -1,56 +1,30 @@
 // Norms over rows of d elements, with their gradients: a block for each row.
-//
-// PER_LANE: elements that a thread has at a time; PIECES: how often, so that THREADS of them cover a row.
 
-#define THREADS 128
+#define THREADS NORM_THREADS
 #define FINISH_THREADS 1024
-
-/// Walks what a thread has of a row: its i-th piece is the PER_LANE elements from `at` on.
-#define EACH_PIECE(i, at)                                                                                              \
-    _Pragma("unroll") for (int i = 0; i < PIECES; i++) if (int at = (i * THREADS + threadIdx.x) * PER_LANE; at < d)
-
-/// The pieces of a row that a thread has, in registers.
-struct Part {
-    Vector<T, PER_LANE> pieces[PIECES];
-    __device__ __forceinline__ Part(const T* row, int d) {
-        EACH_PIECE(i, at) pieces[i] = load_vector<PER_LANE>(row + at);
-    }
-};
 
 KERNEL layer_norm(const T* x, const float* gamma, const float* beta, int d, float eps, T* y, float* mean, float* rstd) {
     begin();
-    __shared__ float room[THREADS / 32];
+    __shared__ float room[NORM_WARPS];
     i64 row = (i64)blockIdx.x * d;
-    Part own(x + row, d);
-    float sum = 0.0f, squares = 0.0f;
-    EACH_PIECE(i, at) EACH_OF(j) sum += to_float(own.pieces[i].at[j]);
-    float m = block_sum<THREADS>(sum, room) / (float)d;
-    EACH_PIECE(i, at) EACH_OF(j) {
-        float distance = to_float(own.pieces[i].at[j]) - m;
-        squares += distance * distance;
-    }
-    float r = 1.0f / sqrtf(block_sum<THREADS>(squares, room) / (float)d + eps);
-    EACH_PIECE(i, at) {
-        auto g = load_vector<PER_LANE>(gamma + at), b = load_vector<PER_LANE>(beta + at);
-        EACH_OF(j) own.pieces[i].at[j] = from_float<T>((to_float(own.pieces[i].at[j]) - m) * r * g.at[j] + b.at[j]);
-        store_vector<PER_LANE>(y + row + at, own.pieces[i]);
-    }
+    Part<T> own(x + row, d);
+    float m = block_sum<THREADS>(own.sum(d), room) / (float)d;
+    float r = rstd_of(block_sum<THREADS>(own.squares(m, d), room), d, eps);
+    Part<float> g(gamma, d), b(beta, d);
+    own.normalise(m, r, g, &b, d);
+    own.store(y + row, d);
     if (threadIdx.x == 0) mean[blockIdx.x] = m, rstd[blockIdx.x] = r;
 }
 
 KERNEL rms_norm(const T* x, const float* gamma, int d, float eps, T* y, float* rstd) {
     begin();
-    __shared__ float room[THREADS / 32];
+    __shared__ float room[NORM_WARPS];
     i64 row = (i64)blockIdx.x * d;
-    Part own(x + row, d);
-    float squares = 0.0f;
-    EACH_PIECE(i, at) EACH_OF(j) squares += to_float(own.pieces[i].at[j]) * to_float(own.pieces[i].at[j]);
-    float r = 1.0f / sqrtf(block_sum<THREADS>(squares, room) / (float)d + eps);
-    EACH_PIECE(i, at) {
-        auto g = load_vector<PER_LANE>(gamma + at);
-        EACH_OF(j) own.pieces[i].at[j] = from_float<T>(to_float(own.pieces[i].at[j]) * r * g.at[j]);
-        store_vector<PER_LANE>(y + row + at, own.pieces[i]);
-    }
+    Part<T> own(x + row, d);
+    float r = rstd_of(block_sum<THREADS>(own.squares(0.0f, d), room), d, eps);
+    Part<float> g(gamma, d);
+    own.normalise(0.0f, r, g, 0, d);
+    own.store(y + row, d);
     if (threadIdx.x == 0) rstd[blockIdx.x] = r;
 }
 
@@ -65,12 +39,12 @@ KERNEL norm_grad(const T* x, const float* gamma, const float* mean, const float*
     Vector<float, PER_LANE> weights[PIECES];
     EACH_PIECE(i, at) weights[i] = load_vector<PER_LANE>(gamma + at);
     float of_gamma[PIECES][PER_LANE] = {}, of_beta[PIECES][PER_LANE] = {};
-    Part next_x(x + (i64)from * d, d), next_dy(dy + (i64)from * d, d);
+    Part<T> next_x(x + (i64)from * d, d), next_dy(dy + (i64)from * d, d);
     for (int row = from; row < to; row++) {
-        Part own = next_x, cotangent = next_dy;
+        Part<T> own = next_x, cotangent = next_dy;
         // The next row is on its way meanwhile.
         i64 next = (i64)min(row + 1, to - 1) * d;
-        next_x = Part(x + next, d), next_dy = Part(dy + next, d);
+        next_x = Part<T>(x + next, d), next_dy = Part<T>(dy + next, d);
         float m = mean ? mean[row] : 0.0f, r = rstd[row], sum_g = 0.0f, sum_gh = 0.0f;
         EACH_PIECE(i, at) EACH_OF(j) {
             float h = (to_float(own.pieces[i].at[j]) - m) * r, of_y = to_float(cotangent.pieces[i].at[j]);

@@ -1,5 +1,5 @@
-// Rows between tokens and slots: dispatch, combine, the gradient of the gates, and sums over segments. No row is written
-// twice, and every sum has the order of its choices or slots. PER_LANE: elements that a lane has at a time.
+// Rows between tokens and slots: dispatch, the gradient of the gates, and sums over segments. No row is written twice, and every sum
+// has the order of its slots. PER_LANE: elements that a lane has at a time.
 
 #define THREADS 128
 
@@ -22,38 +22,6 @@ KERNEL dispatch(const T* x, const int* slot_choice, const float* gate, int slots
 #pragma unroll
             for (int j = 0; j < PER_LANE; j++) v.at[j] = from_float<T>(used ? g * to_float(v.at[j]) : 0.0f);
         store_vector<PER_LANE>(to + i, v);
-    }
-}
-
-/// y[t] = of_rows sum_j gate[t,j] rows[slot] + of_side side[t]; a warp for each token.
-KERNEL combine(const T* rows, const int* choice_slot, const float* gate, const T* side, const float* coefficient, int slots,
-               int tokens, int k, int d, T* y) {
-    begin();
-    i64 t = (i64)blockIdx.x * ROWS + threadIdx.x / 32;
-    if (t >= tokens) return;
-    float of_rows = coefficient ? coefficient[2 * t] : 1.0f, of_side = coefficient ? coefficient[2 * t + 1] : 1.0f;
-    const int* places = choice_slot + t * k;
-#pragma unroll 2
-    for (int i = threadIdx.x % 32 * PER_LANE; i < d; i += 32 * PER_LANE) {
-        float sum[PER_LANE] = {};
-#pragma unroll 4
-        for (int j = 0; j < k; j++) {
-            int s = places[j];
-            bool used = s >= 0 && s < slots;
-            float g = gate ? gate[t * k + j] : 1.0f;
-            auto v = load_vector<PER_LANE>(rows + (used ? (i64)s * d : 0) + i);
-#pragma unroll
-            for (int u = 0; u < PER_LANE; u++) sum[u] = used ? fmaf(g, to_float(v.at[u]), sum[u]) : sum[u];
-        }
-        Vector<T, PER_LANE> out;
-        if (side) {
-            auto v = load_vector<PER_LANE>(side + t * d + i);
-#pragma unroll
-            for (int u = 0; u < PER_LANE; u++) sum[u] = of_rows * sum[u] + of_side * to_float(v.at[u]);
-        }
-#pragma unroll
-        for (int u = 0; u < PER_LANE; u++) out.at[u] = from_float<T>(sum[u]);
-        store_vector<PER_LANE>(y + t * d + i, out);
     }
 }
 

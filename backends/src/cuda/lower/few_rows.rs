@@ -4,10 +4,11 @@ use moebius_ir::DType;
 
 use super::gemm::{Product, Strides};
 use super::joined::{self, Joined};
+use super::lead::{self, Lead};
 use super::{float, int};
 use crate::cuda::chip::Chip;
 use crate::cuda::launch::{Action, Arg, Launch, Scratch, kernel};
-use crate::cuda::source::{CLUSTER, FUNCTIONS, HALVES, Source, VECTORS};
+use crate::cuda::source::{CLUSTER, FUNCTIONS, HALVES, Header, LEAD, NORM, Source, VECTORS};
 
 const TEXT: &str = include_str!("../kernels/few_rows.cu");
 const THREADS: usize = 256;
@@ -17,8 +18,12 @@ const MOST_ROWS: usize = 8;
 const ENOUGH_BLOCKS: usize = 264;
 /// The most blocks of a cluster that every GPU with clusters takes.
 pub(super) const MOST_CLUSTER: usize = 8;
+/// Blocks in clusters that are enough: one for most of 132 processors.
+const ENOUGH_CLUSTERED: usize = 96;
 /// Blocks that run at once on a large GPU: four on each of 132 processors.
 const MOST_CLUSTERED: usize = 528;
+/// The most loads that a thread has on their way at a time, as in the kernel.
+const MOST_AHEAD: usize = 8;
 /// Loads that a thread should have: shorter chunks of k cost more than they give.
 const LEAST_LOADS: usize = 4;
 
@@ -38,6 +43,35 @@ pub(super) struct Operands {
     /// Null for a dense product.
     pub(super) offsets: Arg,
     pub(super) bias: Arg,
+}
+
+/// How many products there are.
+#[derive(Clone, Copy)]
+pub(super) enum Number {
+    /// A batch of as many.
+    Batch(usize),
+    /// One, whose rows are slots of as many experts.
+    Experts(usize),
+}
+
+/// What is around a product.
+#[derive(Clone, Copy)]
+pub(super) struct Around<'a> {
+    pub(super) joined: Option<&'a Joined>,
+    /// What makes its rows.
+    pub(super) lead: Option<&'a Lead>,
+    /// Whether all that it reads but its rows is as it was before the run.
+    pub(super) early: bool,
+}
+
+/// The headers of a product in clusters or not, behind a norm or not.
+fn headers(clustered: bool, normalises: bool) -> &'static [Header] {
+    match (clustered, normalises) {
+        (false, false) => &[FUNCTIONS, VECTORS, LEAD],
+        (false, true) => &[FUNCTIONS, VECTORS, NORM, LEAD],
+        (true, false) => &[HALVES, CLUSTER, FUNCTIONS, VECTORS, LEAD],
+        (true, true) => &[HALVES, CLUSTER, FUNCTIONS, VECTORS, NORM, LEAD],
+    }
 }
 
 /// How k is cut.
@@ -76,18 +110,20 @@ pub(super) fn groups(batch: usize, rows: usize) -> usize {
     batch.saturating_mul(rows.div_ceil(MOST_ROWS))
 }
 
-/// The launch on such a GPU of `batch` products of factors of these dtypes; for `experts` their number, of one product whose rows are slots.
-#[expect(clippy::too_many_arguments, reason = "each is a thing of its own")]
+/// The launch on such a GPU of products of factors of these dtypes.
 pub(super) fn launch(
     chip: Chip,
     [of_a, of_b]: [DType; 2],
     product: &Product,
     few: Few,
-    batch: usize,
-    experts: Option<usize>,
+    number: Number,
     operands: Operands,
-    joined: Option<&Joined>,
+    Around { joined, lead, early }: Around<'_>,
 ) -> Result<Launch, String> {
+    let (batch, experts) = match number {
+        Number::Batch(batch) => (batch, None),
+        Number::Experts(experts) => (1, Some(experts)),
+    };
     // What the kernel calls a and b, as rows by k and k by columns.
     let (p, turned) = (product, |s: Strides| Strides { row: s.column, column: s.row });
     let (a, a_batch, b, b_batch, m, n) = match few {
@@ -114,7 +150,11 @@ pub(super) fn launch(
         true => (warps * if most > 2 { 2 } else { 1 }, warps, 32 * vector),
         false => (8 * vector, 8 * vector, 4 * warps),
     };
-    let chunks = chunks(n.div_ceil(of_rule) * batch, p.k, step, ENOUGH_BLOCKS);
+    let tiles = n.div_ceil(of_rule) * batch;
+    // As many chunks as a cluster has blocks, if these are enough: more would need another kernel to add up.
+    let enough =
+        if chip.hopper && tiles * MOST_CLUSTER >= ENOUGH_CLUSTERED { tiles * MOST_CLUSTER } else { ENOUGH_BLOCKS };
+    let chunks = chunks(tiles, p.k, step, enough.min(ENOUGH_BLOCKS));
     let z = if experts.is_some() { m } else { groups(batch, m) };
     // The chunks of a tile are a cluster where there are clusters as large, and all of them run at once: a block that waits for the
     // others of its cluster keeps those behind it from starting.
@@ -135,8 +175,14 @@ pub(super) fn launch(
     for n in [m, n, p.k, chunks.length, experts.unwrap_or(0), usize::from(p.wide_bias)] {
         bytes.extend(int(n, "an extent of a product")?.to_le_bytes());
     }
-    let headers: &[_] = if clustered { &[HALVES, CLUSTER, FUNCTIONS, VECTORS] } else { &[FUNCTIONS, VECTORS] };
-    let source = joined::source(joined, "few_rows.cu", headers, TEXT)
+    let lead = lead.filter(|lead| n > 0 && lead.fits(m, p.k, few_dtype, MOST_ROWS));
+    let headers = headers(clustered, lead.is_some_and(Lead::is_norm));
+    let source = joined::source(joined, "few_rows.cu", headers, TEXT);
+    let source = lead::source(lead, source)
+        .define("THREADS", THREADS)
+        .define("EXPERTS", u8::from(experts.is_some()))
+        .define("EARLY", u8::from(early && experts.is_none()))
+        .define("LOADS", chunks.length.div_ceil(step).clamp(1, MOST_AHEAD))
         .define("CLUSTER", if clustered { chunks.count } else { 1 })
         .define("T", float(dtype)?)
         .define("TA", float(few_dtype)?)
@@ -144,11 +190,12 @@ pub(super) fn launch(
         .define("WIDE", u8::from(dtype == DType::F32))
         .define("TRANSPOSED", u8::from(transposed))
         .define("ALIGNED", u8::from(aligned))
-        .define("TOGETHER", u8::from(together && aligned && transposed && few_dtype == dtype))
+        .define("TOGETHER", u8::from(together && aligned && transposed))
         .define("MOST", most);
     let Operands { a, b, offsets, bias } = operands;
-    let [a, b] = if few == Few::Rows { [a, b] } else { [b, a] };
+    let [a, b] = if few == Few::Rows { [lead.map_or(a, |lead| lead.rows.clone()), b] } else { [b, a] };
     let mut args = vec![a, b, offsets, bias, partial.clone(), joined::out(joined), Arg::Bytes(bytes)];
+    args.extend(lead::args(lead));
     args.extend(joined::args(joined));
     let grid = [n.div_ceil(columns), chunks.count, z];
     let mut actions = vec![kernel(source.clone(), "few_rows", grid, THREADS as u32, args)];
@@ -161,7 +208,9 @@ pub(super) fn launch(
         m,
         if few == Few::Rows { "rows" } else { "columns" },
     );
-    Ok(joined::with(joined, Launch::of(actions).with_scratch(scratch.bytes())).because(why))
+    let mut launch = joined::with(joined, Launch::of(actions).with_scratch(scratch.bytes())).because(why);
+    launch.before = lead::joint(lead);
+    Ok(launch)
 }
 
 #[cfg(test)]

@@ -1,15 +1,17 @@
 //! Launches of everything that is a matrix product: matmul and the expert matmuls.
 
 use moebius_ir::ops::{ExpertMatmul, Matmul};
-use moebius_ir::{DType, Graph, Node, Shape};
+use moebius_ir::{DType, Graph, Node, NodeId, Shape};
 
-use super::few_rows::{self, Few, Operands};
+use super::few_rows::{self, Around, Few, Number, Operands};
 use super::hopper::{self, End, Segments};
 use super::joined::{self, Joined};
+use super::lead::{Lead, stays};
 use super::{Lowered, dtype, float, int, narrow, shapes, short, split};
 use crate::cuda::chip::Chip;
 use crate::cuda::launch::{Action, Arg, Launch, kernel};
 use crate::cuda::source::{FUNCTIONS, GEMM, HALVES, Header, MMA, Source, VECTORS};
+use crate::joined::Beside;
 
 const TEXT: &str = include_str!("../kernels/gemm.cu");
 /// Rows and columns of the tile of a block: the small one where sizes are small, and where more than the sums is kept.
@@ -155,7 +157,10 @@ fn gemm(
     Ok(kernel(of.source, "gemm", grid, of.threads, args))
 }
 
-pub(super) fn lower_matmul(graph: &Graph, node: &Node, op: &Matmul, joined: Option<&Joined>, chip: Chip) -> Lowered {
+pub(super) fn lower_matmul(graph: &Graph, id: NodeId, op: &Matmul, beside: Beside, chip: Chip) -> Lowered {
+    let node = graph.node(id);
+    let joined = Joined::new(graph, node, beside.behind)?;
+    let joined = joined.as_ref();
     let [a, b] = shapes(graph, node);
     let out = &graph.ty(node.results[0]).shape;
     let (bias, wide_bias) = bias(graph, node, 2)?;
@@ -179,7 +184,10 @@ pub(super) fn lower_matmul(graph: &Graph, node: &Node, op: &Matmul, joined: Opti
     let operands = Operands { a: Arg::Operand(0), b: Arg::Operand(1), offsets: Arg::Null, bias: bias.clone() };
     let dtypes = [0, 1].map(|i| dtype(graph, node, i));
     if let Some(side) = few(batch, m, n, k) {
-        return few_rows::launch(chip, dtypes, &product, side, batch, None, operands, joined);
+        let lead = if side == Few::Rows && batch == 1 { Lead::new(graph, id, beside)? } else { None };
+        let early = side == Few::Rows && node.operands[1..].iter().all(|&v| stays(graph, v));
+        let around = Around { joined, lead: lead.as_ref(), early };
+        return few_rows::launch(chip, dtypes, &product, side, Number::Batch(batch), operands, around);
     }
     if batch == 1 {
         for lowered in [narrow::launch, short::launch] {
@@ -208,13 +216,10 @@ fn experts(offsets: &Shape) -> Result<usize, String> {
     if experts > MOST_EXPERTS { Err(format!("at most {MOST_EXPERTS} experts, not {experts}")) } else { Ok(experts) }
 }
 
-pub(super) fn lower_expert_matmul(
-    graph: &Graph,
-    node: &Node,
-    op: &ExpertMatmul,
-    joined: Option<&Joined>,
-    chip: Chip,
-) -> Lowered {
+pub(super) fn lower_expert_matmul(graph: &Graph, id: NodeId, op: &ExpertMatmul, beside: Beside, chip: Chip) -> Lowered {
+    let node = graph.node(id);
+    let joined = Joined::new(graph, node, beside.behind)?;
+    let joined = joined.as_ref();
     let [rows, w, offsets] = shapes(graph, node);
     let (bias, wide_bias) = bias(graph, node, 3)?;
     let experts = experts(&offsets)?;
@@ -234,7 +239,9 @@ pub(super) fn lower_expert_matmul(
     let operands = Operands { a: Arg::Operand(0), b: Arg::Operand(1), offsets: Arg::Operand(2), bias: bias.clone() };
     if few(1, m, usize::MAX, k) == Some(Few::Rows) {
         let dtypes = [dtype(graph, node, 0); 2];
-        return few_rows::launch(chip, dtypes, &product, Few::Rows, 1, Some(experts), operands, joined);
+        let lead = Lead::new(graph, id, beside)?;
+        let around = Around { joined, lead: lead.as_ref(), early: false };
+        return few_rows::launch(chip, dtypes, &product, Few::Rows, Number::Experts(experts), operands, around);
     }
     let segments = Segments::Rows(experts);
     let launch = hopper::launch(chip, dtype(graph, node, 0), &product, segments, &operands, joined)?;

@@ -7,7 +7,7 @@ use moebius_ir::{Graph, Node, NodeId, Op};
 use super::elementwise::{Cpp, coordinates, stored};
 use super::float;
 use crate::chain::Chain;
-use crate::cuda::launch::{Arg, Launch, OfChain};
+use crate::cuda::launch::{Arg, Joint, Launch};
 use crate::cuda::source::{Header, Source};
 use crate::joined::{base, is_kept};
 
@@ -28,11 +28,12 @@ pub(super) struct Joined {
 }
 
 impl Joined {
-    /// The chain of node `chain` behind `node`, if it can be joined onto a product whose result is a float.
+    /// The chain of node `chain` behind `node`, if there is one and it can be joined onto a product whose result is a float.
     ///
     /// # Errors
     /// What is wanted instead of the chain's dtypes.
-    pub(super) fn new(graph: &Graph, node: &Node, chain: NodeId) -> Result<Option<Joined>, String> {
+    pub(super) fn new(graph: &Graph, node: &Node, chain: Option<NodeId>) -> Result<Option<Joined>, String> {
+        let Some(chain) = chain else { return Ok(None) };
         let (product, after) = (node.results[0], graph.node(chain));
         let Op::Elementwise(op) = &after.op else { return Ok(None) };
         let Ok(own) = float(graph.ty(product).dtype) else { return Ok(None) };
@@ -123,10 +124,10 @@ pub(super) fn source(joined: Option<&Joined>, file: &'static str, headers: &'sta
 
 /// A launch whose kernels do the work of the chain too.
 pub(super) fn with(joined: Option<&Joined>, mut launch: Launch) -> Launch {
-    launch.of_chain = match joined {
-        None => OfChain::Nothing,
-        Some(Joined { kept: true, .. }) => OfChain::Beside,
-        Some(Joined { kept: false, .. }) => OfChain::Instead,
+    launch.behind = match joined {
+        None => Joint::None,
+        Some(Joined { kept: true, .. }) => Joint::Stored,
+        Some(Joined { kept: false, .. }) => Joint::Unstored,
     };
     launch
 }

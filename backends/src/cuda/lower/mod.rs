@@ -11,11 +11,13 @@ mod few_rows;
 mod gemm;
 mod hopper;
 mod joined;
+mod lead;
 mod movement;
 mod narrow;
 mod norm;
 mod optimizer;
 mod reduce;
+mod route;
 mod short;
 mod sparse;
 mod split;
@@ -24,8 +26,9 @@ mod wgmma;
 use moebius_ir::{DType, Graph, Node, NodeId, Op};
 
 use super::chip::Chip;
-use super::launch::{Launch, OfChain};
+use super::launch::{Joint, Launch};
 use super::source::{Header, Source};
+use crate::joined::{self as shared, Beside};
 use crate::lowering::shapes;
 
 /// A launch, or what the CUDA backend wants instead of the node.
@@ -62,19 +65,28 @@ fn per_lane(dtype: DType, d: usize) -> usize {
     if d.is_multiple_of(whole) { whole } else { 1 }
 }
 
-/// The chain that is to be joined onto a node on such a GPU: one that the node's kernels can do.
+/// The node that is to be joined onto a node on such a GPU: one that the node's kernels can do, or a product whose kernels can do the
+/// node.
 pub(crate) fn joined(graph: &Graph, id: NodeId, chip: Chip) -> Option<NodeId> {
-    let does = |chain: &NodeId| lower(graph, id, Some(*chain), chip).is_ok_and(|l| l.of_chain != OfChain::Nothing);
-    crate::joined::joined(graph, id).filter(does)
+    if let Some(product) = shared::led(graph, id) {
+        let beside = Beside { before: Some(id), behind: joined(graph, product, chip) };
+        let apart = beside.behind.is_none_or(|chain| shared::apart(graph, id, chain));
+        let does = || lower(graph, product, beside, chip).is_ok_and(|l| l.before != Joint::None);
+        return Some(product).filter(|_| apart && does());
+    }
+    let does = |behind: &NodeId| {
+        let beside = Beside { before: None, behind: Some(*behind) };
+        lower(graph, id, beside, chip).is_ok_and(|l| l.behind != Joint::None)
+    };
+    shared::follower(graph, id).filter(does)
 }
 
-/// The launch of a node on such a GPU, with the work of a chain that is joined onto it if its kernels can do that.
+/// The launch of a node on such a GPU, with the work of the nodes beside it that its kernels can do.
 ///
 /// # Errors
 /// What the backend wants instead.
-pub(crate) fn lower(graph: &Graph, id: NodeId, chain: Option<NodeId>, chip: Chip) -> Lowered {
+pub(crate) fn lower(graph: &Graph, id: NodeId, beside: Beside, chip: Chip) -> Lowered {
     let node = graph.node(id);
-    let chain = chain.map(|chain| joined::Joined::new(graph, node, chain)).transpose()?.flatten();
     let launch = match &node.op {
         // Nothing to run: these are places in memory, settled by the plan.
         Op::Input(_) | Op::Constant(_) | Op::Reshape(_) | Op::After(_) => Ok(Launch::default()),
@@ -97,7 +109,7 @@ pub(crate) fn lower(graph: &Graph, id: NodeId, chain: Option<NodeId>, chip: Chip
         Op::RmsNorm(op) => norm::lower_rms_norm(graph, node, op.eps),
         Op::RmsNormGrad(_) => norm::lower_rms_norm_grad(graph, node),
 
-        Op::Matmul(op) => gemm::lower_matmul(graph, node, op, chain.as_ref(), chip),
+        Op::Matmul(op) => gemm::lower_matmul(graph, id, op, beside, chip),
         Op::Attention(op) => attention::lower_attention(graph, node, op, chip),
         Op::AttentionGrad(op) => attention::lower_attention_grad(graph, node, op, chip),
         Op::AttentionCached(op) => attention::lower_attention_cached(graph, node, op, chip),
@@ -112,14 +124,14 @@ pub(crate) fn lower(graph: &Graph, id: NodeId, chain: Option<NodeId>, chip: Chip
             classifier::lower_linear_distillation_cached_grad(graph, node, op.temperature, chip)
         }
 
-        Op::Route(op) => sparse::lower_route(graph, node, op),
-        Op::RouteGrad(op) => sparse::lower_route_grad(graph, node, op),
-        Op::Assign(op) => sparse::lower_assign(graph, node, op),
+        Op::Route(op) => route::lower_route(graph, node, op, beside),
+        Op::RouteGrad(op) => route::lower_route_grad(graph, node, op),
+        Op::Assign(op) => route::lower_assign(graph, node, op),
         Op::Dispatch(_) => sparse::lower_dispatch(graph, node),
-        Op::Combine(op) => sparse::lower_combine(graph, node, *op),
+        Op::Combine(op) => sparse::lower_combine(graph, node, *op, beside),
         Op::GateGrad(_) => sparse::lower_gate_grad(graph, node),
         Op::SegmentSum(_) => sparse::lower_segment_sum(graph, node),
-        Op::ExpertMatmul(op) => gemm::lower_expert_matmul(graph, node, op, chain.as_ref(), chip),
+        Op::ExpertMatmul(op) => gemm::lower_expert_matmul(graph, id, op, beside, chip),
         Op::ExpertMatmulWgrad(_) => gemm::lower_expert_matmul_wgrad(graph, node, chip),
 
         Op::GlobalNorm(_) => optimizer::lower_global_norm(graph, node),

@@ -4,7 +4,7 @@ use moebius_ir::{Graph, Node};
 
 use super::{Lowered, dtype, int, per_lane, typed};
 use crate::cuda::launch::{Action, Arg, Launch, Scratch, kernel};
-use crate::cuda::source::{Source, VECTORS};
+use crate::cuda::source::{NORM, Source, VECTORS};
 
 const TEXT: &str = include_str!("../kernels/norm.cu");
 const SOFTMAX: &str = include_str!("../kernels/softmax.cu");
@@ -26,7 +26,7 @@ fn sizes(graph: &Graph, node: &Node) -> Result<(usize, usize), String> {
 fn parts(graph: &Graph, node: &Node) -> Result<(Source, usize, usize), String> {
     let (rows, d) = sizes(graph, node)?;
     let dtype = dtype(graph, node, 0);
-    let source = typed("norm.cu", &[VECTORS], TEXT, dtype)?
+    let source = typed("norm.cu", &[VECTORS, NORM], TEXT, dtype)?
         .define("PER_LANE", per_lane(dtype, d))
         .define("PIECES", d.div_ceil(THREADS * per_lane(dtype, d)).max(1));
     Ok((source, rows, d))

@@ -1,137 +1,25 @@
-//! Launches of the sparse-expert ops that are not matrix products.
+//! Launches of the ops on rows of slots and tokens.
 
-use moebius_ir::ops::{Assign, Balance, Combine, GroupScore, NoiseUse, Order, Route, RouteGrad, Score};
+use moebius_ir::ops::Combine;
 use moebius_ir::{Graph, Node};
 
-use super::{Lowered, dtype, int, per_lane, shapes, typed};
-use crate::cuda::launch::{Action, Arg, Launch, Scratch, kernel};
-use crate::cuda::source::{ROUTER, Source, VECTORS};
+use super::joined::{self, Joined};
+use super::{Lowered, dtype, float, int, per_lane, shapes, typed};
+use crate::cuda::launch::{Arg, Launch, Scratch, kernel};
+use crate::cuda::source::{FUNCTIONS, Source, VECTORS};
+use crate::joined::Beside;
 
-const ROUTE: &str = include_str!("../kernels/route.cu");
-const ROUTE_GRAD: &str = include_str!("../kernels/route_grad.cu");
-const ASSIGN: &str = include_str!("../kernels/assign.cu");
 const ROWS: &str = include_str!("../kernels/rows.cu");
+const COMBINE: &str = include_str!("../kernels/combine.cu");
 
-/// Tokens of a warp of the router, and threads that join its blocks' statistics, as in the kernel.
-const WARP_TOKENS: usize = 4;
-const FINISH_THREADS: u32 = 1024;
-/// The most experts: what shared memory holds of a token.
-const MOST_EXPERTS: usize = 1024;
+/// The most tokens of which each has a block where they are combined.
+const FEW_TOKENS: usize = 64;
 /// Threads of a block of the kernels on rows.
 const THREADS: usize = 128;
 /// Blocks of a sum over segments that keep a large GPU busy: eight for each of 132 processors.
 const ENOUGH_BLOCKS: usize = 1056;
 /// Rows that a part of the longest segment should have.
 const LEAST_ROWS: usize = 64;
-
-fn counted(balance: Balance, k: usize) -> usize {
-    match balance {
-        Balance::FirstChoice => 1,
-        Balance::AllChoices => k,
-    }
-}
-
-/// A file of the router for its extents and score.
-fn router(
-    file: &'static str,
-    text: &'static str,
-    experts: usize,
-    k: usize,
-    score: Score,
-    balance: Balance,
-) -> Result<Source, String> {
-    if experts > MOST_EXPERTS {
-        return Err(format!("at most {MOST_EXPERTS} experts, not {experts}"));
-    }
-    let (which, jitter) = match score {
-        Score::Softmax => (0, None),
-        Score::Sigmoid => (1, None),
-        Score::SqrtSoftplus => (2, None),
-        Score::Identity => (3, None),
-        Score::SparseMixer { jitter_eps } => (4, Some(jitter_eps)),
-    };
-    let source = Source::new(file, &[ROUTER], text)
-        .define("EXPERTS", experts)
-        .define("K", k)
-        .define("COUNTED", counted(balance, k))
-        .define("SCORE", which);
-    // Twice the epsilon, bit for bit.
-    Ok(match jitter {
-        Some(eps) => source.define("JITTER", format!("__uint_as_float(0x{:08x}u)", (2.0 * eps as f32).to_bits())),
-        None => source,
-    })
-}
-
-pub(super) fn lower_route(graph: &Graph, node: &Node, op: &Route) -> Lowered {
-    let (n, e) = (graph.shape(node.operands[0])[0], graph.shape(node.operands[0])[1]);
-    let (r, at) = (op.router, op.operands());
-    let (groups, keep, top2) = r.groups.map_or((0, 0, false), |g| (g.count, g.keep, g.by == GroupScore::Top2Sum));
-    // Few tokens of many experts: shared memory holds a row of each for every warp.
-    let warps = if e <= 256 { 4 } else { 1 };
-    let source = router("route.cu", ROUTE, e, r.k, r.score, r.balance)?
-        .define("GROUPS", groups)
-        .define("KEEP", keep)
-        .define("TOP2", u8::from(top2))
-        .define("LATER", u8::from(op.noise == Some(NoiseUse::LaterChoices)))
-        .define("WARPS", warps);
-    let blocks = n.div_ceil(WARP_TOKENS * warps as usize);
-    let (tokens, blocks_arg) = (Arg::I32(int(n, "tokens")?), Arg::I32(int(blocks, "tokens")?));
-    let mut scratch = Scratch::default();
-    let p = scratch.take(4 * blocks * e);
-    let counts = scratch.take(8 * blocks * e);
-    let sums = scratch.take(8 * blocks);
-    let optional = [at.selection_bias, at.noise, at.used, at.choices].map(|i| i.map_or(Arg::Null, Arg::Operand));
-    let partial = [p, counts, sums];
-    let of_tokens =
-        [&[Arg::Operand(0)][..], &optional, &[tokens.clone(), Arg::Result(0), Arg::Result(1)], &partial].concat();
-    let of_blocks = [&partial[..], &[blocks_arg, tokens], &[2, 3, 4, 5].map(Arg::Result)].concat();
-    let actions = vec![
-        kernel(source.clone(), "route", [blocks, 1, 1], 32 * warps, of_tokens),
-        kernel(source, "route_finish", [1, 1, 1], FINISH_THREADS, of_blocks),
-    ];
-    Ok(Launch::of(actions).with_scratch(scratch.bytes()))
-}
-
-pub(super) fn lower_route_grad(graph: &Graph, node: &Node, op: &RouteGrad) -> Lowered {
-    let (n, e) = (graph.shape(node.operands[0])[0], graph.shape(node.operands[0])[1]);
-    let source = router("route_grad.cu", ROUTE_GRAD, e, op.k, op.score, op.balance)?;
-    let tokens = Arg::I32(int(n, "tokens")?);
-    let mut scratch = Scratch::default();
-    let counts = scratch.take(4 * e);
-    let blocks = (n * counted(op.balance, op.k)).div_ceil(THREADS);
-    let of_choices = vec![Arg::Operand(1), tokens.clone(), counts.clone()];
-    let operands = [0, 1, 2, 3, 4].map(Arg::Operand);
-    let of_tokens = [&operands[..], &[counts.clone(), tokens, Arg::Result(0)]].concat();
-    let actions = vec![
-        Action::Clear { at: counts, bytes: 4 * e },
-        kernel(source.clone(), "count_choices", [blocks, 1, 1], THREADS as u32, of_choices),
-        kernel(source, "route_grad", [n.div_ceil(THREADS / 32), 1, 1], THREADS as u32, of_tokens),
-    ];
-    Ok(Launch::of(actions).with_scratch(scratch.bytes()))
-}
-
-pub(super) fn lower_assign(graph: &Graph, node: &Node, op: &Assign) -> Lowered {
-    let (n, k) = (graph.shape(node.operands[0])[0], graph.shape(node.operands[0])[1]);
-    let slots = graph.ty(node.results[0]).elements();
-    if op.experts > MOST_EXPERTS {
-        return Err(format!("at most {MOST_EXPERTS} experts, not {}", op.experts));
-    }
-    // A capacity that no expert can reach is none.
-    let capacity = op.capacity.filter(|&c| c < n * k).map_or(-1, |c| c as i32);
-    let choice_major = match op.order {
-        Order::TokenMajor => 0,
-        Order::ChoiceMajor => 1,
-    };
-    let priority = if node.operands.len() > 1 { Arg::Operand(1) } else { Arg::Null };
-    let mut scratch = Scratch::default();
-    let kept = scratch.take(if capacity < 0 { 0 } else { n * k });
-    let sizes =
-        [int(n, "tokens")?, int(k, "choices")?, op.experts as i32, capacity, choice_major, int(slots, "slots")?];
-    let results = [0, 1, 2, 3].map(Arg::Result);
-    let args = [&[Arg::Operand(0), priority][..], &sizes.map(Arg::I32), &results, &[kept]].concat();
-    let source = Source::new("assign.cu", &[VECTORS], ASSIGN);
-    Ok(Launch::one(source, "assign", [op.experts, 1, 1], 512, args).with_scratch(scratch.bytes()))
-}
 
 /// Slots, tokens, choices of each and width of the ops between tokens and slots; in i32 as the kernels count.
 fn extents(slots: usize, n: usize, k: usize, d: usize) -> Result<[i32; 4], String> {
@@ -159,14 +47,28 @@ pub(super) fn lower_dispatch(graph: &Graph, node: &Node) -> Lowered {
     Ok(by_warp(rows(graph, node, d)?, "dispatch", s, args))
 }
 
-pub(super) fn lower_combine(graph: &Graph, node: &Node, op: Combine) -> Lowered {
+pub(super) fn lower_combine(graph: &Graph, node: &Node, op: Combine, beside: Beside) -> Lowered {
     let [x, slot_choice, choice_slot] = shapes(graph, node);
     let (d, n) = (x[1], choice_slot[0]);
     let [slots, _, k, width] = extents(slot_choice[0], n, choice_slot[1], d)?;
     let optional = op.operands().map(|i| i.map_or(Arg::Null, Arg::Operand));
     let sizes = [slots, int(n, "tokens")?, k, width].map(Arg::I32);
-    let args = [&[Arg::Operand(0), Arg::Operand(2)][..], &optional, &sizes, &[Arg::Result(0)]].concat();
-    Ok(by_warp(rows(graph, node, d)?, "combine", n, args))
+    // Where a token's row would wait for one warp to go through it, a block has it.
+    let few = n <= FEW_TOKENS;
+    let joined = Joined::new(graph, node, beside.behind)?.filter(|_| few);
+    let joined = joined.as_ref();
+    let args = [&[Arg::Operand(0), Arg::Operand(2)][..], &optional, &sizes, &[joined::out(joined)]].concat();
+    let args = [args, joined::args(joined)].concat();
+    let dtype = dtype(graph, node, 0);
+    let whole = per_lane(dtype, d);
+    let per_lane = if joined.is_none_or(|joined| joined.eights) { whole } else { 1 };
+    let lanes = if few { THREADS } else { 32 };
+    let source = joined::source(joined, "combine.cu", &[FUNCTIONS, VECTORS], COMBINE)
+        .define("T", float(dtype)?)
+        .define("PER_LANE", per_lane)
+        .define("LANES", lanes);
+    let launch = Launch::one(source, "combine", [n.div_ceil(THREADS / lanes), 1, 1], THREADS as u32, args);
+    Ok(joined::with(joined, launch))
 }
 
 pub(super) fn lower_gate_grad(graph: &Graph, node: &Node) -> Lowered {

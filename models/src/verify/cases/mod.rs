@@ -1,6 +1,7 @@
 //! The cases: each is written once and run on every backend, by the reference, and by the gradient check. [`groups`] are those
 //! of the ops, [`layers`] those of whole layers.
 
+mod beside;
 mod chains;
 mod dense;
 mod distillation;
@@ -146,7 +147,7 @@ pub fn groups() -> Vec<(&'static str, Vec<Case>)> {
         ("movement", movement::cases()),
         ("norms", norms::cases()),
         ("dense", dense::cases()),
-        ("chains", chains::cases()),
+        ("chains", [chains::cases(), beside::cases()].into_iter().flatten().collect()),
         ("distillation", distillation::cases()),
         ("router", router::cases()),
         ("sparse", sparse::cases()),
