@@ -8,7 +8,10 @@ use crate::joined::Beside;
 use crate::places::{Place, StepPlaces, of_step, place, states};
 
 /// Steps among which those that need not wait are looked for: what belongs together in time stays near in caches.
-const AHEAD: usize = 16;
+pub(super) const AHEAD: usize = 16;
+/// Bytes of a buffer whose memory is not used again before so many steps, so that these can run beside each other: what is larger keeps
+/// a device busy alone.
+pub(super) const LATER_BYTES: usize = 64 << 10;
 
 /// A stretch of memory that a command uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -31,7 +31,7 @@ mod spirv;
 
 use std::sync::Arc;
 
-use moebius_ir::{DType, Fences, Graph, NodeId, Plan};
+use moebius_ir::{DType, Fences, Graph, NodeId, Plan, Reuse};
 
 use self::launch::Launch;
 use crate::cache::Cache;
@@ -171,7 +171,8 @@ fn planned(graph: Graph, limits: Limits, fences: Fences) -> Result<Plan> {
     let scratch: Vec<usize> =
         launches(&graph, |_| Some(Beside::default()), limits)?.iter().map(|l| l.scratch).collect();
     let join = |graph: &Graph, id| lower::joined(graph, id, limits);
-    Ok(Plan::with_joined(graph, &|_, node: NodeId| scratch[node.index()], &join, fences)?)
+    let reuse = Reuse::Later { bytes: hazards::LATER_BYTES, steps: hazards::AHEAD };
+    Ok(Plan::with_reuse(graph, &|_, node: NodeId| scratch[node.index()], &join, fences, reuse)?)
 }
 
 impl Backend for Vulkan {
