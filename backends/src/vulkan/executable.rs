@@ -27,6 +27,8 @@ pub(super) struct Launched {
     pub(super) node: NodeId,
     /// The chain of the next step, whose work this one does too.
     pub(super) chain: Option<NodeId>,
+    /// The norm of the step before, if this one does its work and leaves its results in memory.
+    pub(super) lead: Option<NodeId>,
     /// Whether the node's results are in memory afterwards: the chain may be all that reads them.
     pub(super) stored: bool,
     /// Number of the step, from 1: what kernels note a rejection under.
@@ -164,14 +166,15 @@ impl VulkanExecutable {
         // With checks on, what a step may not rely on is known for the plan's own order.
         let order = if checks { (0..plan.steps().len()).collect() } else { hazards::order(&plan, &launches) };
         // The kernels in the order of the launches, the launches by node.
-        type Made = (Vec<(Action, Option<Pipeline>)>, Option<Rejects>, bool);
+        type Made = (Vec<(Action, Option<Pipeline>)>, Option<Rejects>, bool, Option<bool>);
         let mut made: Vec<Option<Made>> = Vec::with_capacity(launches.len());
         for launch in launches {
             let with_pipeline = |action| match action {
                 Action::Kernel(_) => (action, pipelines.next()),
                 Action::Clear { .. } => (action, None),
             };
-            made.push(Some((launch.actions.into_iter().map(with_pipeline).collect(), launch.rejects, launch.stored)));
+            let actions = launch.actions.into_iter().map(with_pipeline).collect();
+            made.push(Some((actions, launch.rejects, launch.stored, launch.lead)));
         }
         let states = states(&plan);
         let work = (order.into_iter().map(|at| (at, &plan.steps()[at])))
@@ -180,12 +183,13 @@ impl VulkanExecutable {
                     let beside = Beside::of(&plan, node)?;
                     let places = of_step(&plan, &states, at, node, beside.nodes(), (scratch, scratch_bytes));
                     let taken = made[node.index()].take();
-                    let (actions, rejects, stored) = taken.unwrap_or_else(|| unreachable!("a node is run once"));
+                    let (actions, rejects, stored, lead) = taken.unwrap_or_else(|| unreachable!("a node is run once"));
                     let number = at as u32 + 1;
                     let actions =
                         actions.into_iter().map(|(action, pipeline)| bound(action, pipeline, number)).collect();
                     let (chain, bytes) = (beside.behind, bytes_of(&plan, node, beside));
-                    let launched = Launched { node, chain, stored, number, places, rejects, actions, bytes };
+                    let lead = beside.before.filter(|_| lead == Some(true));
+                    let launched = Launched { node, chain, lead, stored, number, places, rejects, actions, bytes };
                     Some(Work::Launch(Box::new(launched)))
                 }
                 Step::Copy { state, new } => Some(Work::Copy {

@@ -292,7 +292,8 @@ impl Instance for VulkanInstance {
         let mut found = None;
         let graph = program.plan.graph();
         self.run_steps(&mut queue, |queue, step| {
-            let nodes = step.stored.then_some(step.node).into_iter().chain(step.chain).map(|id| graph.node(id));
+            let own = step.stored.then_some(step.node);
+            let nodes = step.lead.into_iter().chain(own).chain(step.chain).map(|id| graph.node(id));
             for (node, &value) in nodes.flat_map(|node| node.results.iter().map(move |value| (node, value))) {
                 let mut bytes = vec![0; graph.ty(value).bytes()];
                 program.device.download(queue, self.region(value), &mut bytes)?;

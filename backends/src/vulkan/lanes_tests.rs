@@ -29,7 +29,7 @@ fn feed(dtype: DType, shape: &[usize], seed: usize) -> Feed {
     (TensorType::new(dtype, shape.to_vec()), numbers(shape.iter().product(), seed), None)
 }
 
-/// The results of the one launch of a graph on such a device, which has these inputs as its operands.
+/// The results of the one launch of a graph on such a device: of its node, and of those whose work it does too.
 fn run(
     feeds: &[Feed],
     limits: Limits,
@@ -49,8 +49,16 @@ fn run(
     }
     let plan = planned(passes::optimise(&graph).unwrap(), limits, Fences::Off).unwrap();
     let all = launches(plan.graph(), |id| Beside::of(&plan, id), limits).unwrap();
-    let (node, launch) = plan.graph().nodes().iter().zip(all).find(|(_, l)| !l.actions.is_empty()).unwrap();
-    let types: Vec<TensorType> = node.results.iter().map(|&v| plan.graph().ty(v).clone()).collect();
+    let graph = plan.graph();
+    let (id, launch) = graph.nodes_with_ids().map(|(id, _)| id).zip(all).find(|(_, l)| !l.actions.is_empty()).unwrap();
+    let beside = Beside::of(&plan, id).unwrap();
+    let nodes = || [id].into_iter().chain(beside.nodes()).map(|id| graph.node(id));
+    let types: Vec<TensorType> = nodes().flat_map(|n| &n.results).map(|&v| graph.ty(v).clone()).collect();
+    let operands: Vec<Value> = nodes().flat_map(|n| &n.operands).copied().collect();
+    let fed = |i: usize| {
+        let name = &graph.input_of(operands[i]).expect("an operand that is made by another kernel").name;
+        &feeds[name[1..].parse::<usize>().unwrap()]
+    };
     let old = |result: usize| feeds.iter().find(|(_, _, over)| *over == Some(result));
     let fresh = |(i, ty): (usize, &TensorType)| match old(i) {
         Some((ty, data, _)) => bytes(ty.dtype, data),
@@ -61,7 +69,7 @@ fn run(
         let Action::Kernel(kernel) = action else { panic!("no kernel") };
         let words = spirv::compile(&kernel.source.text, kernel.source.cooperative, true).unwrap();
         let content = |at: &At| match *at {
-            At::Operand(i) => bytes(feeds[i].0.dtype, &feeds[i].1),
+            At::Operand(i) => bytes(fed(i).0.dtype, &fed(i).1),
             At::Result(i) => made[i].clone(),
             At::Fault => vec![0; 8],
             At::Scratch { .. } | At::Null => panic!("{at:?}"),
@@ -194,6 +202,29 @@ fn norms_and_softmax_are_right() {
             close(&found[0], &rows.iter().flat_map(normed).collect::<Vec<_>>(), 1e-5);
             let found = run(&feeds[..1], limits, false, |g, x| Ok(vec![g.softmax(x[0])?]));
             close(&found[0], &rows.iter().flat_map(softmax).collect::<Vec<_>>(), 1e-5);
+        }
+    }
+}
+
+/// A norm before a product, whose kernel makes the rows: the results are those of the rows in memory, bit for bit.
+#[test]
+fn rows_that_are_made_for_a_product_are_right() {
+    let (m, k, n) = (2, 1040, 40);
+    for (dtype, layer) in [(DType::Bf16, true), (DType::F32, false)] {
+        let feeds =
+            [feed(dtype, &[m, k], 1), feed(DType::F32, &[k], 2), feed(DType::F32, &[k], 3), feed(dtype, &[k, n], 4)];
+        let normed = |g: &mut Graph, x: &[Value]| {
+            if layer { g.layer_norm(x[0], x[1], x[2], 1e-5) } else { g.rms_norm(x[0], x[1], 1e-5) }
+        };
+        for limits in [CARD, APART] {
+            let both = run(&feeds, limits, false, |g, x| {
+                let y = normed(g, x)?;
+                Ok(vec![g.matmul(y, x[3])?])
+            });
+            let rows = run(&feeds[..3], limits, false, |g, x| Ok(vec![normed(g, x)?])).swap_remove(0);
+            let feeds = [(feeds[0].0.clone(), rows, None), feeds[3].clone()];
+            let apart = run(&feeds, limits, false, |g, x| Ok(vec![g.matmul(x[0], x[1])?]));
+            assert_eq!(both[0], apart[0], "{dtype} {layer}");
         }
     }
 }

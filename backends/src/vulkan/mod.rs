@@ -163,7 +163,7 @@ impl Vulkan {
 
 /// The launch of every node, or all refusals; what `beside` gives nothing for is done with another node.
 fn launches(graph: &Graph, beside: impl Fn(NodeId) -> Option<Beside>, limits: Limits) -> Result<Vec<Launch>> {
-    lowering::launches_with(BACKEND, graph, beside, |id, beside| lower::lower(graph, id, beside.behind, limits))
+    lowering::launches_with(BACKEND, graph, beside, |id, beside| lower::lower(graph, id, beside, limits))
 }
 
 /// The plan of a graph for such a device.

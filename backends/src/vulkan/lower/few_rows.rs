@@ -7,6 +7,7 @@
 use std::fmt::Write;
 
 use super::gemm::Product;
+use super::lead::{self, Lead};
 use crate::vulkan::limits::Limits;
 use crate::vulkan::shader::Shader;
 
@@ -90,14 +91,19 @@ impl Few {
         self.rows * if self.along_k { self.across } else { self.columns() }
     }
 
-    /// The kernel of a file that says which product a workgroup has. Its factors are the buffers `a` and `b`, which are given as
-    /// [`Shader::by_eight`].
-    pub(super) fn kernel(&self, limits: Limits, name: &'static str) -> Shader {
+    /// Whether its rows may be made by a node before it.
+    pub(super) fn takes_lead(&self) -> bool {
+        !self.along_k
+    }
+
+    /// The kernel of a file that says which product a workgroup has, whose rows `lead` makes, if there is one. Its factors are the buffers
+    /// `a` and `b`, which are given as [`Shader::by_eight`].
+    pub(super) fn kernel(&self, limits: Limits, name: &'static str, lead: Option<&Lead>) -> Shader {
         let (text, across) = if self.along_k { (self.along_k_text(), 1) } else { (self.across_text(), self.across) };
         let room = self.subgroups() * self.sums().next_multiple_of(EIGHT);
         let shader = Shader::file(limits, name, self.threads).with("eight").with("gemm_places").with("gemm_added");
         let shader = shader.folding(across, room).constant("TILE_ROWS", self.rows);
-        shader.constant("TILE_COLUMNS", self.columns()).declare(&text)
+        lead::led(shader.constant("TILE_COLUMNS", self.columns()).declare(&text), lead)
     }
 
     /// The head of the kernel: a thread has at most one element of the result, and asks at once for what is added to it.
@@ -127,26 +133,34 @@ impl Few {
         for r in 0..self.rows {
             let _ = writeln!(s, "    var even{r} = vec4<f32>();\n    var odd{r} = vec4<f32>();");
         }
-        let _ = writeln!(
-            s,
-            "    for (var k = thread / {across}u * 8u; k < depth; k += {}u) {{\n        let at = right_at(k, column);\n        \
-             if (at == NOWHERE) {{ break; }}",
-            self.step()
-        );
+        let _ = writeln!(s, "    var k = thread / {across}u * 8u;\n    var at = right_at(k, column);");
+        let load = |s: &mut String| {
+            s.push_str("    if (at != NOWHERE) {\n");
+            for i in 0..EIGHT {
+                let _ = writeln!(s, "        b{i} = raw_b(at + {i}u * step);");
+            }
+            s.push_str("    }\n");
+        };
         for i in 0..EIGHT {
-            let _ = writeln!(s, "        let b{i} = eight_b(at + {i}u * step);");
+            let _ = writeln!(s, "    var b{i}: Raw_b;");
         }
+        // Nothing of the right matrix waits for what makes the rows.
+        load(&mut s);
+        s.push_str("    prepare(group, thread);\n    while (at != NOWHERE) {\n");
         for r in 0..self.rows {
-            let _ = writeln!(s, "        let x{r} = eight_a(left_at(row0 + {r}u, k));");
+            let _ = writeln!(s, "        let x{r} = left_eight({r}u, k);");
         }
         for i in 0..EIGHT {
             let of_x = format!("{}.{}", if i % 2 == 0 { "even" } else { "odd" }, ["x", "y", "z", "w"][i / 2]);
+            let _ = writeln!(s, "        let f{i} = of_raw_b(b{i});");
             for r in 0..self.rows {
                 for part in ["even", "odd"] {
-                    let _ = writeln!(s, "        {part}{r} = fma(vec4<f32>(x{r}.{of_x}), b{i}.{part}, {part}{r});");
+                    let _ = writeln!(s, "        {part}{r} = fma(vec4<f32>(x{r}.{of_x}), f{i}.{part}, {part}{r});");
                 }
             }
         }
+        let _ = writeln!(s, "        k += {}u;\n        at = right_at(k, column);", self.step());
+        load(&mut s);
         s.push_str("    }\n");
         let sums = self.sums();
         for r in 0..self.rows {

@@ -44,7 +44,9 @@ impl<'a> Joined<'a> {
         // Large tiles have no time for what else a chain reads: nobody multiplies until it is there.
         let (elements, shape) = (graph.ty(product).elements(), graph.shape(product));
         let few = elements <= MOST_FEW * shape[shape.len() - 1];
-        if !floats || buffers > limits.buffers || !(few || is_product.iter().all(|&is| is)) {
+        // Where nothing is multiplied, many rows are done faster eight elements at a time.
+        let multiplies = !matches!(node.op, Op::Combine(_));
+        if !floats || buffers > limits.buffers || !(few || multiplies && is_product.iter().all(|&is| is)) {
             return None;
         }
         Some(Joined {
