@@ -28,7 +28,7 @@ pub use error::{Error, Mismatch, Result, Site};
 pub use graph::{Graph, Node, NodeId, Update, Value};
 pub use moments::Moments;
 pub use ops::{Op, Role};
-pub use plan::{FENCE_BYTES, Fences, Lifetime, Plan, Step, Storage};
+pub use plan::{FENCE_BYTES, Fences, Lifetime, Plan, Reuse, Step, Storage};
 pub use tensor::Tensor;
 pub use types::{Shape, TensorType};
 pub use verify::{Stage, verify};

@@ -28,6 +28,21 @@ pub enum Fences {
     On,
 }
 
+/// When memory of the arena is used again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reuse {
+    /// As soon as nothing needs what it holds.
+    AtOnce,
+    /// Buffers of at most `bytes` keep theirs for `steps` steps more: for backends that run steps beside each other where they
+    /// share no memory.
+    Later {
+        /// Bytes of the largest of these buffers.
+        bytes: usize,
+        /// How many steps more.
+        steps: usize,
+    },
+}
+
 /// Where a value lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Storage {
@@ -69,7 +84,7 @@ pub struct Lifetime {
     pub bytes: usize,
     /// First step that writes it; 0 if it is filled before the run.
     pub first: usize,
-    /// Last step that reads it.
+    /// Last step that reads it, or before whose end its memory is not used again.
     pub last: usize,
 }
 
@@ -112,6 +127,20 @@ impl Plan {
         join: &dyn Fn(&Graph, NodeId) -> Option<NodeId>,
         fences: Fences,
     ) -> Result<Plan> {
+        Plan::with_reuse(graph, scratch, join, fences, Reuse::AtOnce)
+    }
+
+    /// Like [`Plan::with_joined`], with memory used again when `reuse` says.
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    pub fn with_reuse(
+        graph: Graph,
+        scratch: &dyn Fn(&Graph, NodeId) -> usize,
+        join: &dyn Fn(&Graph, NodeId) -> Option<NodeId>,
+        fences: Fences,
+        reuse: Reuse,
+    ) -> Result<Plan> {
         let wanted = (0..graph.nodes().len()).map(|i| join(&graph, NodeId(i as u32))).collect();
         let (order, joined) = order(&graph, wanted)?;
         let mut step_of = vec![0usize; graph.nodes().len()];
@@ -145,7 +174,7 @@ impl Plan {
         }
         let (storage, lifetimes) = (Vec::new(), Vec::new());
         let mut plan = Plan { graph, steps, joined, onto, storage, lifetimes, arena_bytes: 0, fences };
-        plan.place(&roots, &step_of)?;
+        plan.place(&roots, &step_of, reuse)?;
         Ok(plan)
     }
 
@@ -240,7 +269,7 @@ impl Plan {
     }
 
     /// Gives every root its lifetime and offset; fills `storage`.
-    fn place(&mut self, roots: &[Value], step_of: &[usize]) -> Result<()> {
+    fn place(&mut self, roots: &[Value], step_of: &[usize], reuse: Reuse) -> Result<()> {
         let graph = &self.graph;
         let end = self.steps.len();
         let mut span: Vec<Option<(usize, usize)>> = vec![None; graph.value_count()];
@@ -299,6 +328,10 @@ impl Plan {
                 scratch_of.push((i, buffers.len()));
                 buffers.push(Lifetime { value: None, offset: 0, bytes: padded(scratch_bytes), first: i, last: i });
             }
+        }
+        if let Reuse::Later { bytes, steps } = reuse {
+            let small = buffers.iter_mut().filter(|b| b.bytes <= bytes);
+            small.for_each(|b| b.last = b.last.saturating_add(steps).min(end));
         }
         // Offsets are at most the sum of all buffers, so this keeps every sum of them countable.
         let all: u128 = buffers.iter().map(|b| b.bytes as u128).sum();

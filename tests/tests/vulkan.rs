@@ -18,6 +18,18 @@ use moebius_tests::{cases, conformance, device};
 const SEQUENCE: usize = 6;
 const BATCH: u64 = 3;
 
+/// A large device without cooperative matrices.
+const CARD: Limits = Limits {
+    halves: true,
+    shared: 48 << 10,
+    range: (4 << 30) - 4,
+    threads: 1024,
+    subgroup: 32,
+    shuffles: true,
+    buffers: 64,
+    ..Limits::LEAST
+};
+
 /// A small pyramid-residual model.
 fn config() -> Config {
     let mut config = Config::preset("tiny-pr-moe").unwrap();
@@ -166,8 +178,7 @@ fn no_op_makes_the_validation_layer_object() {
 /// Every shader that the op cases need is one, on a large device and on the least that is supported.
 #[test]
 fn every_shader_is_translated() {
-    let large =
-        Limits { halves: true, groups: 1 << 20, shared: 48 << 10, buffers: 64, range: 1 << 32, ..Limits::LEAST };
+    let large = Limits { groups: 1 << 20, range: 1 << 32, ..CARD };
     let least = Limits { halves: true, processor: true, ..Limits::LEAST };
     let mut texts = BTreeSet::new();
     for case in cases::groups().into_iter().flat_map(|(_, cases)| cases) {
@@ -218,10 +229,9 @@ fn what_a_device_lacks_is_refused_by_name() {
 #[test]
 fn commands_wait_only_for_what_they_share_memory_with() {
     let config = Config::preset("350m-pr-moe-32-64").unwrap();
-    let graph = passes::optimise(&gpt::decoding(&config.model, 1).unwrap()).unwrap();
-    let limits =
-        Limits { halves: true, shared: 48 << 10, range: (4 << 30) - 4, subgroup: 32, buffers: 64, ..Limits::LEAST };
-    let [commands, waits] = Vulkan::commands(graph, limits).unwrap();
+    let graph = passes::narrow_parameters(&gpt::decoding(&config.model, 1).unwrap()).unwrap();
+    let graph = passes::optimise(&graph).unwrap();
+    let [commands, waits] = Vulkan::commands(graph, CARD).unwrap();
     let layers = config.model.layers;
     assert!(waits >= 6 * layers, "{waits} of {commands}: a layer's products, norm and attention follow one another");
     assert!(waits * 10 < commands * 9, "{waits} of {commands}");

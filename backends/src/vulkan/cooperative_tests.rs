@@ -23,11 +23,11 @@ const CARD: Limits = Limits {
 const PLAIN: Limits = Limits { matrices_bf16: false, matrices_f16: false, ..CARD };
 
 /// Numbers around 0 that the dtype has exactly.
-fn numbers(count: usize, seed: usize) -> Vec<f32> {
+pub(super) fn numbers(count: usize, seed: usize) -> Vec<f32> {
     (0..count).map(|i| ((i * 7 + seed * 5 + i * i % 11) % 17) as f32 / 8.0 - 1.0).collect()
 }
 
-fn bytes(dtype: DType, values: &[f32]) -> Vec<u8> {
+pub(super) fn bytes(dtype: DType, values: &[f32]) -> Vec<u8> {
     match dtype {
         DType::Bf16 => values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
         DType::F16 => values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
@@ -36,7 +36,7 @@ fn bytes(dtype: DType, values: &[f32]) -> Vec<u8> {
     }
 }
 
-fn floats(dtype: DType, bytes: &[u8]) -> Vec<f32> {
+pub(super) fn floats(dtype: DType, bytes: &[u8]) -> Vec<f32> {
     let two = |b: &[u8]| u16::from_le_bytes([b[0], b[1]]);
     match dtype {
         DType::Bf16 => bytes.chunks_exact(2).map(|b| bf16::from_bits(two(b)).to_f32()).collect(),

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use ash::vk::{self, Handle};
 
 use super::error::{Result, VulkanError, failed};
+use super::hazards::Barrier;
 use super::limits::Limits;
 use super::loader::{self, Choice, Loader};
 use super::matrices::{Bf16Features, Matrices};
@@ -15,8 +16,6 @@ use crate::cache::Cache;
 
 /// The least version of Vulkan: the first with timeline semaphores.
 const VERSION: u32 = vk::API_VERSION_1_2;
-/// Threads of the largest workgroups of the kernels.
-const MOST_THREADS: u32 = 256;
 /// Bytes of the values that a kernel is given beside its buffers.
 pub(crate) const NUMBER_BYTES: u32 = 128;
 /// What parts of memory that kernels are given begin at multiples of, as the plan does.
@@ -129,7 +128,7 @@ impl Device {
             return Err(old(format!("of {ALIGNMENT} bytes"), found));
         }
         for (what, wanted, found) in [
-            ("threads of a workgroup", MOST_THREADS, l.max_compute_work_group_invocations),
+            ("threads of a workgroup", Limits::LEAST.threads as u32, l.max_compute_work_group_invocations),
             ("bytes of shared memory", Limits::LEAST.shared as u32, l.max_compute_shared_memory_size),
             ("bytes of push constants", NUMBER_BYTES, l.max_push_constants_size),
             ("storage buffers", Limits::LEAST.buffers as u32, l.max_per_stage_descriptor_storage_buffers),
@@ -152,7 +151,11 @@ impl Device {
             buffers: l.max_per_stage_descriptor_storage_buffers as usize,
             range: l.max_storage_buffer_range as usize,
             processor: shown.kind == vk::PhysicalDeviceType::CPU,
+            threads: l.max_compute_work_group_invocations.min(l.max_compute_work_group_size[0]) as usize,
             subgroup: subgroups.subgroup_size as usize,
+            shuffles: subgroups.subgroup_size == 32
+                && subgroups.supported_stages.contains(vk::ShaderStageFlags::COMPUTE)
+                && subgroups.supported_operations.contains(vk::SubgroupFeatureFlags::SHUFFLE),
             matrices_bf16: matrices.bf16,
             matrices_f16: matrices.f16,
         };
@@ -360,23 +363,22 @@ impl Device {
         let info = vk::CommandBufferBeginInfo::default().flags(usage);
         // SAFETY: commands of a pool that allows this, which nothing is running: callers wait before they record again.
         unsafe { self.handle.begin_command_buffer(commands, &info) }.map_err(failed("vkBeginCommandBuffer"))?;
-        self.barrier(commands);
+        self.barrier(commands, Barrier::All);
         record(commands);
         // SAFETY: begun above.
         unsafe { self.handle.end_command_buffer(commands) }.map_err(failed("vkEndCommandBuffer"))
     }
 
-    /// Everything before it is done and seen by everything after it.
-    pub(crate) fn barrier(&self, commands: vk::CommandBuffer) {
-        let stages = vk::PipelineStageFlags::COMPUTE_SHADER | vk::PipelineStageFlags::TRANSFER;
-        let barrier = vk::MemoryBarrier::default()
-            .src_access_mask(vk::AccessFlags::SHADER_WRITE | vk::AccessFlags::TRANSFER_WRITE)
-            .dst_access_mask(
-                vk::AccessFlags::SHADER_READ
-                    | vk::AccessFlags::SHADER_WRITE
-                    | vk::AccessFlags::TRANSFER_READ
-                    | vk::AccessFlags::TRANSFER_WRITE,
-            );
+    /// What it keeps apart and is before it is done and seen by what is after it.
+    pub(super) fn barrier(&self, commands: vk::CommandBuffer, barrier: Barrier) {
+        let (mut stages, mut reads, mut writes) =
+            (vk::PipelineStageFlags::COMPUTE_SHADER, vk::AccessFlags::SHADER_READ, vk::AccessFlags::SHADER_WRITE);
+        if barrier == Barrier::All {
+            stages |= vk::PipelineStageFlags::TRANSFER;
+            reads |= vk::AccessFlags::TRANSFER_READ;
+            writes |= vk::AccessFlags::TRANSFER_WRITE;
+        }
+        let barrier = vk::MemoryBarrier::default().src_access_mask(writes).dst_access_mask(reads | writes);
         let none = vk::DependencyFlags::empty();
         // SAFETY: commands that are being recorded.
         unsafe { self.handle.cmd_pipeline_barrier(commands, stages, stages, none, &[barrier], &[], &[]) };

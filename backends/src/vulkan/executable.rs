@@ -6,7 +6,7 @@ use ash::vk;
 use moebius_ir::{NodeId, Op, Plan, Step, Storage, Value};
 
 use super::device::Device;
-use super::hazards::{Hazards, Use, writes};
+use super::hazards::{self, Hazards, Use, writes};
 use super::instance::VulkanInstance;
 use super::launch::{Action, At, Launch, Number};
 use super::memory::{Memory, Region};
@@ -27,6 +27,8 @@ pub(super) struct Launched {
     pub(super) node: NodeId,
     /// The chain of the next step, whose work this one does too.
     pub(super) chain: Option<NodeId>,
+    /// The norm of the step before, if this one does its work and leaves its results in memory.
+    pub(super) lead: Option<NodeId>,
     /// Whether the node's results are in memory afterwards: the chain may be all that reads them.
     pub(super) stored: bool,
     /// Number of the step, from 1: what kernels note a rejection under.
@@ -120,8 +122,8 @@ impl Program {
                 Bound::Clear { at, .. } => vec![addresses.used(step, *at)],
                 Bound::Kernel { buffers, .. } => buffers.iter().map(|&at| addresses.used(step, at)).collect(),
             };
-            if hazards.wait(&uses) {
-                self.device.barrier(commands);
+            if let Some(barrier) = hazards.wait(&uses, matches!(action, Bound::Clear { .. })) {
+                self.device.barrier(commands, barrier);
             }
             match action {
                 Bound::Clear { at, bytes } => {
@@ -161,29 +163,33 @@ impl VulkanExecutable {
             .filter_map(|a| if let Action::Kernel(k) = a { Some(&k.source) } else { None })
             .collect();
         let mut pipelines = device.pipelines(&sources)?.into_iter();
+        // With checks on, what a step may not rely on is known for the plan's own order.
+        let order = if checks { (0..plan.steps().len()).collect() } else { hazards::order(&plan, &launches) };
         // The kernels in the order of the launches, the launches by node.
-        type Made = (Vec<(Action, Option<Pipeline>)>, Option<Rejects>, bool);
+        type Made = (Vec<(Action, Option<Pipeline>)>, Option<Rejects>, bool, Option<bool>);
         let mut made: Vec<Option<Made>> = Vec::with_capacity(launches.len());
         for launch in launches {
             let with_pipeline = |action| match action {
                 Action::Kernel(_) => (action, pipelines.next()),
                 Action::Clear { .. } => (action, None),
             };
-            made.push(Some((launch.actions.into_iter().map(with_pipeline).collect(), launch.rejects, launch.stored)));
+            let actions = launch.actions.into_iter().map(with_pipeline).collect();
+            made.push(Some((actions, launch.rejects, launch.stored, launch.lead)));
         }
         let states = states(&plan);
-        let work = (plan.steps().iter().enumerate())
+        let work = (order.into_iter().map(|at| (at, &plan.steps()[at])))
             .filter_map(|(at, step)| match *step {
                 Step::Run { node, scratch, scratch_bytes } => {
                     let beside = Beside::of(&plan, node)?;
                     let places = of_step(&plan, &states, at, node, beside.nodes(), (scratch, scratch_bytes));
                     let taken = made[node.index()].take();
-                    let (actions, rejects, stored) = taken.unwrap_or_else(|| unreachable!("a node is run once"));
+                    let (actions, rejects, stored, lead) = taken.unwrap_or_else(|| unreachable!("a node is run once"));
                     let number = at as u32 + 1;
                     let actions =
                         actions.into_iter().map(|(action, pipeline)| bound(action, pipeline, number)).collect();
                     let (chain, bytes) = (beside.behind, bytes_of(&plan, node, beside));
-                    let launched = Launched { node, chain, stored, number, places, rejects, actions, bytes };
+                    let lead = beside.before.filter(|_| lead == Some(true));
+                    let launched = Launched { node, chain, lead, stored, number, places, rejects, actions, bytes };
                     Some(Work::Launch(Box::new(launched)))
                 }
                 Step::Copy { state, new } => Some(Work::Copy {

@@ -11,7 +11,7 @@ use super::commands::{Commands, Sets};
 use super::device::Queue;
 use super::error::failed;
 use super::executable::{Addresses, Launched, Program, Work};
-use super::hazards::Hazards;
+use super::hazards::{Barrier, Hazards};
 use super::memory::{HostMemory, Memory, Region, VulkanStore};
 use crate::finite::non_finite;
 use crate::places::{POISON, output_named, place};
@@ -132,8 +132,8 @@ impl VulkanInstance {
 
     /// Records a copy, behind what it must wait for.
     fn copy(&self, commands: vk::CommandBuffer, [from, to]: [Region; 2], bytes: usize, hazards: &mut Hazards) {
-        if hazards.wait(&[from.used(bytes, false), to.used(bytes, true)]) {
-            self.program.device.barrier(commands);
+        if let Some(barrier) = hazards.wait(&[from.used(bytes, false), to.used(bytes, true)], true) {
+            self.program.device.barrier(commands, barrier);
         }
         self.program.device.copy(commands, from, to, bytes);
     }
@@ -154,7 +154,7 @@ impl VulkanInstance {
                 Work::Launch(step) => {
                     program.record(commands, step, addresses, &mut sets, &mut hazards);
                     if after(step) {
-                        program.device.barrier(commands);
+                        program.device.barrier(commands, Barrier::All);
                         hazards = Hazards::default();
                     }
                 }
@@ -180,7 +180,7 @@ impl VulkanInstance {
                             let poison = |at, bytes| device.fill(commands, addresses.arena.after(at), POISON, bytes);
                             step.places.fresh.iter().for_each(|&(at, bytes)| poison(at, bytes));
                             step.places.fences.iter().for_each(|&(from, to)| poison(from, to - from));
-                            device.barrier(commands);
+                            device.barrier(commands, Barrier::All);
                         }
                         program.record(commands, step, addresses, &mut sets, &mut Hazards::default());
                     })?;
@@ -292,7 +292,8 @@ impl Instance for VulkanInstance {
         let mut found = None;
         let graph = program.plan.graph();
         self.run_steps(&mut queue, |queue, step| {
-            let nodes = step.stored.then_some(step.node).into_iter().chain(step.chain).map(|id| graph.node(id));
+            let own = step.stored.then_some(step.node);
+            let nodes = step.lead.into_iter().chain(own).chain(step.chain).map(|id| graph.node(id));
             for (node, &value) in nodes.flat_map(|node| node.results.iter().map(move |value| (node, value))) {
                 let mut bytes = vec![0; graph.ty(value).bytes()];
                 program.device.download(queue, self.region(value), &mut bytes)?;

@@ -63,6 +63,8 @@ pub(crate) struct Launch {
     pub(crate) rejects: Option<Rejects>,
     /// Whether the node's results are in memory afterwards: the chain may be all that reads them.
     pub(crate) stored: bool,
+    /// If it does the work of the node before it: whether that one's results are in memory afterwards.
+    pub(crate) lead: Option<bool>,
 }
 
 impl Default for Launch {
@@ -74,13 +76,20 @@ impl Default for Launch {
 impl Launch {
     /// Work without scratch memory.
     pub(crate) fn of(actions: Vec<Action>) -> Launch {
-        Launch { scratch: 0, actions, rejects: None, stored: true }
+        Launch { scratch: 0, actions, rejects: None, stored: true, lead: None }
     }
 
     /// With this scratch memory.
     #[must_use]
     pub(crate) fn with_scratch(mut self, scratch: &Scratch) -> Launch {
         self.scratch = scratch.used;
+        self
+    }
+
+    /// Which does the work of the node before it, if it is told whether that one's results are kept.
+    #[must_use]
+    pub(crate) fn leading(mut self, kept: Option<bool>) -> Launch {
+        self.lead = kept;
         self
     }
 

@@ -15,8 +15,12 @@ pub struct Limits {
     pub range: usize,
     /// It is a processor, whose compiler takes long for what is unrolled.
     pub processor: bool,
+    /// The most threads of a workgroup.
+    pub threads: usize,
     /// Lanes that run in step.
     pub subgroup: usize,
+    /// Every 32 neighbouring threads are a subgroup, whose lanes exchange values.
+    pub shuffles: bool,
     /// Subgroups of 32 lanes multiply matrices of bf16, 16 x 16, with sums in f32.
     pub matrices_bf16: bool,
     /// The same of f16.
@@ -32,7 +36,9 @@ impl Limits {
         buffers: 24,
         range: 128 << 20,
         processor: false,
+        threads: 256,
         subgroup: 4,
+        shuffles: false,
         matrices_bf16: false,
         matrices_f16: false,
     };

@@ -17,6 +17,8 @@ mod hazards;
 mod instance;
 #[cfg(test)]
 mod interpreter;
+#[cfg(test)]
+mod lanes_tests;
 mod launch;
 mod limits;
 mod loader;
@@ -29,7 +31,7 @@ mod spirv;
 
 use std::sync::Arc;
 
-use moebius_ir::{DType, Fences, Graph, NodeId, Plan};
+use moebius_ir::{DType, Fences, Graph, NodeId, Plan, Reuse};
 
 use self::launch::Launch;
 use crate::cache::Cache;
@@ -161,7 +163,7 @@ impl Vulkan {
 
 /// The launch of every node, or all refusals; what `beside` gives nothing for is done with another node.
 fn launches(graph: &Graph, beside: impl Fn(NodeId) -> Option<Beside>, limits: Limits) -> Result<Vec<Launch>> {
-    lowering::launches_with(BACKEND, graph, beside, |id, beside| lower::lower(graph, id, beside.behind, limits))
+    lowering::launches_with(BACKEND, graph, beside, |id, beside| lower::lower(graph, id, beside, limits))
 }
 
 /// The plan of a graph for such a device.
@@ -169,7 +171,8 @@ fn planned(graph: Graph, limits: Limits, fences: Fences) -> Result<Plan> {
     let scratch: Vec<usize> =
         launches(&graph, |_| Some(Beside::default()), limits)?.iter().map(|l| l.scratch).collect();
     let join = |graph: &Graph, id| lower::joined(graph, id, limits);
-    Ok(Plan::with_joined(graph, &|_, node: NodeId| scratch[node.index()], &join, fences)?)
+    let reuse = Reuse::Later { bytes: hazards::LATER_BYTES, steps: hazards::AHEAD };
+    Ok(Plan::with_reuse(graph, &|_, node: NodeId| scratch[node.index()], &join, fences, reuse)?)
 }
 
 impl Backend for Vulkan {

@@ -67,9 +67,11 @@ texts! {
     "embedding",
     "embedding_grad",
     "floats",
+    "fold",
     "functions",
     "gate_grad",
     "gemm",
+    "gemm_added",
     "gemm_by_slot",
     "gemm_few_rows",
     "gemm_finish",
@@ -84,13 +86,19 @@ texts! {
     "kept_grad",
     "kept_rows",
     "kept_tiles",
+    "lanes",
+    "lanes_apart",
     "layer_norm",
-    "layer_norm_eight",
+    "layer_norm_row",
+    "lead_dispatch",
+    "lead_none",
+    "lead_norm",
     "logits",
     "move_views",
     "norm_grad",
     "norm_grad_eight",
     "norm_of_parts",
+    "norm_rows",
     "norm_weights",
     "norm_weights_finish",
     "philox",
@@ -101,7 +109,7 @@ texts! {
     "reduce_finish",
     "reduce_rows",
     "rms_norm",
-    "rms_norm_eight",
+    "rms_norm_row",
     "route",
     "route_end",
     "route_grad",
@@ -113,6 +121,7 @@ texts! {
     "softmax_grad",
     "sum_of_squares",
     "sums",
+    "sums_by_lanes",
     "tile_sums",
 }
 
@@ -165,6 +174,34 @@ impl Shader {
         self
     }
 
+    /// With `other_one(thread, x, mask)`, `other_two` and `other_four`: what another of the same 32 threads has.
+    #[must_use]
+    pub(crate) fn lanes(self) -> Shader {
+        let name = if self.limits.shuffles { "lanes" } else { "lanes_apart" };
+        self.with(name)
+    }
+
+    /// With `fold_into(thread, base, even, odd)`: sums of eight columns over the lanes of 32 threads, `across` of which have different
+    /// columns, in `folded`, of so many floats.
+    #[must_use]
+    pub(crate) fn folding(self, across: usize, room: usize) -> Shader {
+        self.lanes().with("fold").constant("ACROSS", across).constant("FOLDED", room)
+    }
+
+    /// With sums and maxima over a workgroup: `block_sum(thread, x)`, `block_max` and `block_count`.
+    #[must_use]
+    pub(crate) fn sums(self) -> Shader {
+        let threads = self.threads;
+        self.sums_of(threads)
+    }
+
+    /// With those over its first 32, 64, 128 or 256 threads.
+    #[must_use]
+    pub(crate) fn sums_of(self, threads: usize) -> Shader {
+        let name = if self.limits.shuffles { "sums_by_lanes" } else { "sums" };
+        self.with(name).constant("SUMMED", threads)
+    }
+
     /// With `name` in its text replaced.
     #[must_use]
     pub(crate) fn replace(mut self, name: &str, by: &str) -> Shader {
@@ -215,21 +252,26 @@ impl Shader {
         if dtype.bytes() == 2 && !self.limits.halves {
             self.want(format!("f32: the device cannot read and write {dtype}"));
         }
-        let (get, set) = if at == At::Null {
-            ("return Eight();".to_owned(), String::new())
+        // As loaded, and of that the floats: who loads early and needs them late keeps the former in fewer registers.
+        let (raw, load, floats, set) = if at == At::Null {
+            ("vec4<u32>", "vec4<u32>()".to_owned(), "Eight()", String::new())
         } else if dtype.bytes() == 2 {
             self.binding(name, "vec4<u32>", at);
-            let of = if dtype == DType::Bf16 { "bf16" } else { "f16" };
-            (format!("return eight_of_{of}({name}[nth >> 3u]);"), format!("{name}[nth >> 3u] = {of}_of_eight(put);"))
+            let (of, floats) =
+                if dtype == DType::Bf16 { ("bf16", "eight_of_bf16(raw)") } else { ("f16", "eight_of_f16(raw)") };
+            ("vec4<u32>", format!("{name}[nth >> 3u]"), floats, format!("{name}[nth >> 3u] = {of}_of_eight(put);"))
         } else {
             self.binding(name, "vec4<u32>", at);
             let (low, high) = (format!("{name}[nth >> 2u]"), format!("{name}[(nth >> 2u) + 1u]"));
             let set = format!("{low} = low_of_eight(put); {high} = high_of_eight(put);");
-            (format!("return eight_of_f32({low}, {high});"), set)
+            ("RawF32", format!("RawF32({low}, {high})"), "eight_of_f32(raw.low, raw.high)", set)
         };
         let _ = writeln!(
             self.declarations,
-            "const HAS_{}: bool = {};\nfn eight_{name}(nth: u32) -> Eight {{ {get} }}\nfn set_eight_{name}(nth: u32, put: Eight) {{ {set} }}",
+            "const HAS_{}: bool = {};\nalias Raw_{name} = {raw};\nfn raw_{name}(nth: u32) -> Raw_{name} {{ return {load}; }}\n\
+             fn of_raw_{name}(raw: Raw_{name}) -> Eight {{ return {floats}; }}\n\
+             fn eight_{name}(nth: u32) -> Eight {{ return of_raw_{name}(raw_{name}(nth)); }}\n\
+             fn set_eight_{name}(nth: u32, put: Eight) {{ {set} }}",
             name.to_uppercase(),
             at != At::Null
         );

@@ -5,8 +5,10 @@ use naga::back::spv;
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 
 /// What kernels may use of the language beyond its core.
-const CAPABILITIES: Capabilities =
-    Capabilities::IMMEDIATES.union(Capabilities::SHADER_INT16).union(Capabilities::COOPERATIVE_MATRIX);
+const CAPABILITIES: Capabilities = Capabilities::IMMEDIATES
+    .union(Capabilities::SHADER_INT16)
+    .union(Capabilities::SUBGROUP)
+    .union(Capabilities::COOPERATIVE_MATRIX);
 
 /// Words before the first instruction.
 pub(super) const HEADER: usize = 5;

@@ -14,6 +14,7 @@ pub(super) enum Stop {
     Ready,
     Barrier(usize),
     Matrix(usize),
+    Shuffle(usize),
     Done,
 }
 
@@ -148,6 +149,7 @@ impl<'a> Lane<'a> {
             self.at += 1;
             match operation {
                 224 => return Ok(Stop::Barrier(at)),
+                346 => return Ok(Stop::Shuffle(at)),
                 4457..=4459 => return Ok(Stop::Matrix(at)),
                 // Labels are passed; merges and scopes only tell of structure.
                 246 | 247 | 55 | 8 | 317 => {}
@@ -267,6 +269,12 @@ impl<'a> Lane<'a> {
         }
     }
 
+    /// What the lane gives to another at an exchange, and the bits in which their numbers differ.
+    pub(super) fn given(&self, at: usize) -> Result<(Value, usize), String> {
+        let w = &self.module.code[at].operands;
+        Ok((self.value(w[3])?.clone(), self.word(w[4])? as usize))
+    }
+
     /// What the subgroup does with a matrix; its result, if it has one.
     pub(super) fn matrix(&self, memory: &mut Memory, at: usize) -> Result<Option<Value>, String> {
         let Instruction { operation, operands: w } = &self.module.code[at];
@@ -341,8 +349,15 @@ impl<'a> Lane<'a> {
             1 => Ok(self.module.zero(w[0])),
             12 => match w[3] {
                 4 => Ok(Value::Word(self.float(w[4])?.abs().to_bits())),
-                38 => Ok(Value::Word(self.word(w[4])?.min(self.word(w[5])?))),
-                41 => Ok(Value::Word(self.word(w[4])?.max(self.word(w[5])?))),
+                31 => Ok(Value::Word(self.float(w[4])?.sqrt().to_bits())),
+                38 => each(&[self.value(w[4])?, self.value(w[5])?], &|of| of[0].min(of[1])),
+                41 => each(&[self.value(w[4])?, self.value(w[5])?], &|of| of[0].max(of[1])),
+                39 => each(&[self.value(w[4])?, self.value(w[5])?], &|of| (of[0] as i32).min(of[1] as i32) as u32),
+                42 => each(&[self.value(w[4])?, self.value(w[5])?], &|of| (of[0] as i32).max(of[1] as i32) as u32),
+                45 => each(&[self.value(w[4])?, self.value(w[5])?, self.value(w[6])?], &|of| {
+                    let [x, least, most] = [of[0], of[1], of[2]].map(|word| word as i32);
+                    x.max(least).min(most) as u32
+                }),
                 50 => each(&[self.value(w[4])?, self.value(w[5])?, self.value(w[6])?], &|of| {
                     let [a, b, c] = [of[0], of[1], of[2]].map(f32::from_bits);
                     a.mul_add(b, c).to_bits()
@@ -353,8 +368,21 @@ impl<'a> Lane<'a> {
                 let index = self.word(w[3])? as usize;
                 many(w[2])?.get(index).cloned().ok_or_else(|| "no such part".into())
             }
+            79 => {
+                let both = [many(w[2])?, many(w[3])?].concat();
+                let part = |&i: &u32| both.get(i as usize).cloned().ok_or_else(|| "no such part".to_owned());
+                Ok(Value::Many(w[4..].iter().map(part).collect::<Result<_, _>>()?))
+            }
             80 => match self.module.types[&w[0]] {
                 Type::Matrix { .. } => Ok(self.module.zero(w[0])),
+                // Of numbers and shorter vectors.
+                Type::Vector { .. } => {
+                    let parts = w[2..].iter().map(|&id| match self.value(id)? {
+                        Value::Many(parts) => Ok(parts.clone()),
+                        one => Ok(vec![one.clone()]),
+                    });
+                    Ok(Value::Many(parts.collect::<Result<Vec<_>, String>>()?.concat()))
+                }
                 _ => Ok(Value::Many(w[2..].iter().map(|&id| self.value(id).cloned()).collect::<Result<_, _>>()?)),
             },
             81 => {
@@ -379,6 +407,10 @@ impl<'a> Lane<'a> {
             134 => ints(|a, b| a.checked_div(b).unwrap_or(0)),
             136 => floats(|a, b| a / b),
             137 => ints(|a, b| a.checked_rem(b).unwrap_or(0)),
+            142 => {
+                let factor = self.float(w[3])?;
+                each(&[self.value(w[2])?], &|of| (f32::from_bits(of[0]) * factor).to_bits())
+            }
             164 | 170 => ints(|a, b| u32::from(a == b)),
             165 | 171 => ints(|a, b| u32::from(a != b)),
             166 => ints(|a, b| a | b),
@@ -391,8 +423,10 @@ impl<'a> Lane<'a> {
                 one => Ok(self.value(if word(one)? != 0 { w[3] } else { w[4] })?.clone()),
             },
             172 => ints(|a, b| u32::from(a > b)),
+            173 => ints(|a, b| u32::from(a as i32 > b as i32)),
             174 => ints(|a, b| u32::from(a >= b)),
             176 => ints(|a, b| u32::from(a < b)),
+            177 => ints(|a, b| u32::from((a as i32) < b as i32)),
             178 => ints(|a, b| u32::from(a <= b)),
             180 => test(|a, b| a == b),
             184 => test(|a, b| a < b),

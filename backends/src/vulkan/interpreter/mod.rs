@@ -1,8 +1,8 @@
 //! Runs a kernel's SPIR-V on the host, lane by lane, so that what no device here can run is checked all the same: kernels with
-//! cooperative matrices.
+//! cooperative matrices, and those whose lanes exchange values.
 //!
-//! A lane runs until it meets others: at a barrier all of the workgroup, at an operation on a cooperative matrix those of its subgroup of
-//! 32. Lanes that do not meet, and addresses outside of a buffer, are errors. Memory of a workgroup begins as NaN.
+//! A lane runs until it meets others: at a barrier all of the workgroup, at an exchange or an operation on a cooperative matrix those of its
+//! subgroup of 32. Lanes that do not meet, and addresses outside of a buffer, are errors. Memory of a workgroup begins as NaN.
 
 #![expect(clippy::wildcard_enum_match_arm, reason = "what is not known here is an error")]
 
@@ -149,6 +149,16 @@ fn workgroup(
                 let result = first.matrix(memory, at)?;
                 others.iter_mut().for_each(|lane| lane.take(at, &result));
                 first.take(at, &result);
+                stops.fill(Stop::Ready);
+                met = true;
+            } else if let Stop::Shuffle(at) = stops[0]
+                && stops.iter().all(|&s| s == stops[0])
+            {
+                let given = lanes.iter().map(|lane| lane.given(at)).collect::<Result<Vec<_>, _>>()?;
+                for (i, lane) in lanes.iter_mut().enumerate() {
+                    let (value, _) = given.get(i ^ given[i].1).ok_or("a lane of another subgroup")?;
+                    lane.take(at, &Some(value.clone()));
+                }
                 stops.fill(Stop::Ready);
                 met = true;
             }

@@ -10,8 +10,10 @@ use crate::vulkan::limits::Limits;
 use crate::vulkan::shader::Shader;
 
 const THREADS: usize = 128;
-/// Those of attention over a cache, each of which has a key at a time; at least as many as a head is wide.
+/// Those of attention over a cache, at least as many as a head is wide.
 const CACHE_THREADS: usize = 256;
+/// Where another kernel has put the new keys and values into the caches.
+const NOTHING_KEPT: &str = "fn keep(group: u32, thread: u32, newest: u32, own_key: Eight, own_value: Eight) {}";
 /// The widest head that is tested.
 const MOST_HEAD: usize = 256;
 
@@ -116,7 +118,6 @@ pub(super) fn lower_attention_cached(graph: &Graph, node: &Node, op: &AttentionC
     block(limits, head, 3)?;
     let kernel = |name, threads: usize| {
         Shader::file(limits, name, threads)
-            .with("sums")
             .constant("HEAD", head)
             .number("head", head)
             .number("tokens", tokens)
@@ -130,24 +131,23 @@ pub(super) fn lower_attention_cached(graph: &Graph, node: &Node, op: &AttentionC
     let places = [("qkv", At::Operand(0)), ("k_cache", At::Result(1)), ("v_cache", At::Result(2))];
     let by_eight = |shader: Shader| places.iter().fold(shader.with("eight"), |s, &(name, at)| s.by_eight(name, ty, at));
     let by_one = |shader: Shader| places.iter().fold(shader, |s, &(name, at)| s.buffer(name, ty, at));
+    let attend = if head.is_multiple_of(8) {
+        // Lanes that have a key, and what the subgroups leave.
+        let across = (head / 8).next_power_of_two();
+        by_eight(kernel("attend_cache_eight", CACHE_THREADS)).folding(across, CACHE_THREADS / 32 * 8 * across)
+    } else {
+        by_one(kernel("attend_cache", THREADS)).sums().constant("COLUMNS", head.div_ceil(THREADS))
+    };
+    let attend = attend.with("cache_places").buffer("y", ty, At::Result(0));
+    let groups = batch * tokens * op.heads;
+    let actions = if head.is_multiple_of(8) && tokens == 1 {
+        vec![attend.with("attend_one").rejecting().line(groups)?]
+    } else {
+        let attend = if head.is_multiple_of(8) { attend.declare(NOTHING_KEPT) } else { attend };
+        vec![by_one(kernel("cache_rows", THREADS)).rejecting().line(batch * tokens)?, attend.line(groups)?]
+    };
     let wanted =
         format!("a start of at most {}, so that {tokens} tokens fit the {room} rows of the cache", room - tokens);
-    let groups = batch * tokens * op.heads;
-    if head.is_multiple_of(8) && tokens == 1 {
-        let shader = by_eight(kernel("attend_one", CACHE_THREADS)).with("cache_places").rejecting();
-        let actions = vec![shader.buffer("y", ty, At::Result(0)).line(groups)?];
-        return Ok(Launch::of(actions).rejecting(wanted, "a start of"));
-    }
-    let attend = if head.is_multiple_of(8) {
-        by_eight(kernel("attend_cache_eight", CACHE_THREADS))
-    } else {
-        by_one(kernel("attend_cache", THREADS)).constant("COLUMNS", head.div_ceil(THREADS))
-    };
-    let attend = attend.with("cache_places");
-    let actions = vec![
-        by_one(kernel("cache_rows", THREADS)).rejecting().line(batch * tokens)?,
-        attend.buffer("y", ty, At::Result(0)).line(groups)?,
-    ];
     Ok(Launch::of(actions).rejecting(wanted, "a start of"))
 }
 

@@ -24,7 +24,7 @@ const PLACES: [&str; EIGHT] = ["even.x", "odd.x", "even.y", "odd.y", "even.z", "
 struct Wgsl;
 
 /// The type of a register.
-fn register(dtype: DType) -> &'static str {
+pub(super) fn register(dtype: DType) -> &'static str {
     match dtype {
         DType::F32 | DType::Bf16 | DType::F16 => "f32",
         DType::I32 => "i32",

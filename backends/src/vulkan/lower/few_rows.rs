@@ -2,21 +2,26 @@
 //! their way. The text is written here, with every sum by its own name, which devices keep in registers only so. And the rule which
 //! products these are.
 //!
-//! The order of a sum depends on its length and on the columns of the right matrix, neither on the row nor on how many there are.
+//! The order of a sum depends on the shapes of the product, neither on the row nor on what other rows hold.
 
 use std::fmt::Write;
 
 use super::gemm::Product;
+use super::lead::{self, Lead};
 use crate::vulkan::limits::Limits;
 use crate::vulkan::shader::Shader;
 
+/// Threads of a workgroup, and the most where subgroups exchange values: there a large one costs few barriers.
 const THREADS: usize = 256;
+const MOST_THREADS: usize = 1024;
 /// Elements that are read together.
 const EIGHT: usize = 8;
-/// Threads that share a column where columns lie along k.
+/// Threads that exchange their sums.
 const LANES: usize = 32;
-/// Workgroups that keep a large GPU busy.
-const ENOUGH: usize = 128;
+/// Workgroups that keep a large GPU busy: of [`THREADS`], and of up to [`MOST_THREADS`].
+const ENOUGH: [usize; 2] = [128, 96];
+/// Threads that keep a large GPU busy.
+const BUSY: usize = 132 * MOST_THREADS;
 
 /// How such a product is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,11 +31,14 @@ pub(super) struct Few {
     along_k: bool,
     /// Threads side by side along a row of the right matrix, or columns of a thread where those lie along k.
     across: usize,
+    threads: usize,
+    /// Where columns lie along k: the steps whose loads are on their way together.
+    ahead: usize,
 }
 
 impl Few {
     /// For products of `p` with so many rows, in `batch` of them; `None` if it is none of these.
-    pub(super) fn of(p: &Product, rows: usize, batch: usize) -> Option<Few> {
+    pub(super) fn of(limits: Limits, p: &Product, rows: usize, batch: usize) -> Option<Few> {
         let along_k = p.b.row == 1 && p.b.column != 1;
         let (pitch, width) = if along_k { (p.b.column, p.k) } else { (p.b.row, p.n) };
         let together = p.a.column == 1 && (along_k || p.b.column == 1);
@@ -40,130 +48,144 @@ impl Few {
             return None;
         }
         let groups = |columns: usize| p.n.div_ceil(columns) * batch;
-        let across = if along_k {
+        if along_k {
             let most = if rows > 2 { 2 } else { 4 };
-            [4, 2].into_iter().find(|&c| c <= most && groups(THREADS / LANES * c) >= 2 * ENOUGH).unwrap_or(1)
-        } else {
-            [8, 4].into_iter().find(|&a| groups(EIGHT * a) >= ENOUGH).unwrap_or(2)
-        };
-        Some(Few { rows, along_k, across })
+            let wide = |&c: &usize| c <= most && groups(THREADS / LANES * c) >= 2 * ENOUGH[0];
+            let across = [4, 2].into_iter().find(wide).unwrap_or(1);
+            // The sums of many rows take the registers.
+            let loads = if rows > 4 { 4 } else { 8 };
+            let ahead = (loads / across).min(p.k / (EIGHT * LANES)).max(1);
+            return Some(Few { rows, along_k, across, threads: THREADS, ahead });
+        }
+        // As many threads as have something of k, where few workgroups are to keep the device busy; more rows leave room for fewer.
+        let most = if limits.shuffles { limits.threads.min(MOST_THREADS) / rows.next_power_of_two() } else { THREADS };
+        let most = most.max(THREADS);
+        let large = most > THREADS;
+        // A row of the right matrix is read in pieces of 64 bytes and more.
+        let (enough, least) = if large { (ENOUGH[1], 4) } else { (ENOUGH[0], 2) };
+        let wide = |&a: &usize| groups(EIGHT * a) >= enough && EIGHT * a * rows <= THREADS;
+        let across = [8, 4].into_iter().find(wide).unwrap_or(least);
+        let mut threads = (p.k / EIGHT * across).next_power_of_two().clamp(THREADS, most);
+        while threads > THREADS && threads * groups(EIGHT * across) > BUSY {
+            threads /= 2;
+        }
+        Some(Few { rows, along_k, across, threads, ahead: 1 })
     }
 
     /// Columns of a workgroup.
     pub(super) fn columns(&self) -> usize {
-        if self.along_k { THREADS / LANES * self.across } else { EIGHT * self.across }
+        if self.along_k { self.subgroups() * self.across } else { EIGHT * self.across }
     }
 
     /// Elements along k that a workgroup reads at once.
     pub(super) fn step(&self) -> usize {
-        EIGHT * if self.along_k { LANES } else { THREADS / self.across }
+        EIGHT * if self.along_k { LANES } else { self.threads / self.across }
     }
 
-    /// The kernel of a file that says which product a workgroup has. Its factors are the buffers `a` and `b`, which are given as
-    /// [`Shader::by_eight`].
-    pub(super) fn kernel(&self, limits: Limits, name: &'static str) -> Shader {
-        let text = if self.along_k { self.along_k_text() } else { self.across_text() };
-        let shader = Shader::file(limits, name, THREADS).with("eight").with("gemm_places").with("gemm_put");
-        shader.constant("TILE_ROWS", self.rows).constant("TILE_COLUMNS", self.columns()).declare(&text)
+    fn subgroups(&self) -> usize {
+        self.threads / LANES
+    }
+
+    /// Sums that a subgroup leaves.
+    fn sums(&self) -> usize {
+        self.rows * if self.along_k { self.across } else { self.columns() }
+    }
+
+    /// Whether its rows may be made by a node before it.
+    pub(super) fn takes_lead(&self) -> bool {
+        !self.along_k
+    }
+
+    /// The kernel of a file that says which product a workgroup has, whose rows `lead` makes, if there is one. Its factors are the buffers
+    /// `a` and `b`, which are given as [`Shader::by_eight`].
+    pub(super) fn kernel(&self, limits: Limits, name: &'static str, lead: Option<&Lead>) -> Shader {
+        let (text, across) = if self.along_k { (self.along_k_text(), 1) } else { (self.across_text(), self.across) };
+        let room = self.subgroups() * self.sums().next_multiple_of(EIGHT);
+        let shader = Shader::file(limits, name, self.threads).with("eight").with("gemm_places").with("gemm_added");
+        let shader = shader.folding(across, room).constant("TILE_ROWS", self.rows);
+        lead::led(shader.constant("TILE_COLUMNS", self.columns()).declare(&text), lead)
+    }
+
+    /// The head of the kernel: a thread has at most one element of the result, and asks at once for what is added to it.
+    fn begin(&self) -> String {
+        let (columns, elements) = (self.columns(), self.rows * self.columns());
+        format!(
+            "fn kernel(group: vec3<u32>, thread: u32) {{\n    if (!place(group, thread)) {{ return; }}\n    \
+             let my_row = row0 + thread / {columns}u;\n    let my_column = column0 + thread % {columns}u;\n    \
+             let mine = select(NOWHERE, out_at(my_row, my_column), thread < {elements}u);\n    \
+             var added = Added();\n    if (mine != NOWHERE) {{ added = added_to(mine, my_column); }}\n"
+        )
+    }
+
+    /// The end of the kernel: `sum` is all that the subgroups have of the thread's element.
+    fn end(sum: &str) -> String {
+        format!(
+            "    workgroupBarrier();\n    if (mine != NOWHERE) {{\n        var sum = 0.0f;\n{sum}        \
+             leave_added(mine, sum, added);\n    }}\n}}\n"
+        )
     }
 
     /// A thread has eight columns, and eight of k at a time; every row of the right matrix is that of `across` threads.
     fn across_text(&self) -> String {
-        let (across, slices, twice) = (self.across, THREADS / self.across, 2 * self.across);
-        let mut s = format!(
-            "var<workgroup> room: array<vec4<f32>, {}>;\n\
-             // What the slices have of the thread's column, in two steps; a fixed order.\n\
-             fn together(thread: u32) -> f32 {{\n    \
-                 workgroupBarrier();\n    \
-                 let v = thread % {twice}u;\n    \
-                 let first = thread / {twice}u;\n    \
-                 var some = vec4<f32>();\n    \
-                 if (first < 16u) {{\n        \
-                     for (var i = 0u; i < {each}u; i++) {{ some += room[(first * {each}u + i) * {twice}u + v]; }}\n    }}\n    \
-                 workgroupBarrier();\n    \
-                 if (first < 16u) {{ room[first * {twice}u + v] = some; }}\n    \
-                 workgroupBarrier();\n    \
-                 var sum = 0.0f;\n    \
-                 if (thread < {columns}u) {{\n        \
-                     let mine = thread / 8u * 2u + thread % 2u;\n        \
-                     for (var i = 0u; i < 16u; i++) {{ sum += room[i * {twice}u + mine][thread % 8u / 2u]; }}\n    }}\n    \
-                 workgroupBarrier();\n    \
-                 return sum;\n}}\n",
-            2 * THREADS,
-            each = slices / 16,
-            columns = self.columns(),
-        );
-        let _ = writeln!(
-            s,
-            "fn kernel(group: vec3<u32>, thread: u32) {{\n    if (!place(group, thread)) {{ return; }}\n    \
-             let column = column0 + thread % {across}u * 8u;\n    let step = right_step();"
-        );
+        let across = self.across;
+        let mut s = self.begin();
+        let _ = writeln!(s, "    let column = column0 + thread % {across}u * 8u;\n    let step = right_step();");
         for r in 0..self.rows {
             let _ = writeln!(s, "    var even{r} = vec4<f32>();\n    var odd{r} = vec4<f32>();");
         }
-        let _ = writeln!(
-            s,
-            "    for (var k = thread / {across}u * 8u; k < depth; k += {}u) {{\n        let at = right_at(k, column);\n        \
-             if (at == NOWHERE) {{ break; }}",
-            self.step()
-        );
+        let _ = writeln!(s, "    var k = thread / {across}u * 8u;\n    var at = right_at(k, column);");
+        let load = |s: &mut String| {
+            s.push_str("    if (at != NOWHERE) {\n");
+            for i in 0..EIGHT {
+                let _ = writeln!(s, "        b{i} = raw_b(at + {i}u * step);");
+            }
+            s.push_str("    }\n");
+        };
         for i in 0..EIGHT {
-            let _ = writeln!(s, "        let b{i} = eight_b(at + {i}u * step);");
+            let _ = writeln!(s, "    var b{i}: Raw_b;");
         }
+        // Nothing of the right matrix waits for what makes the rows.
+        load(&mut s);
+        s.push_str("    prepare(group, thread);\n    while (at != NOWHERE) {\n");
         for r in 0..self.rows {
-            let _ = writeln!(s, "        let x{r} = eight_a(left_at(row0 + {r}u, k));");
+            let _ = writeln!(s, "        let x{r} = left_eight({r}u, k);");
         }
         for i in 0..EIGHT {
             let of_x = format!("{}.{}", if i % 2 == 0 { "even" } else { "odd" }, ["x", "y", "z", "w"][i / 2]);
+            let _ = writeln!(s, "        let f{i} = of_raw_b(b{i});");
             for r in 0..self.rows {
                 for part in ["even", "odd"] {
-                    let _ = writeln!(s, "        {part}{r} = fma(vec4<f32>(x{r}.{of_x}), b{i}.{part}, {part}{r});");
+                    let _ = writeln!(s, "        {part}{r} = fma(vec4<f32>(x{r}.{of_x}), f{i}.{part}, {part}{r});");
                 }
             }
         }
+        let _ = writeln!(s, "        k += {}u;\n        at = right_at(k, column);", self.step());
+        load(&mut s);
         s.push_str("    }\n");
+        let sums = self.sums();
         for r in 0..self.rows {
-            let _ = writeln!(
-                s,
-                "    room[thread * 2u] = even{r};\n    room[thread * 2u + 1u] = odd{r};\n    let sum{r} = together(thread);\n    \
-                 if (thread < {}u) {{ put(row0 + {r}u, column0 + thread, sum{r}); }}",
-                self.columns()
-            );
+            let base = format!("thread / {LANES}u * {sums}u + {}u", r * self.columns());
+            let _ = writeln!(s, "    fold_into(thread, {base}, even{r}, odd{r});");
         }
-        s.push_str("}\n");
+        // Elements of the thread's number lie at it, once for each subgroup.
+        s.push_str(&Few::end(&format!(
+            "        for (var i = 0u; i < {}u; i++) {{ sum += folded[i * {sums}u + thread]; }}\n",
+            self.subgroups()
+        )));
         s
     }
 
     /// 32 threads have `across` columns, and eight of k each at a time.
     fn along_k_text(&self) -> String {
-        let (across, columns) = (self.across, self.columns());
-        let mut s = format!(
-            "var<workgroup> room: array<f32, {}>;\n\
-             // What the lanes have of column `thread`, in two steps; a fixed order.\n\
-             fn together(thread: u32) -> f32 {{\n    \
-                 workgroupBarrier();\n    \
-                 let line = thread / 8u * 33u;\n    \
-                 var some = 0.0f;\n    \
-                 if (thread < {columns}u * 8u) {{\n        \
-                     for (var i = 0u; i < 4u; i++) {{ some += room[line + thread % 8u * 4u + i]; }}\n    }}\n    \
-                 workgroupBarrier();\n    \
-                 if (thread < {columns}u * 8u) {{ room[line + thread % 8u] = some; }}\n    \
-                 workgroupBarrier();\n    \
-                 var sum = 0.0f;\n    \
-                 if (thread < {columns}u) {{\n        \
-                     for (var i = 0u; i < 8u; i++) {{ sum += room[thread * 33u + i]; }}\n    }}\n    \
-                 workgroupBarrier();\n    \
-                 return sum;\n}}\n",
-            columns * 33,
-        );
+        let across = self.across;
+        let mut s = self.begin();
         let _ = writeln!(
             s,
-            "fn kernel(group: vec3<u32>, thread: u32) {{\n    if (!place(group, thread)) {{ return; }}\n    \
-             let lane = thread % {LANES}u;\n    let mine = thread / {LANES}u * {across}u;\n    var k = lane * 8u;"
+            "    let first = column0 + thread / {LANES}u * {across}u;\n    var k = thread % {LANES}u * 8u;"
         );
         for c in 0..across {
             // A column behind the last is read as the last, and not stored.
-            let _ = writeln!(s, "    let at{c} = right_at(0u, min(column0 + mine + {c}u, p.n - 1u));");
+            let _ = writeln!(s, "    let at{c} = right_at(0u, min(first + {c}u, p.n - 1u));");
         }
         for r in 0..self.rows {
             let _ = writeln!(s, "    let from{r} = left_at(row0 + {r}u, 0u);");
@@ -189,24 +211,71 @@ impl Few {
                 }
             }
         };
-        // Two steps at a time, as far as there are two.
-        let _ = writeln!(s, "    for (; k + {}u < depth; k += {}u) {{", self.step(), 2 * self.step());
-        steps(&mut s, 2);
-        s.push_str("    }\n    if (k < depth) {\n");
+        let (step, ahead) = (self.step(), self.ahead);
+        if ahead > 1 {
+            let _ = writeln!(s, "    for (; k + {}u < depth; k += {}u) {{", (ahead - 1) * step, ahead * step);
+            steps(&mut s, ahead);
+            s.push_str("    }\n");
+        }
+        let _ = writeln!(s, "    for (; k < depth; k += {step}u) {{");
         steps(&mut s, 1);
         s.push_str("    }\n");
-        for r in 0..self.rows {
-            for c in 0..across {
-                let sum = format!("sum{r}_{c}");
-                let _ =
-                    writeln!(s, "    room[(mine + {c}u) * 33u + lane] = ({sum}.x + {sum}.y) + ({sum}.z + {sum}.w);");
-            }
-            let _ = writeln!(
-                s,
-                "    let all{r} = together(thread);\n    if (thread < {columns}u) {{ put(row0 + {r}u, column0 + thread, all{r}); }}"
-            );
+        let sums: Vec<String> = (0..self.rows).flat_map(|r| (0..across).map(move |c| format!("sum{r}_{c}"))).collect();
+        let room = sums.len().next_multiple_of(EIGHT);
+        for (nth, eight) in sums.chunks(EIGHT).enumerate() {
+            let four = |odd: usize| {
+                let of =
+                    |i: usize| eight.get(i).map_or("0.0f".into(), |v| format!("({v}.x + {v}.y) + ({v}.z + {v}.w)"));
+                (0..EIGHT / 2).map(|i| of(2 * i + odd)).collect::<Vec<_>>().join(", ")
+            };
+            let base = format!("thread / {LANES}u * {room}u + {}u", nth * EIGHT);
+            let _ = writeln!(s, "    fold_into(thread, {base}, vec4<f32>({}), vec4<f32>({}));", four(0), four(1));
         }
-        s.push_str("}\n");
+        let columns = self.columns();
+        s.push_str(&Few::end(&format!(
+            "        let mine_of_row = thread % {columns}u;\n        \
+             sum = folded[mine_of_row / {across}u * {room}u + thread / {columns}u * {across}u + mine_of_row % {across}u];\n"
+        )));
         s
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::gemm::stored;
+    use super::*;
+
+    const CARD: Limits = Limits { threads: 1024, subgroup: 32, shuffles: true, ..Limits::LEAST };
+
+    fn few(limits: Limits, rows: usize, [k, n]: [usize; 2], along_k: bool) -> Few {
+        let b = if along_k { stored(k, true) } else { stored(n, false) };
+        Few::of(limits, &Product::of(stored(k, false), b, rows, n, k), rows, 1).unwrap()
+    }
+
+    #[test]
+    fn a_thread_has_at_most_one_element_and_its_subgroup_fits() {
+        for limits in [Limits::LEAST, CARD] {
+            for rows in 1..=8 {
+                for shape in [[8, 8], [1024, 1024], [1024, 3072], [4096, 1024], [8192, 2048], [2048, 50_304]] {
+                    for along_k in [false, true] {
+                        let f = few(limits, rows, shape, along_k);
+                        assert!(f.rows * f.columns() <= f.threads && f.threads <= limits.threads, "{shape:?} {f:?}");
+                        let room = f.subgroups() * f.sums().next_multiple_of(EIGHT);
+                        let exchange = if limits.shuffles { 0 } else { 16 * f.threads };
+                        assert!(4 * room + exchange <= limits.shared, "{shape:?} {f:?}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn few_workgroups_have_many_threads() {
+        let of = |k, n| {
+            let f = few(CARD, 1, [k, n], false);
+            (n.div_ceil(f.columns()), f.threads)
+        };
+        assert_eq!([of(1024, 1024), of(4096, 1024), of(1024, 3072)], [(32, 512), (32, 1024), (96, 512)]);
+        assert_eq!([of(1024, 4096), of(8192, 2048), of(2048, 8192)], [(128, 512), (64, 1024), (128, 1024)]);
     }
 }

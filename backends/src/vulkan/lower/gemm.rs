@@ -10,6 +10,7 @@ use moebius_ir::{DType, Graph, Node, Shape};
 use super::cooperative::Tile;
 use super::few_rows::Few;
 use super::joined::{self, Joined};
+use super::lead::Lead;
 use super::parts::{self, Parts};
 use super::{Lowered, cooperative, dtype, narrow};
 use crate::lowering::shapes;
@@ -70,7 +71,7 @@ impl Way {
         if p.m > MOST_FEW {
             return Way::plain(limits, p.m, p.n);
         }
-        Few::of(p, p.m, p.batch).map_or(Way::FewRows(p.m.max(1)), Way::Eights)
+        Few::of(limits, p, p.m, p.batch).map_or(Way::FewRows(p.m.max(1)), Way::Eights)
     }
 
     /// Plain tiles, which are narrow where the product is.
@@ -123,7 +124,8 @@ impl Out<'_> {
 
 /// A kernel of a file that says which product a workgroup has, with what computes it and stores it, and the rows and columns of a tile.
 /// Its factors are `a` and `b`; a result of 16-bit floats is to be stored eight at a time where that can be. `k`: the length of the sums,
-/// where it is known.
+/// where it is known. `lead` makes few rows.
+#[expect(clippy::too_many_arguments, reason = "each is a thing of its own")]
 fn product(
     limits: Limits,
     name: &'static str,
@@ -132,6 +134,7 @@ fn product(
     [a, b]: [(DType, At); 2],
     out: &Out<'_>,
     k: Option<usize>,
+    lead: Option<&Lead>,
 ) -> (Shader, [usize; 2]) {
     let [rows, columns] = way.tile(along_k[1]);
     let sized = |shader: Shader| {
@@ -153,7 +156,7 @@ fn product(
             out.of(shader.parts("a", a.1).parts("b", b.1), eights)
         }
         Way::Narrow => by_eight(narrow::kernel(limits, name)),
-        Way::Eights(few) => by_eight(few.kernel(limits, name)),
+        Way::Eights(few) => by_eight(few.kernel(limits, name, lead)),
         Way::Plain(tile) => by_one(sized(tiled(limits, name, tile, along_k)).with("gemm_plain")),
     };
     (shader, [rows, columns])
@@ -207,6 +210,8 @@ pub(super) struct Places<'a> {
     pub(super) c: At,
     /// The chain that C goes through.
     pub(super) joined: Option<&'a Joined<'a>>,
+    /// What makes the rows of A, which is where it says.
+    pub(super) lead: Option<&'a Lead>,
 }
 
 /// The product of matrices of these dtypes as an action; the result's is the third one.
@@ -214,7 +219,15 @@ pub(super) fn gemm(limits: Limits, types: [DType; 3], p: &Product, places: &Plac
     kernel(limits, way(limits, types, p), types, p, places, Parts::whole(p.k))
 }
 
-/// The same, its sums cut into parts where it has few tiles. C begins its buffer, and nothing is added but the bias.
+/// Whether a lead can make the rows of such a product.
+fn leads(limits: Limits, types: [DType; 3], p: &Product, lead: &Lead) -> bool {
+    let way = way(limits, types, p);
+    let [rows, columns] = way.tile(p.b.row == 1);
+    let whole = way.parts(p.tiles(rows, columns), p.k).count == 1;
+    whole && p.batch == 1 && matches!(way, Way::Eights(few) if lead.fits(&few, [p.m, p.k], types[0]))
+}
+
+/// The same as [`gemm`], its sums cut into parts where it has few tiles. C begins its buffer, and nothing is added but the bias.
 fn gemm_in_parts(
     limits: Limits,
     types: [DType; 3],
@@ -231,7 +244,7 @@ fn gemm_in_parts(
     let total = p.batch * p.m * p.n;
     let sums = scratch.take(4 * parts.count * total);
     let out = Out { dtype: types[2], at: places.c, first: 0, n: p.n, joined: places.joined };
-    let of_parts = Places { bias: (At::Null, DType::F32), c: sums, joined: None, ..*places };
+    let of_parts = Places { bias: (At::Null, DType::F32), c: sums, joined: None, lead: None, ..*places };
     Ok(vec![
         kernel(limits, way, [types[0], types[1], DType::F32], p, &of_parts, parts)?,
         parts::finish(limits, parts, [total, p.n], sums, places.bias, |s| out.of(s, false))?,
@@ -270,7 +283,7 @@ fn kernel(
     let out = Out { dtype: types[2], at: places.c, first: p.c_at, n: p.n, joined: places.joined };
     // A part is a multiple of every block: the last one ends as k does.
     let (shader, [rows, columns]) =
-        product(limits, "gemm", way, [p.a.column == 1, p.b.row == 1], factors, &out, Some(p.k));
+        product(limits, "gemm", way, [p.a.column == 1, p.b.row == 1], factors, &out, Some(p.k), places.lead);
     let shader = strides.iter().fold(shader.constant("PARTS", parts.count), |s, &(name, value)| s.number(name, value));
     shader.buffer("bias", places.bias.1, places.bias.0).buffer("add", DType::F32, places.add).grid([
         p.n.div_ceil(columns),
@@ -288,7 +301,7 @@ pub(super) fn lower_matmul(
     graph: &Graph,
     node: &Node,
     op: &Matmul,
-    joined: Option<&Joined<'_>>,
+    (joined, lead): (Option<&Joined<'_>>, Option<&Lead>),
     limits: Limits,
 ) -> Lowered {
     let [a, b] = shapes(graph, node);
@@ -306,11 +319,13 @@ pub(super) fn lower_matmul(
         ..Product::of(stored(a.last(), op.transpose_a), stored(b.last(), op.transpose_b), m, n, k)
     };
     let bias = bias(graph, node, 2);
-    let places = Places { a: At::Operand(0), b: At::Operand(1), bias, add: At::Null, c: At::Result(0), joined };
     let types = [dtype(graph, node, 0), dtype(graph, node, 1), super::dtype_of_result(graph, node, 0)];
+    let lead = lead.filter(|lead| leads(limits, types, &product, lead));
+    let a = lead.map_or(At::Operand(0), Lead::rows);
+    let places = Places { a, b: At::Operand(1), bias, add: At::Null, c: At::Result(0), joined, lead };
     let mut scratch = Scratch::default();
     let actions = gemm_in_parts(limits, types, &product, &places, &mut scratch)?;
-    Ok(Launch::of(actions).with_scratch(&scratch))
+    Ok(Launch::of(actions).with_scratch(&scratch).leading(lead.map(|l| l.kept)))
 }
 
 /// E, if the kernels can count it.
@@ -323,7 +338,7 @@ pub(super) fn lower_expert_matmul(
     graph: &Graph,
     node: &Node,
     op: &ExpertMatmul,
-    joined: Option<&Joined<'_>>,
+    (joined, lead): (Option<&Joined<'_>>, Option<&Lead>),
     limits: Limits,
 ) -> Lowered {
     let [rows, w, offsets] = shapes(graph, node);
@@ -336,17 +351,20 @@ pub(super) fn lower_expert_matmul(
     let of_all = Product { b_batch: k * n, ..Product::of(stored(k, false), w, slots, n, k) };
     let tiles = |rows: usize, columns: usize| slots.div_ceil(rows) * n.div_ceil(columns);
     let tile = cooperative::tile(limits, types, &of_all, slots, tiles);
-    let factors = [(types[0], At::Operand(0)), (types[1], At::Operand(1))];
+    let of_b = (types[1], At::Operand(1));
     let out = Out { dtype: ty, at: At::Result(0), first: 0, n, joined };
     let along_k = [true, w.row == 1];
+    // Slots rarely share an expert.
+    let few = if slots <= MOST_FEW { Few::of(limits, &of_all, 1, slots) } else { None };
+    let lead = lead.filter(|lead| few.is_some_and(|few| lead.fits(&few, [1, k], types[0])));
+    let factors = [(types[0], lead.map_or(At::Operand(0), Lead::rows)), of_b];
     let (shader, columns, down) = if slots <= MOST_FEW {
-        // Slots rarely share an expert.
-        let way = Few::of(&of_all, 1, slots).map_or(Way::FewRows(1), Way::Eights);
-        let (shader, [_, columns]) = product(limits, "gemm_by_slot", way, along_k, factors, &out, Some(k));
+        let way = few.map_or(Way::FewRows(1), Way::Eights);
+        let (shader, [_, columns]) = product(limits, "gemm_by_slot", way, along_k, factors, &out, Some(k), lead);
         (shader, columns, slots)
     } else {
         let way = tile.map_or_else(|| Way::plain(limits, slots, n), Way::Cooperative);
-        let (shader, [rows, columns]) = product(limits, "gemm_m_grouped", way, along_k, factors, &out, Some(k));
+        let (shader, [rows, columns]) = product(limits, "gemm_m_grouped", way, along_k, factors, &out, Some(k), None);
         let shader = shader.constant("MOST_EXPERTS", MOST_EXPERTS).number("slots", slots);
         (shader, columns, most_tiles(slots, experts, rows))
     };
@@ -358,7 +376,7 @@ pub(super) fn lower_expert_matmul(
         .number("w_column", w.column)
         .buffer("offsets", DType::I32, At::Operand(2))
         .buffer("bias", of_bias, at);
-    Ok(Launch::of(vec![shader.grid([n.div_ceil(columns), down, 1])?]))
+    Ok(Launch::of(vec![shader.grid([n.div_ceil(columns), down, 1])?]).leading(lead.map(|l| l.kept)))
 }
 
 pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node, limits: Limits) -> Lowered {
@@ -373,7 +391,7 @@ pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node, limits: Limi
     let out = Out { dtype, at: At::Result(0), first: 0, n, joined: None };
     let factors = [(types[0], At::Operand(0)), (types[1], At::Operand(1))];
     let way = tile.map_or_else(|| Way::plain(limits, m, n), Way::Cooperative);
-    let (shader, [rows, columns]) = product(limits, "gemm_k_grouped", way, [false, false], factors, &out, None);
+    let (shader, [rows, columns]) = product(limits, "gemm_k_grouped", way, [false, false], factors, &out, None, None);
     let shader = shader.number("m", m).number("n", n).buffer("offsets", DType::I32, At::Operand(2));
     Ok(Launch::of(vec![shader.grid([n.div_ceil(columns), m.div_ceil(rows), experts])?]))
 }

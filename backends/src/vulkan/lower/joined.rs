@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use moebius_ir::{DType, Graph, Node, NodeId, Op};
 
-use super::elementwise::{coordinates, element};
+use super::elementwise::{coordinates, element, register};
 use super::gemm::MOST_FEW;
 use crate::chain::Chain;
 use crate::joined::{base, is_kept};
@@ -14,6 +14,9 @@ use crate::vulkan::shader::Shader;
 
 /// Buffers that a product has itself, at most.
 const OF_PRODUCT: usize = 6;
+/// Of a chain that reads nothing but the product, or none.
+const NOTHING_BESIDE: &str = "struct Beside { nothing: u32 }\nfn beside(i: u32) -> Beside { return Beside(); }\n";
+const LEAVE: &str = "fn leave(i: u32, x: f32) { leave_beside(i, x, beside(i)); }\n";
 
 /// A chain for the kernel of the product before it. Its operands and results follow those of the product.
 pub(super) struct Joined<'a> {
@@ -41,7 +44,9 @@ impl<'a> Joined<'a> {
         // Large tiles have no time for what else a chain reads: nobody multiplies until it is there.
         let (elements, shape) = (graph.ty(product).elements(), graph.shape(product));
         let few = elements <= MOST_FEW * shape[shape.len() - 1];
-        if !floats || buffers > limits.buffers || !(few || is_product.iter().all(|&is| is)) {
+        // Where nothing is multiplied, many rows are done faster eight elements at a time.
+        let multiplies = !matches!(node.op, Op::Combine(_));
+        if !floats || buffers > limits.buffers || !(few || multiplies && is_product.iter().all(|&is| is)) {
             return None;
         }
         Some(Joined {
@@ -72,20 +77,34 @@ impl<'a> Joined<'a> {
         }
     }
 
-    /// `leave`, for one element.
+    /// `Beside`, `beside` and `leave_beside`, for one element.
     fn one(&self, shader: Shader) -> Shader {
         let chain = &self.chain;
         let mut s = element(chain);
-        let _ = writeln!(s, "fn leave(i: u32, x: f32) {{\n    let v = {};\n    set_c(i, v);", self.rounded("x"));
-        s.push_str(&coordinates(chain));
-        let other = |at: usize| format!("get_p{}({})", chain.loaded[at], chain.axes.index(at, ""));
-        let of = |at: usize| if self.product[at] { "v".to_owned() } else { other(at) };
+        let others: Vec<usize> = (0..self.product.len()).filter(|&at| !self.product[at]).collect();
+        if others.is_empty() {
+            s.push_str(NOTHING_BESIDE);
+        } else {
+            let field = |&at: &usize| format!("    x{at}: {},\n", register(chain.dtypes[chain.loaded[at]]));
+            let _ = writeln!(s, "struct Beside {{\n{}}}", others.iter().map(field).collect::<String>());
+            let other = |&at: &usize| format!("get_p{}({})", chain.loaded[at], chain.axes.index(at, ""));
+            let others = others.iter().map(other).collect::<Vec<_>>().join(", ");
+            let _ =
+                writeln!(s, "fn beside(i: u32) -> Beside {{\n{}    return Beside({others});\n}}", coordinates(chain));
+        }
+        let _ = writeln!(
+            s,
+            "fn leave_beside(i: u32, x: f32, beside: Beside) {{\n    let v = {};\n    set_c(i, v);",
+            self.rounded("x")
+        );
+        let of = |at: usize| if self.product[at] { "v".to_owned() } else { format!("beside.x{at}") };
         let arguments = (0..self.product.len()).map(of).collect::<Vec<_>>().join(", ");
         let _ = writeln!(s, "    let found = element({arguments});");
         for o in 0..chain.results().count() {
             let _ = writeln!(s, "    set_o{o}(i, found.o{o});");
         }
         s.push_str("}\n");
+        s.push_str(LEAVE);
         let mut shader = shader.with("functions").declare(&s);
         for i in self.others() {
             shader = shader.buffer(&format!("p{i}"), chain.dtypes[i], At::Operand(self.before[0] + i));
@@ -133,7 +152,7 @@ pub(super) fn by_eight(joined: Option<&Joined<'_>>) -> bool {
 }
 
 /// With the buffer `c` of a product's result and `leave(i, x)`, which does with an element, as it was summed up, what is to be done: it is
-/// stored, or given to the chain, or both. With `eights` it is `leave_eight(i, low, high)`, for eight from a multiple of eight on.
+/// stored, or given to the chain, or both; `leave_beside(i, x, beside(i))` is the same for who asks for what is beside it before. With `eights` it is `leave_eight(i, low, high)`, for eight from a multiple of eight on.
 pub(super) fn leaving(shader: Shader, (dtype, at): (DType, At), eights: bool, joined: Option<&Joined<'_>>) -> Shader {
     let at = if joined.is_some_and(|j| !j.kept) { At::Null } else { at };
     let shader = if eights { shader.with("eight").by_eight("c", dtype, at) } else { shader.buffer("c", dtype, at) };
@@ -144,6 +163,9 @@ pub(super) fn leaving(shader: Shader, (dtype, at): (DType, At), eights: bool, jo
             "fn leave_eight(i: u32, low: vec4<f32>, high: vec4<f32>) {\n    \
              set_eight_c(i, Eight(vec4<f32>(low.x, low.z, high.x, high.z), vec4<f32>(low.y, low.w, high.y, high.w)));\n}\n",
         ),
-        (None, false) => shader.declare("fn leave(i: u32, x: f32) { set_c(i, x); }\n"),
+        (None, false) => {
+            let leave = "fn leave_beside(i: u32, x: f32, beside: Beside) { set_c(i, x); }\n";
+            shader.declare(&[NOTHING_BESIDE, leave, LEAVE].concat())
+        }
     }
 }

@@ -11,6 +11,7 @@ mod embedding;
 mod few_rows;
 mod gemm;
 mod joined;
+mod lead;
 mod movement;
 mod narrow;
 mod norm;
@@ -24,6 +25,7 @@ use moebius_ir::{DType, Graph, Node, NodeId, Op};
 
 use super::launch::Launch;
 use super::limits::Limits;
+use crate::joined::{self as shared, Beside};
 
 /// A launch, or what the Vulkan backend wants instead of the node.
 type Lowered = Result<Launch, String>;
@@ -38,20 +40,28 @@ fn dtype_of_result(graph: &Graph, node: &Node, i: usize) -> DType {
     graph.ty(node.results[i]).dtype
 }
 
-/// The chain to run with a node on a device with such limits.
+/// The node that is to be joined onto a node on a device with such limits: one that the node's kernels can do, or a product whose kernel
+/// can do the node.
 pub(crate) fn joined(graph: &Graph, id: NodeId, limits: Limits) -> Option<NodeId> {
-    let chain = crate::joined::joined(graph, id)?;
+    if let Some(product) = shared::led(graph, id) {
+        let beside = Beside { before: Some(id), behind: joined(graph, product, limits) };
+        let apart = beside.behind.is_none_or(|chain| shared::apart(graph, id, chain));
+        let does = || lower(graph, product, beside, limits).is_ok_and(|l| l.lead.is_some());
+        return Some(product).filter(|_| apart && does());
+    }
+    let chain = shared::follower(graph, id)?;
     joined::Joined::new(graph, graph.node(id), chain, limits).map(|_| chain)
 }
 
-/// The launch of a node on a device with such limits; with a chain that is joined onto it, the chain's operands and results follow the
-/// node's.
+/// The launch of a node on a device with such limits, with the work of the nodes beside it, whose operands and results follow the node's.
 ///
 /// # Errors
 /// What the backend wants instead.
-pub(crate) fn lower(graph: &Graph, id: NodeId, chain: Option<NodeId>, limits: Limits) -> Lowered {
+pub(crate) fn lower(graph: &Graph, id: NodeId, beside: Beside, limits: Limits) -> Lowered {
     let node = graph.node(id);
-    let joined = chain.and_then(|chain| joined::Joined::new(graph, node, chain, limits));
+    let joined = beside.behind.and_then(|chain| joined::Joined::new(graph, node, chain, limits));
+    let lead = lead::Lead::new(graph, id, beside);
+    let around = (joined.as_ref(), lead.as_ref());
     for &value in node.operands.iter().chain(&node.results) {
         let ty = graph.ty(value);
         if ty.bytes() > limits.range {
@@ -79,7 +89,7 @@ pub(crate) fn lower(graph: &Graph, id: NodeId, chain: Option<NodeId>, limits: Li
         Op::RmsNorm(op) => norm::lower_rms_norm(graph, node, op.eps, limits),
         Op::RmsNormGrad(_) => norm::lower_rms_norm_grad(graph, node, limits),
 
-        Op::Matmul(op) => gemm::lower_matmul(graph, node, op, joined.as_ref(), limits),
+        Op::Matmul(op) => gemm::lower_matmul(graph, node, op, around, limits),
         Op::Attention(op) => attention::lower_attention(graph, node, op, limits),
         Op::AttentionGrad(op) => attention::lower_attention_grad(graph, node, op, limits),
         Op::AttentionCached(op) => attention::lower_attention_cached(graph, node, op, limits),
@@ -102,10 +112,10 @@ pub(crate) fn lower(graph: &Graph, id: NodeId, chain: Option<NodeId>, limits: Li
         Op::RouteGrad(op) => router::lower_route_grad(graph, node, op, limits),
         Op::Assign(op) => router::lower_assign(graph, node, op, limits),
         Op::Dispatch(_) => sparse::lower_dispatch(graph, node, limits),
-        Op::Combine(op) => sparse::lower_combine(graph, node, *op, limits),
+        Op::Combine(op) => sparse::lower_combine(graph, node, *op, joined.as_ref(), limits),
         Op::GateGrad(_) => sparse::lower_gate_grad(graph, node, limits),
         Op::SegmentSum(_) => sparse::lower_segment_sum(graph, node, limits),
-        Op::ExpertMatmul(op) => gemm::lower_expert_matmul(graph, node, op, joined.as_ref(), limits),
+        Op::ExpertMatmul(op) => gemm::lower_expert_matmul(graph, node, op, around, limits),
         Op::ExpertMatmulWgrad(_) => gemm::lower_expert_matmul_wgrad(graph, node, limits),
 
         Op::GlobalNorm(_) => optimizer::lower_global_norm(graph, node, limits),

@@ -16,25 +16,54 @@ const MOST_KEPT: usize = 8192;
 /// A kernel on the rows of the node's first operand, and how many there are.
 fn by_row(graph: &Graph, node: &Node, name: &'static str, limits: Limits) -> (Shader, usize) {
     let shape = &graph.ty(node.operands[0]).shape;
-    (Shader::file(limits, name, THREADS).with("sums").number("d", shape.last()), shape.rows())
+    (Shader::file(limits, name, THREADS).sums().number("d", shape.last()), shape.rows())
 }
 
-/// A kernel of a norm: that for rows of multiples of eight elements, of which a thread keeps its own, where the rows are such. And whether
+/// A kernel of a norm's gradient: that for rows of multiples of eight elements, of which a thread keeps its own, where the rows are such. And whether
 /// it is that one.
 fn norm(graph: &Graph, node: &Node, [one, eight]: [&'static str; 2], limits: Limits) -> (Shader, usize, bool) {
     let shape = &graph.ty(node.operands[0]).shape;
     let d = shape.last();
-    if !(d.is_multiple_of(8) && (1..=MOST_KEPT).contains(&d)) {
+    if !by_eight(d) {
         let (shader, rows) = by_row(graph, node, one, limits);
         return (shader, rows, false);
     }
-    let threads = (d / 8).next_power_of_two().clamp(32, 256);
-    let shader = Shader::file(limits, eight, threads).with("sums").with("eight").number("d", d);
-    (shader.constant("OWN", (d / 8).div_ceil(threads)), shape.rows(), true)
+    let threads = threads(d);
+    let shader = Shader::file(limits, eight, threads).with("eight").number("d", d);
+    (shader.sums().constant("OWN", (d / 8).div_ceil(threads)), shape.rows(), true)
+}
+
+/// Whether rows of `d` elements are taken eight elements at a time.
+pub(super) fn by_eight(d: usize) -> bool {
+    d.is_multiple_of(8) && (1..=MOST_KEPT).contains(&d)
+}
+
+/// Threads that share such a row.
+fn threads(d: usize) -> usize {
+    (d / 8).next_power_of_two().clamp(32, 256)
+}
+
+/// A kernel with `normalise(nth, thread)` for such rows: a layer norm or a root-mean-square norm.
+pub(super) fn row(shader: Shader, layer: bool, d: usize) -> Shader {
+    let threads = threads(d);
+    let shader = shader.sums_of(threads).with(if layer { "layer_norm_row" } else { "rms_norm_row" });
+    shader.constant("WIDTH", d).constant("NORMED", threads).constant("OWN", (d / 8).div_ceil(threads))
+}
+
+/// The kernel of the norm of this name, how many rows there are, and whether it takes them eight elements at a time.
+fn rows(graph: &Graph, node: &Node, name: &'static str, limits: Limits) -> (Shader, usize, bool) {
+    let shape = &graph.ty(node.operands[0]).shape;
+    let d = shape.last();
+    if !by_eight(d) {
+        let (shader, rows) = by_row(graph, node, name, limits);
+        return (shader, rows, false);
+    }
+    let shader = Shader::file(limits, "norm_rows", threads(d)).with("eight");
+    (row(shader, name == "layer_norm", d), shape.rows(), true)
 }
 
 /// A buffer of such a kernel.
-fn row(shader: Shader, eight: bool, name: &str, dtype: DType, at: At) -> Shader {
+fn buffer(shader: Shader, eight: bool, name: &str, dtype: DType, at: At) -> Shader {
     if eight { shader.by_eight(name, dtype, at) } else { shader.buffer(name, dtype, at) }
 }
 
@@ -52,20 +81,21 @@ pub(super) fn lower_softmax_grad(graph: &Graph, node: &Node, limits: Limits) -> 
 }
 
 pub(super) fn lower_layer_norm(graph: &Graph, node: &Node, eps: f32, limits: Limits) -> Lowered {
-    let (shader, rows, eight) = norm(graph, node, ["layer_norm", "layer_norm_eight"], limits);
     let of = |i| dtype(graph, node, i);
-    let shader = row(shader.float("eps", eps), eight, "x", of(0), At::Operand(0));
-    let shader = row(shader, eight, "gamma", of(1), At::Operand(1));
-    let shader = row(row(shader, eight, "beta", of(2), At::Operand(2)), eight, "y", of(0), At::Result(0));
+    let (shader, rows, eight) = rows(graph, node, "layer_norm", limits);
+    let shader = buffer(shader.float("eps", eps), eight, "x", of(0), At::Operand(0));
+    let shader = buffer(shader, eight, "gamma", of(1), At::Operand(1));
+    let shader = buffer(buffer(shader, eight, "beta", of(2), At::Operand(2)), eight, "y", of(0), At::Result(0));
     let shader = shader.buffer("mean", DType::F32, At::Result(1)).buffer("rstd", DType::F32, At::Result(2));
     Ok(Launch::of(vec![shader.line(rows)?]))
 }
 
 pub(super) fn lower_rms_norm(graph: &Graph, node: &Node, eps: f32, limits: Limits) -> Lowered {
-    let (shader, rows, eight) = norm(graph, node, ["rms_norm", "rms_norm_eight"], limits);
     let of = |i| dtype(graph, node, i);
-    let shader = row(shader.float("eps", eps), eight, "x", of(0), At::Operand(0));
-    let shader = row(row(shader, eight, "gamma", of(1), At::Operand(1)), eight, "y", of(0), At::Result(0));
+    let (shader, rows, eight) = rows(graph, node, "rms_norm", limits);
+    let shader = buffer(shader.float("eps", eps), eight, "x", of(0), At::Operand(0));
+    let shader = buffer(shader, eight, "gamma", of(1), At::Operand(1));
+    let shader = buffer(shader, eight, "y", of(0), At::Result(0)).buffer("mean", DType::F32, At::Null);
     Ok(Launch::of(vec![shader.buffer("rstd", DType::F32, At::Result(1)).line(rows)?]))
 }
 
@@ -80,12 +110,12 @@ fn lower_grad(graph: &Graph, node: &Node, mean: Option<usize>, rstd: usize, dy: 
     let betas = if mean.is_some() { scratch.take(4 * chunks * d) } else { At::Null };
     let dbeta = if mean.is_some() { At::Result(2) } else { At::Null };
     let operands = |shader: Shader, eight: bool| {
-        let shader = row(shader, eight, "x", of(0), At::Operand(0));
+        let shader = buffer(shader, eight, "x", of(0), At::Operand(0));
         let shader = shader.buffer("mean", DType::F32, mean.map_or(At::Null, At::Operand));
-        row(shader.buffer("rstd", DType::F32, At::Operand(rstd)), eight, "dy", of(dy), At::Operand(dy))
+        buffer(shader.buffer("rstd", DType::F32, At::Operand(rstd)), eight, "dy", of(dy), At::Operand(dy))
     };
-    let of_x = row(operands(of_x, eight), eight, "gamma", of(1), At::Operand(1));
-    let of_x = row(of_x, eight, "dx", result(0), At::Result(0));
+    let of_x = buffer(operands(of_x, eight), eight, "gamma", of(1), At::Operand(1));
+    let of_x = buffer(of_x, eight, "dx", result(0), At::Result(0));
     let of_weights = Shader::file(limits, "norm_weights", THREADS).number("rows", rows).number("d", d);
     let of_weights = operands(of_weights.number("chunk", CHUNK).number("chunks", chunks), false)
         .buffer("gammas", DType::F32, gammas)

@@ -22,7 +22,7 @@ pub(super) fn lower_global_norm(graph: &Graph, node: &Node, limits: Limits) -> L
     let mut actions = Vec::with_capacity(groups.len() + 1);
     for (i, &groups) in groups.iter().enumerate() {
         let shader = Shader::file(limits, "sum_of_squares", THREADS)
-            .with("sums")
+            .sums()
             .with("powers")
             .constant("EACH", EACH)
             .number("n", graph.ty(node.operands[i]).elements())
@@ -33,7 +33,7 @@ pub(super) fn lower_global_norm(graph: &Graph, node: &Node, limits: Limits) -> L
         first += groups;
     }
     let shader = Shader::file(limits, "norm_of_parts", THREADS)
-        .with("sums")
+        .sums()
         .with("powers")
         .number("parts_count", count)
         .buffer("parts", DType::F32, parts)

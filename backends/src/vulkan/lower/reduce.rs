@@ -37,7 +37,7 @@ pub(super) fn lower_reduce(graph: &Graph, node: &Node, op: &Reduce, limits: Limi
     let parts = if chunks > 1 { scratch.take(4 * chunks * results) } else { At::Null };
     let ty = dtype(graph, node, 0);
     let kernel = |name| {
-        let shader = Shader::file(limits, name, THREADS).with("sums").with("reduce").constant("FUNCTION", function);
+        let shader = Shader::file(limits, name, THREADS).sums().with("reduce").constant("FUNCTION", function);
         let sizes = shader.number("results", results).number("n", n).number("inner", inner).number("chunks", chunks);
         sizes.number("chunk", n.div_ceil(chunks).max(1)).buffer("parts", DType::F32, parts).buffer(
             "y",

@@ -3,6 +3,7 @@
 use moebius_ir::ops::Combine;
 use moebius_ir::{DType, Graph, Node};
 
+use super::joined::{Joined, leaving};
 use super::{Lowered, dtype, dtype_of_result};
 use crate::lowering::shapes;
 use crate::vulkan::launch::{At, Launch};
@@ -48,11 +49,20 @@ pub(super) fn lower_dispatch(graph: &Graph, node: &Node, limits: Limits) -> Lowe
     each(moved(shader, wide, "rows", ty, At::Result(0)), slots * d / wide)
 }
 
-pub(super) fn lower_combine(graph: &Graph, node: &Node, op: Combine, limits: Limits) -> Lowered {
+pub(super) fn lower_combine(
+    graph: &Graph,
+    node: &Node,
+    op: Combine,
+    joined: Option<&Joined<'_>>,
+    limits: Limits,
+) -> Lowered {
     let [x, slot_choice, choice_slot] = shapes(graph, node);
     let (d, tokens, ty) = (x[1], choice_slot[0], dtype(graph, node, 0));
     let [gate, side, coefficient] = op.operands().map(|i| i.map_or(At::Null, At::Operand));
-    let (shader, wide) = of_rows(limits, ["combine", "combine_eight"], d);
+    let (shader, wide) = match joined {
+        Some(_) => (Shader::file(limits, "combine", THREADS), 1),
+        None => of_rows(limits, ["combine", "combine_eight"], d),
+    };
     let shader = shader
         .number("slots", slot_choice[0])
         .number("tokens", tokens)
@@ -62,14 +72,15 @@ pub(super) fn lower_combine(graph: &Graph, node: &Node, op: Combine, limits: Lim
         .buffer("gate", DType::F32, gate)
         .buffer("coefficient", DType::F32, coefficient);
     let shader = moved(shader, wide, "rows", ty, At::Operand(0));
-    let shader = moved(shader, wide, "side", ty, side);
-    each(moved(shader, wide, "y", dtype_of_result(graph, node, 0), At::Result(0)), tokens * d / wide)
+    let (shader, to) = (moved(shader, wide, "side", ty, side), (dtype_of_result(graph, node, 0), At::Result(0)));
+    let shader = if wide == 8 { shader.by_eight("y", to.0, to.1) } else { leaving(shader, to, false, joined) };
+    each(shader, tokens * d / wide)
 }
 
 pub(super) fn lower_gate_grad(graph: &Graph, node: &Node, limits: Limits) -> Lowered {
     let [x, _, slot_choice, choice_slot] = shapes(graph, node);
     let shader = Shader::file(limits, "gate_grad", ROW_THREADS)
-        .with("sums")
+        .sums()
         .number("slots", slot_choice[0])
         .number("k", choice_slot[1])
         .number("d", x[1])

@@ -19,5 +19,5 @@ fn kernel(group: u32, thread: u32) {
         if (HAS_COEFFICIENT) { of_side = get_coefficient(2u * t + 1u); }
         sum += of_side * get_side(i);
     }
-    set_y(i, sum);
+    leave(i, sum);
 }

@@ -4,6 +4,12 @@ struct Eight {
     odd: vec4<f32>,
 }
 
+// Eight of 32 bits as they are loaded.
+struct RawF32 {
+    low: vec4<u32>,
+    high: vec4<u32>,
+}
+
 fn eight_of_bf16(pairs: vec4<u32>) -> Eight {
     return Eight(bitcast<vec4<f32>>(pairs << vec4<u32>(16u)), bitcast<vec4<f32>>(pairs & vec4<u32>(0xffff0000u)));
 }

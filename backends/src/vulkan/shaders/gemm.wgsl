@@ -28,9 +28,11 @@ fn right_step() -> u32 { return p.b_row; }
 fn out_at(row: u32, column: u32) -> u32 {
     return select(NOWHERE, p.c_at + c_first + row * p.n + column, row < p.m && column < p.n);
 }
-fn finished(at: u32, column: u32, sum: f32) -> f32 {
+fn terms(at: u32, column: u32) -> vec2<f32> { return vec2<f32>(get_bias(column), get_add(at - p.c_at)); }
+fn with_terms(sum: f32, terms: vec2<f32>) -> f32 {
     var v = sum;
-    if (HAS_BIAS) { v += get_bias(column); }
-    if (HAS_ADD) { v += get_add(at - p.c_at); }
+    if (HAS_BIAS) { v += terms.x; }
+    if (HAS_ADD) { v += terms.y; }
     return v;
 }
+fn finished(at: u32, column: u32, sum: f32) -> f32 { return with_terms(sum, terms(at, column)); }

@@ -24,8 +24,12 @@ fn right_at(k: u32, column: u32) -> u32 {
 }
 fn right_step() -> u32 { return p.w_row; }
 fn out_at(row: u32, column: u32) -> u32 { return select(NOWHERE, slot * p.n + column, column < p.n); }
-fn finished(at: u32, column: u32, sum: f32) -> f32 {
-    var v = sum;
-    if (HAS_BIAS) { if (expert < p.experts) { v += get_bias(expert * p.n + column); } }
-    return v;
+fn terms(at: u32, column: u32) -> vec2<f32> {
+    if (expert < p.experts) { return vec2<f32>(get_bias(expert * p.n + column), 0.0f); }
+    return vec2<f32>();
 }
+fn with_terms(sum: f32, terms: vec2<f32>) -> f32 {
+    if (HAS_BIAS) { if (expert < p.experts) { return sum + terms.x; } }
+    return sum;
+}
+fn finished(at: u32, column: u32, sum: f32) -> f32 { return with_terms(sum, terms(at, column)); }

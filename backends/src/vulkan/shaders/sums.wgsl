@@ -1,7 +1,7 @@
-// Sums and maxima over a workgroup, for all of its threads, in an order that depends on nothing but THREADS, a power of 2 and at least 16:
-// first of every sixteenth thread, then of those. Two barriers; what threads wrote before is there for all of them behind one.
+// Sums and maxima over the first SUMMED threads of a workgroup, for all of them, in an order that depends on nothing but SUMMED, a power of 2
+// and at least 16: first of every sixteenth thread, then of those. Two barriers; what threads wrote before is there for all of them behind one.
 
-const IN_TURN: u32 = THREADS / 16u;
+const IN_TURN: u32 = SUMMED / 16u;
 
 var<workgroup> room: array<f32, THREADS>;
 var<workgroup> room_of_few: array<f32, 16>;
