@@ -431,12 +431,38 @@ impl Device {
         })
     }
 
-    /// Copies to the host and waits for it.
-    pub(crate) fn download(self: &Arc<Self>, queue: &mut Queue, from: Region, bytes: &mut [u8]) -> Result<()> {
-        self.staged(queue, bytes.len(), |queue, staging, part| {
-            let to = staging.region();
-            self.now(queue, |commands| self.copy(commands, from.after(part.start), to, part.len()))?;
-            bytes[part.clone()].copy_from_slice(&staging.bytes()[..part.len()]);
+    /// Copies to the host, one region after another, and waits for it: once, if all of it fits the staging memory.
+    pub(crate) fn download<const N: usize>(
+        self: &Arc<Self>,
+        queue: &mut Queue,
+        mut regions: [(Region, &mut [u8]); N],
+    ) -> Result<()> {
+        let all: usize = regions.iter().map(|(_, bytes)| bytes.len()).sum();
+        if all > STAGING {
+            for (from, bytes) in regions {
+                self.staged(queue, bytes.len(), |queue, staging, part| {
+                    let to = staging.region();
+                    self.now(queue, |commands| self.copy(commands, from.after(part.start), to, part.len()))?;
+                    bytes[part.clone()].copy_from_slice(&staging.bytes()[..part.len()]);
+                    Ok(())
+                })?;
+            }
+            return Ok(());
+        }
+        self.staged(queue, all, |queue, staging, _| {
+            let mut to = staging.region();
+            self.now(queue, |commands| {
+                for (from, bytes) in &regions {
+                    self.copy(commands, *from, to, bytes.len());
+                    to = to.after(bytes.len());
+                }
+            })?;
+            let mut rest = staging.bytes();
+            for (_, bytes) in &mut regions {
+                let (mine, behind) = rest.split_at(bytes.len());
+                bytes.copy_from_slice(mine);
+                rest = behind;
+            }
             Ok(())
         })
     }

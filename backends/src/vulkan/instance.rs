@@ -8,7 +8,7 @@ use moebius_ir::{NodeId, Storage, Value};
 
 use super::BACKEND;
 use super::commands::{Commands, Sets};
-use super::device::Queue;
+use super::device::{Device, Queue};
 use super::error::failed;
 use super::executable::{Addresses, Launched, Program, Work};
 use super::hazards::{Barrier, Hazards};
@@ -25,6 +25,9 @@ struct Staging {
     copied: u64,
 }
 
+/// Bytes of the note about a value that a kernel rejected: the step's number and the value.
+const RECORD: usize = 8;
+
 /// Stagings of a feed that are used in turn: the host writes into one while the copy out of another waits behind a run.
 const STAGINGS: usize = 2;
 
@@ -32,6 +35,24 @@ const STAGINGS: usize = 2;
 struct FeedStaging {
     stagings: Vec<Staging>,
     next: usize,
+    /// The staging that holds what was written since the last run, which goes to the device with the next one.
+    written: Option<usize>,
+}
+
+impl FeedStaging {
+    /// The staging to write into; what was written since the last run is overwritten.
+    fn to_write(&mut self, device: &Device) -> Result<&mut Staging> {
+        let at = match self.written {
+            Some(at) => at,
+            None => {
+                // The last copy out of this memory must be over.
+                device.wait(self.stagings[self.next].copied)?;
+                self.next
+            }
+        };
+        (self.written, self.next) = (Some(at), (at + 1) % STAGINGS);
+        Ok(&mut self.stagings[at])
+    }
 }
 
 pub(super) struct VulkanInstance {
@@ -78,7 +99,7 @@ impl VulkanInstance {
                     Ok(Staging { memory, commands: copy, copied: 0 })
                 };
                 let stagings = (0..STAGINGS).map(|_| one()).collect::<Result<_>>()?;
-                staging.insert(name.clone(), FeedStaging { stagings, next: 0 });
+                staging.insert(name.clone(), FeedStaging { stagings, next: 0, written: None });
             }
         }
         let states = vec![arena.region(); program.states.len()];
@@ -203,7 +224,7 @@ impl VulkanInstance {
     fn watch(&self, queue: &mut Queue, step: &Launched) -> Result<()> {
         for &(from, to) in &step.places.fences {
             let mut fence = vec![0; to - from];
-            self.program.device.download(queue, self.arena.region().after(from), &mut fence)?;
+            self.program.device.download(queue, [(self.arena.region().after(from), &mut fence[..])])?;
             if fence.iter().any(|&b| b != POISON) {
                 let node = self.program.plan.graph().node(step.node);
                 return Err(Error::Fence { op: node.op.name(), site: node.site.clone() });
@@ -217,11 +238,23 @@ impl VulkanInstance {
         self.addresses().of(place(&self.program.plan, &self.program.states, value))
     }
 
-    /// The error of the first value that a kernel rejected since this was last asked, if there is one.
-    fn rejected(&self, queue: &mut Queue) -> Result<()> {
+    /// Submits the copies of all feeds that were written since the last run, with `then` behind them.
+    fn bring_feeds(&mut self, queue: &mut Queue, then: Option<vk::CommandBuffer>) -> Result<()> {
+        let mut commands = Vec::with_capacity(self.staging.len() + 1);
+        commands.extend(self.staging.values().filter_map(|feed| Some(feed.stagings[feed.written?].commands)));
+        commands.extend(then);
+        let number = self.program.device.submit(queue, &commands)?;
+        for feed in self.staging.values_mut() {
+            if let Some(at) = feed.written.take() {
+                feed.stagings[at].copied = number;
+            }
+        }
+        Ok(())
+    }
+
+    /// The error of the first value that a kernel rejected since this was last asked, if there is one, as it was noted.
+    fn rejected(&self, queue: &mut Queue, record: [u8; RECORD]) -> Result<()> {
         let (device, at) = (&self.program.device, self.fault.region());
-        let mut record = [0; 8];
-        device.download(queue, at, &mut record)?;
         let [step, found] = [&record[..4], &record[4..]].map(|b| i32::from_le_bytes(b.try_into().unwrap_or_default()));
         if step == 0 {
             return Ok(());
@@ -242,14 +275,8 @@ impl Instance for VulkanInstance {
             return Err(Error::NoSuch { what: "feed", name: feed.into(), there });
         };
         check_bytes("feed", feed, graph.ty(value), bytes.len())?;
-        let mut queue = program.device.hold();
-        let FeedStaging { stagings, next } = staging;
-        let staging = &mut stagings[*next];
-        *next = (*next + 1) % STAGINGS;
-        // The last copy out of this memory must be over.
-        program.device.wait(staging.copied)?;
+        let staging = staging.to_write(&program.device)?;
         staging.memory.bytes_mut()[..bytes.len()].copy_from_slice(bytes);
-        staging.copied = program.device.submit(&mut queue, &[staging.commands])?;
         Ok(())
     }
 
@@ -259,6 +286,7 @@ impl Instance for VulkanInstance {
         let mut queue = device.hold();
         self.locate(store)?;
         if program.checks {
+            self.bring_feeds(&mut queue, None)?;
             self.run_steps(&mut queue, |_, _| Ok(true))?;
         } else {
             if !self.recorded {
@@ -266,7 +294,7 @@ impl Instance for VulkanInstance {
                 device.record(self.whole, again, |commands| self.record_all(commands, |_| false))?;
                 self.recorded = true;
             }
-            device.submit(&mut queue, &[self.whole])?;
+            self.bring_feeds(&mut queue, Some(self.whole))?;
         }
         Ok(device.validated()?)
     }
@@ -281,14 +309,16 @@ impl Instance for VulkanInstance {
             Some((_, copy)) => copy.region(),
             None => self.region(value),
         };
-        device.download(&mut queue, from, out)?;
-        self.rejected(&mut queue)
+        let mut record = [0; RECORD];
+        device.download(&mut queue, [(from, out), (self.fault.region(), &mut record)])?;
+        self.rejected(&mut queue, record)
     }
 
     fn first_non_finite(&mut self, store: &mut dyn Store) -> Result<Option<NonFinite>> {
         let program = Arc::clone(&self.program);
         let mut queue = program.device.hold();
         self.locate(store)?;
+        self.bring_feeds(&mut queue, None)?;
         let mut found = None;
         let graph = program.plan.graph();
         self.run_steps(&mut queue, |queue, step| {
@@ -296,7 +326,7 @@ impl Instance for VulkanInstance {
             let nodes = step.lead.into_iter().chain(own).chain(step.chain).map(|id| graph.node(id));
             for (node, &value) in nodes.flat_map(|node| node.results.iter().map(move |value| (node, value))) {
                 let mut bytes = vec![0; graph.ty(value).bytes()];
-                program.device.download(queue, self.region(value), &mut bytes)?;
+                program.device.download(queue, [(self.region(value), &mut bytes[..])])?;
                 if let Some(element) = non_finite(graph.ty(value).dtype, &bytes) {
                     found = Some(NonFinite::of(graph, node, value, element));
                     return Ok(false);
@@ -304,7 +334,9 @@ impl Instance for VulkanInstance {
             }
             Ok(true)
         })?;
-        self.rejected(&mut queue)?;
+        let mut record = [0; RECORD];
+        program.device.download(&mut queue, [(self.fault.region(), &mut record[..])])?;
+        self.rejected(&mut queue, record)?;
         Ok(found)
     }
 
@@ -313,6 +345,7 @@ impl Instance for VulkanInstance {
         let device = &program.device;
         let mut queue = device.hold();
         self.locate(store)?;
+        self.bring_feeds(&mut queue, None)?;
         let nodes: Vec<NodeId> = program.launches().map(|l| l.node).collect();
         let Some(tick) = device.clock else {
             // By the host's clock, which counts the waiting for each step too.

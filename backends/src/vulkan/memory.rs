@@ -262,6 +262,6 @@ impl DeviceMemory for Memory {
     }
 
     fn download(&self, device: &Arc<Device>, bytes: &mut [u8]) -> Result<()> {
-        Ok(device.download(&mut device.hold(), self.region(), bytes)?)
+        Ok(device.download(&mut device.hold(), [(self.region(), bytes)])?)
     }
 }

@@ -46,8 +46,10 @@ const CASES: [Case; 10] = [
 /// Numbers that are drawn together, in f32: a device may have no room for all weights so, nor let a kernel see them.
 const MOST_DRAWN: usize = 1 << 28;
 
-/// Runs that are timed together, and how often.
+/// Runs that are timed together, at least, and for how many seconds: reading a result back, which ends them, is then not what is timed.
 const RUNS: usize = 8;
+const ROUND_SECONDS: f64 = 0.01;
+/// How often.
 const ROUNDS: usize = 11;
 
 impl Case {
@@ -169,18 +171,18 @@ fn layer(case: &Case, dtype: DType, backward: bool) -> Result<Graph, Failure> {
 
 /// Seconds of one run: the median over rounds of some runs, which the host waits for at the end of each round.
 fn time(session: &mut Session, program: &mut Program, wait: &str) -> Result<f64, Failure> {
-    let mut times = Vec::with_capacity(ROUNDS);
-    for round in 0..=ROUNDS {
+    let mut round = |runs: usize| -> Result<f64, Failure> {
         let begun = Instant::now();
-        for _ in 0..RUNS {
+        for _ in 0..runs {
             session.run(program)?;
         }
         program.output_bytes(wait)?;
-        // The first round warms up.
-        if round > 0 {
-            times.push(begun.elapsed().as_secs_f64() / RUNS as f64);
-        }
-    }
+        Ok(begun.elapsed().as_secs_f64() / runs as f64)
+    };
+    // The first rounds warm up.
+    round(RUNS)?;
+    let runs = RUNS.max((ROUND_SECONDS / round(RUNS)?) as usize);
+    let times = (0..ROUNDS).map(|_| round(runs)).collect::<Result<Vec<f64>, Failure>>()?;
     Ok(median(times))
 }
 
