@@ -44,7 +44,7 @@ fn dtype_of_result(graph: &Graph, node: &Node, i: usize) -> DType {
 /// can do the node.
 pub(crate) fn joined(graph: &Graph, id: NodeId, limits: Limits) -> Option<NodeId> {
     if let Some(product) = shared::led(graph, id) {
-        let beside = Beside { before: Some(id), behind: joined(graph, product, limits) };
+        let beside = Beside { before: Some(id), behind: joined(graph, product, limits), ..Beside::default() };
         let apart = beside.behind.is_none_or(|chain| shared::apart(graph, id, chain));
         let does = || lower(graph, product, beside, limits).is_ok_and(|l| l.lead.is_some());
         return Some(product).filter(|_| apart && does());
