@@ -26,7 +26,7 @@ pub use error::{Error, Result};
 pub use micro::{MICRO_BATCH, MicroBatches};
 pub use program::Program;
 pub use session::{Session, StepTime};
-pub use step::{History, Optimizer, StepOptions, training_step, training_step_with};
+pub use step::{History, Optimizer, Recompute, StepOptions, training_step, training_step_with};
 pub use trainer::{MicroStep, StepReport, Trainer};
 
 /// The README's example, compiled and run as a test.

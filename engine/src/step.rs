@@ -46,11 +46,37 @@ pub struct StepOptions {
     pub optimizer: Optimizer,
     /// The micro-batches of the step, made in this very graph; `None` for one.
     pub micro_batches: Option<MicroBatches>,
-    /// Values between which the backward pass computes everything again instead of keeping it ([`passes::recompute`]); none means
-    /// that everything is kept.
-    pub borders: Vec<Value>,
+    /// What the backward pass computes again instead of keeping it.
+    pub recompute: Recompute,
     /// What is remembered of each step on the device, so that the host need not read it in every step.
     pub history: Option<History>,
+}
+
+/// What the backward pass computes again instead of keeping it from the forward pass on.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Recompute {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// Everything between these values of the graph, with the same bits ([`passes::recompute`]).
+    Between(Vec<Value>),
+    /// What is cheap ([`passes::recompute_light`]), without the outputs of experts where they can be spared
+    /// ([`passes::inner_gates`]): gradients of gates are summed in another order.
+    Light,
+}
+
+impl Recompute {
+    /// The graph with gradients in which it is so.
+    ///
+    /// # Errors
+    /// None on a verified graph.
+    pub fn apply(&self, graph: Graph) -> Result<Graph> {
+        Ok(match self {
+            Recompute::Nothing => graph,
+            Recompute::Between(borders) => passes::recompute(&graph, borders)?,
+            Recompute::Light => passes::recompute_light(&passes::inner_gates(&graph)?)?,
+        })
+    }
 }
 
 /// What is remembered on the device of the latest steps.
@@ -112,9 +138,9 @@ pub fn training_step(graph: &mut Graph, loss: Value, optimizer: &Optimizer) -> R
 /// As [`training_step`]; [`crate::Error::Graph`] also for a name that is taken: with micro-batches the graph may have no output
 /// `loss` of its own.
 pub fn training_step_with(mut graph: Graph, loss: Value, options: StepOptions) -> Result<Graph> {
-    let StepOptions { optimizer, micro_batches, borders, history } = options;
+    let StepOptions { optimizer, micro_batches, recompute, history } = options;
     add_step(&mut graph, loss, &optimizer, micro_batches, history.as_ref())?;
-    Ok(if borders.is_empty() { graph } else { passes::recompute(&graph, &borders)? })
+    recompute.apply(graph)
 }
 
 fn add_step(

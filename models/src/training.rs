@@ -29,7 +29,7 @@ use crate::metrics::{AlarmRecord, EvalRecord, MetricsWriter, Record, TrainRecord
 use crate::tokenizer::Tokenizer;
 
 pub use error::TrainingError;
-pub use memory::{largest_batch, memory, memory_of};
+pub use memory::{kept, largest_batch, memory, memory_of};
 use state::newest_intact;
 pub use step::{parts, parts_of, trainer, trainer_of};
 use teaching::{Distillation, Teaching};

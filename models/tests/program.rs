@@ -165,6 +165,11 @@ fn accumulated_steps_are_told_one_by_one_and_resume_to_the_same_bits() {
     assert_eq!(number(&plain, "accumulator_bytes"), number(&plain, "gradient_bytes"));
     assert_eq!(number(&late, "activation_bytes_without_recomputation"), number(&plain, "activation_bytes"));
     assert!(number(&late, "recomputed_flops_per_token") > 0 && number(&plain, "recomputed_flops_per_token") == 0);
+    let light = inspect(&["--set", "train.recompute=light"]);
+    assert_eq!(number(&light, "activation_bytes_without_recomputation"), number(&plain, "activation_bytes"));
+    assert_eq!(number(&light, "recomputed_flops_per_token"), 0);
+    let kept = [&late, &light, &plain].map(|told| number(told, "kept_bytes"));
+    assert!(kept.is_sorted() && kept[0] < kept[1] && kept[1] < kept[2], "{kept:?}");
 }
 
 /// A run whose moments are kept in fewer bits goes on after it was cut, and refuses to do so with others.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use moebius::{Engine, Error, History, StepOptions, Trainer};
+use moebius::{Engine, Error, History, Recompute, StepOptions, Trainer};
 use moebius_backends::cuda::Cuda;
 use moebius_models::config::Config;
 use moebius_models::gpt;
@@ -37,7 +37,7 @@ fn steps_are_graph_launches_and_one_wait() {
         let training = gpt::training_accumulated(&config.model, 1, count).unwrap();
         let options = StepOptions {
             micro_batches: training.micro_batches,
-            borders: if recomputes { training.borders } else { Vec::new() },
+            recompute: if recomputes { Recompute::Between(training.borders) } else { Recompute::Nothing },
             history: Some(History { steps: STEPS as usize, outputs: vec!["lm_loss".into()] }),
             ..StepOptions::default()
         };

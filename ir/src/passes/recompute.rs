@@ -1,12 +1,13 @@
-//! Recomputation: the backward pass computes again what lies between two border values, instead of keeping it from the forward
-//! pass on (Chen and others, arXiv 1604.06174, with the borders given).
+//! Recomputation: the backward pass computes values again instead of keeping them from the forward pass on: all that lies between
+//! two border values (Chen and others, arXiv 1604.06174, with the borders given), or what is cheap.
 //!
-//! Not one of [`super::optimise`]'s passes: it trades time for memory, and only the caller knows the borders. It runs before them.
+//! Not among [`super::optimise`]'s passes: it trades time for memory, and only the caller knows the borders. It runs before them.
 //! Every copy reads what is kept through [`crate::ops::After`] with a cotangent as trigger. So no copy is a common subexpression of
 //! its original, none is fused with it, and none can run before the backward pass has come to its segment.
 
 use std::collections::{BTreeSet, HashMap};
 
+use super::least::{base, least_kept};
 use crate::error::Result;
 use crate::graph::{Graph, Node, NodeId, Value};
 use crate::ops::Op;
@@ -21,7 +22,21 @@ const BACKWARD: &str = "backward";
 /// # Errors
 /// None on a verified graph.
 pub fn recompute(graph: &Graph, borders: &[Value]) -> Result<Graph> {
-    let segments = Segments::of(graph, borders);
+    copied(graph, Segments::between(graph, borders))
+}
+
+/// The graph in which the backward pass computes again what is cheap, where less has to be kept for it: elementwise chains, casts,
+/// broadcasts, dispatched rows. Results of products, attention, norms, routers and reductions are kept, if they are read. Values keep their
+/// bits, as by [`recompute`]. [`super::kept_for_backward`] says what is left.
+///
+/// # Errors
+/// None on a verified graph.
+pub fn recompute_light(graph: &Graph) -> Result<Graph> {
+    copied(graph, Segments::light(graph))
+}
+
+/// The graph in which backward nodes read copies of what `segments` does not keep.
+fn copied(graph: &Graph, segments: Segments) -> Result<Graph> {
     let mut copies = Copies { graph, segments, copy: HashMap::new(), kept: HashMap::new(), trigger: HashMap::new() };
     let mut out = Graph::new();
     let mut map: Vec<Option<Value>> = vec![None; graph.value_count()];
@@ -49,8 +64,32 @@ pub fn recompute(graph: &Graph, borders: &[Value]) -> Result<Graph> {
 }
 
 /// Whether [`crate::gradients`] made a node.
-fn is_emitted(node: &Node) -> bool {
+pub(super) fn is_emitted(node: &Node) -> bool {
     node.scope.split('/').next() == Some(BACKWARD)
+}
+
+/// For each node whether it belongs to the backward pass or comes from it.
+pub(super) fn backward_nodes(graph: &Graph) -> Vec<bool> {
+    let mut backward = vec![false; graph.nodes().len()];
+    for (id, node) in graph.nodes_with_ids() {
+        let comes = || node.operands.iter().any(|v| backward[graph.producer(*v).index()]);
+        backward[id.index()] = is_emitted(node) || comes();
+    }
+    backward
+}
+
+/// For each value whether it is there in any case: an input, or what depends on constants alone and costs nothing to keep.
+fn lasting(graph: &Graph) -> Vec<bool> {
+    let mut constant = vec![false; graph.value_count()];
+    let mut lasting = vec![false; graph.value_count()];
+    for node in graph.nodes() {
+        let input = node.op.as_input().is_some();
+        let folds = !input && node.operands.iter().all(|v| constant[v.index()]);
+        for r in &node.results {
+            (constant[r.index()], lasting[r.index()]) = (folds, folds || input);
+        }
+    }
+    lasting
 }
 
 /// Which values are kept, and between which borders the others lie.
@@ -64,35 +103,37 @@ struct Segments {
 }
 
 impl Segments {
-    fn of(graph: &Graph, borders: &[Value]) -> Segments {
+    fn between(graph: &Graph, borders: &[Value]) -> Segments {
         let mut is_border = vec![false; graph.value_count()];
         borders.iter().for_each(|v| is_border[v.index()] = true);
-        let mut backward = vec![false; graph.nodes().len()];
+        let (backward, lasting) = (backward_nodes(graph), lasting(graph));
         let mut number = vec![0; graph.value_count()];
-        // What depends on constants alone costs nothing to keep.
-        let mut constant = vec![false; graph.value_count()];
-        for (id, node) in graph.nodes_with_ids() {
-            backward[id.index()] =
-                is_emitted(node) || node.operands.iter().any(|v| backward[graph.producer(*v).index()]);
+        for node in graph.nodes() {
             let after = |v: &Value| number[v.index()] + usize::from(is_border[v.index()]);
             let of_node = node.operands.iter().map(after).max().unwrap_or(0);
-            let folds = node.op.as_input().is_none() && node.operands.iter().all(|v| constant[v.index()]);
-            for r in &node.results {
-                (number[r.index()], constant[r.index()]) = (of_node, folds);
-            }
+            node.results.iter().for_each(|r| number[r.index()] = of_node);
         }
         let last = borders.iter().map(|v| number[v.index()] + 1).max().unwrap_or(0);
         let keeps = |v: Value| {
-            let producer = graph.producer(v);
-            let input = graph.node(producer).op.as_input().is_some();
-            input
-                || backward[producer.index()]
-                || is_border[v.index()]
-                || constant[v.index()]
-                || number[v.index()] >= last
+            let i = v.index();
+            lasting[i] || backward[graph.producer(v).index()] || is_border[i] || number[i] >= last
         };
         let fixed = graph.values().map(keeps).collect();
         Segments { backward, number, fixed }
+    }
+
+    /// One segment, of which the fewest bytes are kept from which the rest is cheap.
+    fn light(graph: &Graph) -> Segments {
+        let backward = backward_nodes(graph);
+        let mut free = lasting(graph);
+        graph.values().for_each(|v| free[v.index()] |= backward[graph.producer(v).index()]);
+        let ends = graph.outputs().iter().map(|(_, v)| *v).chain(graph.updates().iter().map(|u| u.new));
+        ends.for_each(|v| free[base(graph, v).index()] = true);
+        let mut read = vec![false; graph.value_count()];
+        let emitted = graph.nodes().iter().filter(|node| is_emitted(node));
+        emitted.flat_map(|node| &node.operands).for_each(|v| read[v.index()] = true);
+        let fixed = least_kept(graph, &free, &read);
+        Segments { backward, number: vec![0; graph.value_count()], fixed }
     }
 }
 
@@ -168,7 +209,10 @@ impl Copies<'_> {
 mod tests {
     use super::*;
     use crate::plan::{Fences, Plan};
+    use crate::reference::{self, Precision};
+    use crate::tensor::Tensor;
     use crate::types::TensorType;
+    use crate::verify::{Stage, verify};
     use crate::{gradients, passes};
 
     /// Blocks of some ops on a large value; returns the loss graph with gradients, and the borders.
@@ -214,6 +258,39 @@ mod tests {
         // Every block once more: no copy fell together with its original.
         assert_eq!(count(&late, "softmax"), 2 * count(&plain, "softmax"));
         assert!(count(&late, "matmul") > count(&plain, "matmul"));
+    }
+
+    #[test]
+    fn what_is_cheap_is_computed_again_and_no_product_is() {
+        let (plain, _) = chain(8);
+        let light = recompute_light(&plain).unwrap();
+        assert!(arena(&light) < arena(&plain), "{} of {}", arena(&light), arena(&plain));
+        for op in ["matmul", "softmax"] {
+            assert_eq!(count(&light, op), count(&plain, op), "{op}");
+        }
+        let kept = |g: &Graph| passes::kept_for_backward(&passes::optimise(g).unwrap()).bytes;
+        // Of each block its first product and its softmax, what the first one reads, and every other sum: one is the last and
+        // a softmax, but no chain of them is added up again. No result of a GELU.
+        let value = 64 * 32 * 4;
+        assert_eq!(kept(&light), (8 * 2 + 1 + 8 / 2) * value, "{} values", kept(&light) / value);
+        assert!(kept(&plain) > kept(&light) + 8 * value, "{} values", kept(&plain) / value);
+    }
+
+    #[test]
+    fn what_is_computed_again_has_the_same_bits() {
+        let (plain, borders) = chain(3);
+        let wave = |(name, v): &(String, Value)| {
+            let ty = plain.ty(*v).clone();
+            let data = (0..ty.elements()).map(|i| (i as f64 * 0.7 + name.len() as f64).sin()).collect();
+            (name.clone(), Tensor::new(ty, data).rounded())
+        };
+        let inputs: HashMap<String, Tensor> = plain.inputs().iter().map(wave).collect();
+        let norm = |g: &Graph| {
+            verify(g, Stage::Built).unwrap();
+            reference::run(g, &inputs, Precision::Rounded).unwrap().output(g, "norm").unwrap().data[0].to_bits()
+        };
+        let wanted = norm(&plain);
+        assert_eq!([norm(&recompute(&plain, &borders).unwrap()), norm(&recompute_light(&plain).unwrap())], [wanted; 2]);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use moebius_ir::Shape;
 
-use super::{ComputeDtype, Config, Moments, Norm, Side};
+use super::{ComputeDtype, Config, Moments, Norm, Recompute, Side};
 use crate::gpt::Parameter;
 
 /// Parameters of one layer. H width, K width of all key heads, F inner width, E experts.
@@ -61,7 +61,7 @@ pub struct Flops {
     pub attention: u64,
     /// Both: the arithmetic of the model, without what is computed twice.
     pub total: u64,
-    /// What the backward pass computes again with `train.recompute`: the forward pass of all blocks but the last. 0 without.
+    /// What the backward pass computes again with `train.recompute = true`: the forward pass of all blocks but the last. Else 0.
     pub recomputed: u64,
 }
 
@@ -163,7 +163,11 @@ impl Config {
         let attention = narrow(of_block * m.layers as u128);
         // All blocks but the last: what came before it, without the output matrix.
         let again = 2 * (before - m.vocab as u128 * s.h) + of_block / 3 * (m.layers as u128).saturating_sub(1);
-        let recomputed = if self.train.recompute { narrow(again) } else { 0 };
+        let recomputed = match self.train.recompute {
+            Recompute::Blocks => narrow(again),
+            // No products.
+            Recompute::Nothing | Recompute::Light => 0,
+        };
         Flops { matmul, attention, total: matmul.saturating_add(attention), recomputed }
     }
 

@@ -9,6 +9,7 @@ mod error;
 mod families;
 pub(crate) mod limits;
 mod presets;
+mod recompute;
 mod router;
 mod schedule;
 #[cfg(test)]
@@ -26,6 +27,7 @@ pub use self::{
     count::{Bytes, Flops, LayerCount, ParameterCount},
     error::{ConfigError, UnknownKey, Violation},
     families::Family,
+    recompute::Recompute,
     router::{
         ApplyTo, BalanceOf, CapacityRule, GroupScore, Noise, Normalise, Order, RouterTable, Routing, Score, Side,
     },
@@ -136,9 +138,10 @@ pub struct TrainConfig {
     /// Micro-batches in a step. The gradient of a step is the mean of theirs.
     #[serde(default = "default::accumulate")]
     pub accumulate: usize,
-    /// Whether the backward pass computes the inside of each block again instead of keeping it from the forward pass on.
+    /// What the backward pass computes again instead of keeping it from the forward pass on: `false`, `true` (the inside of each
+    /// block) or `"light"` (what costs little).
     #[serde(default)]
-    pub recompute: bool,
+    pub recompute: Recompute,
     /// Length of the run in steps.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub steps: Option<u64>,

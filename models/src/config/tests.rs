@@ -156,6 +156,20 @@ fn operations_and_bytes() {
     let refused = narrow.set("train.moments=f16").unwrap_err().to_string();
     assert!(Moments::ALL.iter().all(|m| refused.contains(&format!("`{m}`"))), "{refused}");
     assert_eq!((config.tokens_per_step(), config.total_steps()), (6, 5));
+    // Only what computes products again costs operations.
+    for (text, recompute, recomputed) in
+        [("false", Recompute::Nothing, false), ("true", Recompute::Blocks, true), ("light", Recompute::Light, false)]
+    {
+        let mut again = preset("tiny-pr-moe");
+        again.set(&format!("train.recompute={text}")).unwrap();
+        assert_eq!((again.train.recompute, text.parse()), (recompute, Ok(recompute)));
+        assert_eq!(again.flops_per_token().recomputed > 0, recomputed);
+        assert_eq!(Config::from_toml(&again.to_toml().unwrap(), "test").unwrap(), again);
+    }
+    for wrong in ["train.recompute=lite", "train.recompute=1"] {
+        let refused = narrow.set(wrong).unwrap_err().to_string();
+        assert!(refused.contains("expected true, false or \"light\""), "{refused}");
+    }
     // Experts cost parameters, not operations, apart from the router.
     let mut more = config.clone();
     more.set("model.experts=[30]").unwrap();

@@ -1,5 +1,6 @@
 //! What a run takes of a device's memory, known before it starts.
 
+use moebius::ir::passes::{Kept, kept_for_backward, optimise};
 use moebius::{Engine, Memory, training_step_with};
 
 use crate::config::Config;
@@ -20,6 +21,15 @@ pub fn memory(engine: &Engine, config: &Config) -> moebius::Result<Memory> {
 pub fn memory_of(engine: &Engine, config: &Config, lesson: Option<&Distilling<'_>>) -> moebius::Result<Memory> {
     let (graph, loss, options) = super::step::parts_of(config, lesson)?;
     engine.training_memory(&training_step_with(graph, loss, options)?)
+}
+
+/// What a training step of this configuration keeps from the forward pass for the backward pass, of each of its micro-batches.
+///
+/// # Errors
+/// As [`crate::gpt::training`].
+pub fn kept(config: &Config) -> moebius::Result<Kept> {
+    let (graph, loss, options) = super::step::parts(config)?;
+    Ok(kept_for_backward(&optimise(&training_step_with(graph, loss, options)?)?))
 }
 
 /// The largest batch up to the configuration's of which a training step takes at most `free` bytes; 0 if there is none.

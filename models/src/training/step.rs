@@ -5,7 +5,7 @@ use moebius::{Engine, History, Optimizer, Session, StepOptions, Trainer};
 
 use super::TrainingError;
 use super::memory::largest_batch_of;
-use crate::config::Config;
+use crate::config::{Config, Recompute};
 use crate::gpt::{self, Distilling};
 
 /// Most steps between two looks of the host: what the device remembers has to be read with each of them.
@@ -50,10 +50,15 @@ pub fn parts_of(config: &Config, lesson: Option<&Distilling<'_>>) -> moebius::Re
     };
     let steps = train.log_every.clamp(1, MOST_REMEMBERED) as usize;
     let history = History { steps, outputs: remembered.iter().map(|&name| name.to_owned()).collect() };
+    let recompute = match train.recompute {
+        Recompute::Nothing => moebius::Recompute::Nothing,
+        Recompute::Blocks => moebius::Recompute::Between(training.borders),
+        Recompute::Light => moebius::Recompute::Light,
+    };
     let options = StepOptions {
         optimizer: config.optimizer(),
         micro_batches: training.micro_batches,
-        borders: if train.recompute { training.borders } else { Vec::new() },
+        recompute,
         history: Some(history),
     };
     Ok((training.graph, training.loss, options))

@@ -29,6 +29,9 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
     for setting in &args.set {
         config.set(setting)?;
     }
+    if let Some(recompute) = args.recompute {
+        config.train.recompute = recompute;
+    }
     config.validate()?;
     if args.explain {
         return layer::explain(args);

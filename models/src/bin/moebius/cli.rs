@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, Parser, Subcommand};
-use moebius_models::config::Moments;
+use moebius_models::config::{Moments, Recompute};
 
 /// Train, evaluate and sample sparse-expert language models (PR-MoE) on any machine.
 #[derive(Parser)]
@@ -93,9 +93,10 @@ pub(crate) struct TrainArgs {
     /// Micro-batches in a step: the gradient is the mean of theirs, and memory is taken for one [default: the preset's]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub(crate) accumulate: Option<usize>,
-    /// Compute the inside of each block again in the backward pass instead of keeping it: less memory, more time
-    #[arg(long)]
-    pub(crate) recompute: bool,
+    /// Compute the inside of each block again in the backward pass instead of keeping it: less memory, more time; or only what costs
+    /// little (`light`) [default: the preset's]
+    #[arg(long, value_name = "WHAT", num_args = 0..=1, default_missing_value = "true")]
+    pub(crate) recompute: Option<Recompute>,
     /// How the optimizer keeps its moments: f32, or rounded stochastically in bf16 (half the memory) or 8bit (a quarter) [default: the
     /// preset's]
     #[arg(long, value_name = "KIND")]
@@ -340,6 +341,9 @@ pub(crate) struct BenchArgs {
     /// Print the time of every op of the plan too
     #[arg(long)]
     pub(crate) profile: bool,
+    /// Of `step`, `distill` and `layer`: what the backward pass computes again, as in `train`; of `layer` only `light`
+    #[arg(long, value_name = "WHAT", num_args = 0..=1, default_missing_value = "true")]
+    pub(crate) recompute: Option<Recompute>,
     /// Change one setting, as in `--set train.batch=8`
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,

@@ -1,7 +1,7 @@
 //! `moebius inspect`: what a model is and what it takes, without allocating it.
 
 use moebius::Engine;
-use moebius_models::config::{Config, Moments};
+use moebius_models::config::{Config, Moments, Recompute};
 use moebius_models::training;
 use serde_json::json;
 
@@ -34,11 +34,12 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
     let engine = Engine::open(&args.device)?;
     let memory = training::memory(&engine, &config)?;
     let activations = memory.arena;
-    let (accumulate, recomputes) = (config.train.accumulate, config.train.recompute);
+    let kept = training::kept(&config)?;
+    let (accumulate, recomputes) = (config.train.accumulate, config.train.recompute != Recompute::Nothing);
     // What the device would have to hold without it.
-    let kept = if recomputes {
+    let arena_without = if recomputes {
         let mut keeps = config.clone();
-        keeps.train.recompute = false;
+        keeps.train.recompute = Recompute::Nothing;
         training::memory(&engine, &keeps)?.arena
     } else {
         activations
@@ -77,7 +78,10 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
             "accumulate": accumulate,
             "accumulator_bytes": accumulators,
             "activation_bytes": activations,
-            "activation_bytes_without_recomputation": kept,
+            "activation_bytes_without_recomputation": arena_without,
+            "recompute": config.train.recompute,
+            "kept_bytes": kept.bytes,
+            "kept_index_bytes": kept.index_bytes,
             "device": engine.name(),
             "peak_bytes": memory.total(),
             "free_bytes": free,
@@ -158,9 +162,14 @@ pub(crate) fn run(args: &InspectArgs) -> Result<(), Failure> {
             text::bytes(activations as f64)
         );
     }
+    println!(
+        "  kept for the backward pass {}, and {} of indices",
+        text::bytes(kept.bytes as f64),
+        text::bytes(kept.index_bytes as f64)
+    );
     if recomputes {
-        let share = activations as f64 / kept as f64;
-        println!("  arena without recomputation {} (now {:.0} % of it)", text::bytes(kept as f64), 100.0 * share);
+        let share = 100.0 * activations as f64 / arena_without as f64;
+        println!("  arena without recomputation {} (now {share:.0} % of it)", text::bytes(arena_without as f64));
     }
     let total = text::bytes(memory.total() as f64);
     print!("  on {:<9} {total:>10}", engine.name());

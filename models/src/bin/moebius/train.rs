@@ -238,7 +238,9 @@ pub(crate) fn configuration(args: &TrainArgs, out: &Path, other: Option<Config>)
     if let Some(count) = args.accumulate {
         config.train.accumulate = count;
     }
-    config.train.recompute |= args.recompute;
+    if let Some(recompute) = args.recompute {
+        config.train.recompute = recompute;
+    }
     if let Some(moments) = args.moments {
         config.train.moments = moments;
     }

@@ -4,8 +4,10 @@
 use std::time::Instant;
 
 use moebius::ir::ops::{Balance, Distribution, Order, ReduceFn};
+use moebius::ir::passes::{Kept, kept_for_backward};
 use moebius::ir::{DType, Graph, TensorType, Value, gradients};
 use moebius::{Engine, Program, Session};
+use moebius_models::config::Recompute;
 use moebius_models::timed::median;
 use serde_json::{Value as Json, json};
 
@@ -119,8 +121,30 @@ fn fill(session: &mut Session, case: &Case, dtype: DType, routing: Routing) -> R
     Ok(session.run(&mut program)?)
 }
 
-/// Forward alone, or with all gradients for the cotangent `dy`.
-fn layer(case: &Case, dtype: DType, backward: bool) -> Result<Graph, Failure> {
+/// What is measured of a layer.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Passes {
+    Forward,
+    /// With all gradients for the cotangent `dy`.
+    Both,
+    /// The same, computing again what is cheap.
+    Light,
+}
+
+/// The passes with gradients that the command line asks for.
+fn both(args: &BenchArgs) -> Result<Passes, Failure> {
+    match args.recompute {
+        None | Some(Recompute::Nothing) => Ok(Passes::Both),
+        Some(Recompute::Light) => Ok(Passes::Light),
+        Some(Recompute::Blocks) => {
+            let why = "bench layer: wanted --recompute light, found true: one layer has no blocks to compute again";
+            Err(Failure::Usage(why.into()))
+        }
+    }
+}
+
+/// One layer.
+fn layer(case: &Case, dtype: DType, passes: Passes) -> Result<Graph, Failure> {
     let (t, d, h, e) = (case.tokens, case.width, case.hidden, case.experts);
     let mut g = Graph::new();
     let x = g.state("x", TensorType::new(dtype, [t, d]))?;
@@ -155,7 +179,7 @@ fn layer(case: &Case, dtype: DType, backward: bool) -> Result<Graph, Failure> {
     let y = g.combine(rows, slot_choice, choice_slot, Some(gates))?;
     g.output("y", y)?;
     g.output("offsets", offsets)?;
-    if backward {
+    if passes != Passes::Forward {
         let dy = g.state("dy", TensorType::new(dtype, [t, d]))?;
         // The sum is no output, so that only its gradient, which is dy, is computed.
         let product = g.mul(y, dy)?;
@@ -166,7 +190,15 @@ fn layer(case: &Case, dtype: DType, backward: bool) -> Result<Graph, Failure> {
             g.output(format!("d.{name}"), grad)?;
         }
     }
-    Ok(g)
+    let recompute = if passes == Passes::Light { moebius::Recompute::Light } else { moebius::Recompute::Nothing };
+    Ok(recompute.apply(g)?)
+}
+
+/// What the forward pass of an optimised graph keeps for the backward pass, with the tokens: they are a state here only because
+/// they are drawn on the device.
+fn kept(graph: &Graph, case: &Case, dtype: DType) -> Kept {
+    let kept = kept_for_backward(graph);
+    Kept { bytes: kept.bytes + (case.tokens * case.width * dtype.bytes()) as u64, ..kept }
 }
 
 /// Seconds of one run: the median over rounds of some runs, which the host waits for at the end of each round.
@@ -234,11 +266,12 @@ pub(crate) fn explain(args: &BenchArgs) -> Result<(), Failure> {
     }
     let case = case_of(args);
     // Decoding has no gradients.
-    let passes = if case.name.starts_with('E') { &[false][..] } else { &[false, true] };
+    let both = both(args)?;
+    let passes = if case.name.starts_with('E') { &[Passes::Forward][..] } else { &[Passes::Forward, both] };
     let mut explained = Vec::with_capacity(passes.len());
-    for &backward in passes {
-        let (of, lines) = Engine::explain(&args.device, &layer(case, DType::Bf16, backward)?)?;
-        explained.push((of, if backward { "forward and backward" } else { "forward" }, lines));
+    for &passes in passes {
+        let (of, lines) = Engine::explain(&args.device, &layer(case, DType::Bf16, passes)?)?;
+        explained.push((of, if passes == Passes::Forward { "forward" } else { "forward and backward" }, lines));
     }
     if args.json {
         let object =
@@ -254,12 +287,12 @@ pub(crate) fn explain(args: &BenchArgs) -> Result<(), Failure> {
 }
 
 pub(crate) fn measure(args: &BenchArgs, engine: &Engine) -> Result<Json, Failure> {
-    let case = case_of(args);
+    let (case, passes) = (case_of(args), both(args)?);
     let dtype = if engine.name() == "cpu" { DType::F32 } else { DType::Bf16 };
     let (flop_rate, byte_rate) = limits(engine, dtype)?;
     let mut session = engine.session();
     fill(&mut session, case, dtype, args.routing)?;
-    let mut forward = session.compile(&layer(case, dtype, false)?)?;
+    let mut forward = session.compile(&layer(case, dtype, Passes::Forward)?)?;
     let forward_s = time(&mut session, &mut forward, "offsets")?;
     let offsets: Vec<i32> = forward.output("offsets")?;
     let counts: Vec<i32> = offsets.windows(2).map(|w| w[1] - w[0]).collect();
@@ -288,7 +321,7 @@ pub(crate) fn measure(args: &BenchArgs, engine: &Engine) -> Result<Json, Failure
     });
     // Decoding has no gradients.
     if !case.name.starts_with('E') {
-        let mut both = session.compile(&layer(case, dtype, true)?)?;
+        let mut both = session.compile(&layer(case, dtype, passes)?)?;
         let seconds = time(&mut session, &mut both, "offsets")?;
         let floor_both = floor(3.0, 3.0 * weights + 5.0 * tokens);
         let Json::Object(map) = &mut result else { unreachable!("an object") };
@@ -297,6 +330,10 @@ pub(crate) fn measure(args: &BenchArgs, engine: &Engine) -> Result<Json, Failure
         map.insert("both_floor_ms".into(), (floor_both * 1e3).into());
         map.insert("both_of_floor".into(), (floor_both / seconds).into());
         map.insert("both_arena_bytes".into(), both.plan().arena_bytes().into());
+        let kept = kept(both.plan().graph(), case, dtype);
+        map.insert("recompute".into(), json!(args.recompute.unwrap_or_default()));
+        map.insert("kept_bytes".into(), kept.bytes.into());
+        map.insert("kept_index_bytes".into(), kept.index_bytes.into());
         if args.profile {
             super::print_profile(&session.profile(&mut both, 3)?);
         }
@@ -331,5 +368,55 @@ pub(crate) fn print(result: &Json) {
             number(&format!("{key}_floor_ms")),
             100.0 * number(&format!("{key}_of_floor"))
         );
+    }
+    if result["kept_bytes"].is_u64() {
+        println!(
+            "kept from the forward pass for the backward pass: {}, and {} of indices",
+            text::bytes(number("kept_bytes")),
+            text::bytes(number("kept_index_bytes"))
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use moebius::ir::passes::optimise;
+
+    use super::*;
+
+    /// What the inputs and the first products of the experts take (SonicMoE, arXiv 2512.14080), and what its router adds: logits,
+    /// gates and their sums.
+    fn bound(case: &Case) -> (u64, u64) {
+        let Case { tokens: t, width: h, hidden: i, experts: e, k, .. } = *case;
+        let products = if case.gated { 2 } else { 1 };
+        ((2 * t * (h + products * k * i)) as u64, (4 * t * (e + k + 1)) as u64)
+    }
+
+    fn kept_of(case: &Case, passes: Passes) -> Kept {
+        kept(&optimise(&layer(case, DType::Bf16, passes).unwrap()).unwrap(), case, DType::Bf16)
+    }
+
+    #[test]
+    fn a_light_layer_keeps_its_tokens_and_the_first_products_alone() {
+        for case in CASES.iter().filter(|case| !case.name.starts_with('E')) {
+            let (bound, of_router) = bound(case);
+            let kept = kept_of(case, Passes::Light);
+            assert!(kept.bytes <= bound + of_router, "{}: {} of {bound} + {of_router}", case.name, kept.bytes);
+            let of_choices = (4 * case.tokens * case.k) as u64;
+            assert!(kept.index_bytes <= 4 * of_choices + 4096, "{}: {} of indices", case.name, kept.index_bytes);
+        }
+    }
+
+    #[test]
+    fn case_d_keeps_neither_dispatched_rows_nor_outputs() {
+        let [case] = CASES.iter().filter(|case| case.name == "D").collect::<Vec<_>>()[..] else { unreachable!() };
+        let (plain, light) = (kept_of(case, Passes::Both), kept_of(case, Passes::Light));
+        let (bound, of_router) = bound(case);
+        assert_eq!(light.bytes, bound + of_router);
+        assert!(100 * of_router < bound, "{of_router} of {bound}");
+        // Without, the dispatched rows and the outputs are kept, but no first products: with a cotangent that does not depend on
+        // the output, the activation and its gradient are one chain.
+        let rows = 2 * case.tokens * case.k * case.width;
+        assert!(plain.bytes >= 2 * rows as u64, "{plain:?}");
     }
 }
