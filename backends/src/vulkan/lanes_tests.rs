@@ -1,6 +1,7 @@
 //! Kernels whose lanes exchange values, run by the interpreter, against plain loops in f64; and against the same kernels on a device whose
 //! lanes exchange through memory.
 
+use moebius_ir::ops::Balance;
 use moebius_ir::{DType, Fences, Graph, TensorType, Value, passes};
 
 use super::cooperative_tests::{bytes, floats, numbers};
@@ -225,6 +226,27 @@ fn rows_that_are_made_for_a_product_are_right() {
             let feeds = [(feeds[0].0.clone(), rows, None), feeds[3].clone()];
             let apart = run(&feeds, limits, false, |g, x| Ok(vec![g.matmul(x[0], x[1])?]));
             assert_eq!(both[0], apart[0], "{dtype} {layer}");
+        }
+    }
+}
+
+/// A router's tokens, whose lanes find ties among the experts: the choices are the same however lanes exchange, the rest is as near.
+#[test]
+fn routes_are_the_same() {
+    for (n, experts, k) in [(1, 32, 1), (5, 40, 2), (3, 6, 3)] {
+        let feeds = [feed(DType::F32, &[n, experts], 1)];
+        let of = |g: &mut Graph, x: &[Value]| Ok(g.route(x[0], k, Balance::AllChoices)?.to_vec());
+        let [lanes, apart] = [CARD, APART].map(|limits| run(&feeds, limits, false, of));
+        assert_eq!(lanes[1], apart[1], "{experts} experts");
+        for (lanes, apart) in lanes.iter().zip(apart) {
+            close(lanes, &apart.iter().map(|&x| f64::from(x)).collect::<Vec<_>>(), 1e-6);
+        }
+        for (t, row) in feeds[0].1.chunks(experts).enumerate() {
+            // The largest first, of equal ones the lowest.
+            let mut best: Vec<usize> = (0..experts).collect();
+            best.sort_by(|&a, &b| row[b].total_cmp(&row[a]).then(a.cmp(&b)));
+            let chosen: Vec<usize> = lanes[1][t * k..][..k].iter().map(|&e| e.to_bits() as usize).collect();
+            assert_eq!(chosen, best[..k], "token {t} of {experts} experts");
         }
     }
 }

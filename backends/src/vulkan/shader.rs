@@ -115,6 +115,8 @@ texts! {
     "route_grad",
     "route_totals",
     "router",
+    "router_apart",
+    "router_lanes",
     "row_sums",
     "segment_sum",
     "softmax",

@@ -72,6 +72,7 @@ impl Shares {
             Score::SparseMixer { jitter_eps } => (4, 2.0 * jitter_eps as f32),
         };
         Shader::file(limits, name, self.lanes * self.tokens)
+            .with(if limits.shuffles { "router_lanes" } else { "router_apart" })
             .with("router")
             .constant("LANES", self.lanes)
             .constant("TOKENS", self.tokens)

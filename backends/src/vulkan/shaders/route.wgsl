@@ -6,8 +6,6 @@ const GROUP_SCORES: u32 = max(GROUPS, 1u);
 const ALL_SCORES: u32 = TOKENS * GROUP_SCORES;
 
 var<workgroup> scores: array<f32, ALL_SCORES>;
-var<workgroup> room_of_places: array<u32, THREADS>;
-var<workgroup> room_of_few_places: array<u32, THREADS>;
 
 // Chosen, or in a group that is left out: bit i is the lane's i-th expert. What the choice goes by for those.
 var<private> closed: u32;
@@ -37,33 +35,7 @@ fn best_open_of_lanes(thread: u32) -> u32 {
             at = expert(i);
         }
     }
-    room[thread] = best;
-    room_of_places[thread] = at;
-    workgroupBarrier();
-    if (lane < FEW) {
-        for (var i = 1u; i < IN_TURN; i++) {
-            let r = room[thread + i * FEW];
-            let e = room_of_places[thread + i * FEW];
-            if (r > best || (r == best && e < at)) {
-                best = r;
-                at = e;
-            }
-        }
-        room_of_few[thread] = best;
-        room_of_few_places[thread] = at;
-    }
-    workgroupBarrier();
-    best = room_of_few[first];
-    at = room_of_few_places[first];
-    for (var i = 1u; i < FEW; i++) {
-        let r = room_of_few[first + i];
-        let e = room_of_few_places[first + i];
-        if (r > best || (r == best && e < at)) {
-            best = r;
-            at = e;
-        }
-    }
-    return at;
+    return best_of_lanes(thread, best, at);
 }
 // Closes every expert outside of the best groups.
 fn close_groups_by_lanes(noisy: bool) {

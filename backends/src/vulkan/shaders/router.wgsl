@@ -2,16 +2,13 @@
 // them; a workgroup has TOKENS tokens at a time. The order of a sum depends on the number of experts alone. SCORE: 0 softmax, 1 sigmoid,
 // 2 square root of softplus, 3 identity, 4 SparseMixer, the last with `jitter()`, twice its epsilon.
 //
-// What is named after lanes is called by all threads of a workgroup at once.
+// What is named after lanes is called by all threads of a workgroup at once. Sums, maxima and the best over a token's lanes are in
+// router_lanes.wgsl or router_apart.wgsl.
 
 const NORMALISED: bool = SCORE == 1u || SCORE == 2u;
 const TINY: f32 = 1.17549435e-38f;
-// Lanes are added up in two steps.
-const FEW: u32 = max(LANES / 4u, 1u);
-const IN_TURN: u32 = LANES / FEW;
 
 var<workgroup> room: array<f32, THREADS>;
-var<workgroup> room_of_few: array<f32, THREADS>;
 var<workgroup> room_of_counts: array<i32, THREADS>;
 
 var<private> lane: u32;
@@ -27,33 +24,6 @@ fn logit(e: u32) -> f32 { return get_logits(row + e); }
 fn expert(i: u32) -> u32 { return i * LANES + lane; }
 fn has(i: u32) -> bool { return i * LANES + lane < p.experts; }
 
-fn lanes_sum(thread: u32, x: f32) -> f32 {
-    room[thread] = x;
-    workgroupBarrier();
-    if (lane < FEW) {
-        var some = room[thread];
-        for (var i = 1u; i < IN_TURN; i++) { some += room[thread + i * FEW]; }
-        room_of_few[thread] = some;
-    }
-    workgroupBarrier();
-    var sum = room_of_few[first];
-    for (var i = 1u; i < FEW; i++) { sum += room_of_few[first + i]; }
-    return sum;
-}
-// The largest; NaN if any is.
-fn lanes_max(thread: u32, x: f32) -> f32 {
-    room[thread] = x;
-    workgroupBarrier();
-    if (lane < FEW) {
-        var some = room[thread];
-        for (var i = 1u; i < IN_TURN; i++) { some = max_nan(some, room[thread + i * FEW]); }
-        room_of_few[thread] = some;
-    }
-    workgroupBarrier();
-    var most = room_of_few[first];
-    for (var i = 1u; i < FEW; i++) { most = max_nan(most, room_of_few[first + i]); }
-    return most;
-}
 // Over the same lane of all tokens of the workgroup.
 fn tokens_sum_of_lanes(thread: u32, x: f32) -> f32 {
     room[thread] = x;
