@@ -191,7 +191,7 @@ fn layer(graph: &Graph, readers: &[Vec<NodeId>], ends: &[bool], id: NodeId, gate
         parts.extend(readers[rows.index()].iter().map(|r| part_of(r, rows)).collect::<Option<Vec<_>>>()?);
         let has_inner = parts.iter().any(|(_, part)| matches!(part, Part::Inner));
         let fits = node.operands[..3] == [d, slot_choice, choice_slot] && has_inner;
-        fits.then(|| Layer { product: [a, w, offsets], transpose: op.transpose, parts })
+        fits.then_some(Layer { product: [a, w, offsets], transpose: op.transpose, parts })
     })
 }
 
