@@ -41,7 +41,7 @@ struct FeedStaging {
 
 impl FeedStaging {
     /// The staging to write into; what was written since the last run is overwritten.
-    fn to_write(&mut self, device: &Device) -> Result<&mut Staging> {
+    fn for_writing(&mut self, device: &Device) -> Result<&mut Staging> {
         let at = match self.written {
             Some(at) => at,
             None => {
@@ -275,7 +275,7 @@ impl Instance for VulkanInstance {
             return Err(Error::NoSuch { what: "feed", name: feed.into(), there });
         };
         check_bytes("feed", feed, graph.ty(value), bytes.len())?;
-        let staging = staging.to_write(&program.device)?;
+        let staging = staging.for_writing(&program.device)?;
         staging.memory.bytes_mut()[..bytes.len()].copy_from_slice(bytes);
         Ok(())
     }
