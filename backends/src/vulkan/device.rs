@@ -74,11 +74,15 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The first family of queues that computes.
+/// The family of queues to compute on: the first that does not draw, whose runs begin sooner on some devices, or else the first that
+/// computes.
 fn family(loader: &Loader, physical: vk::PhysicalDevice) -> Option<(u32, u32)> {
     // SAFETY: a device of this instance.
     let families = unsafe { loader.instance.get_physical_device_queue_family_properties(physical) };
-    let at = families.iter().position(|f| f.queue_flags.contains(vk::QueueFlags::COMPUTE))?;
+    let can = |f: &vk::QueueFamilyProperties, what| f.queue_flags.contains(what);
+    let computes = |f: &vk::QueueFamilyProperties| can(f, vk::QueueFlags::COMPUTE);
+    let alone = families.iter().position(|f| computes(f) && !can(f, vk::QueueFlags::GRAPHICS));
+    let at = alone.or_else(|| families.iter().position(computes))?;
     Some((at as u32, families[at].timestamp_valid_bits))
 }
 

@@ -349,6 +349,7 @@ impl<'a> Lane<'a> {
             1 => Ok(self.module.zero(w[0])),
             12 => match w[3] {
                 4 => Ok(Value::Word(self.float(w[4])?.abs().to_bits())),
+                29 => Ok(Value::Word(self.float(w[4])?.exp2().to_bits())),
                 31 => Ok(Value::Word(self.float(w[4])?.sqrt().to_bits())),
                 38 => each(&[self.value(w[4])?, self.value(w[5])?], &|of| of[0].min(of[1])),
                 41 => each(&[self.value(w[4])?, self.value(w[5])?], &|of| of[0].max(of[1])),
