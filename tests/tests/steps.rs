@@ -252,7 +252,7 @@ fn light_recomputation_has_the_same_gradients_and_keeps_less() {
             Run::with(config.clone(), 16, count, how, None)
         };
         let (mut plain, mut light) = (make(false), make(true));
-        let [(arena, kept), (light_arena, light_kept)] = [&plain, &light].map(|run| {
+        let [(arena, kept), (light_arena, light_kept)] = [&mut plain, &mut light].map(|run| {
             let plan = run.trainer.program().plan();
             (plan.arena_bytes(), passes::kept_for_backward(plan.graph()))
         });
