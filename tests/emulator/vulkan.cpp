@@ -71,6 +71,7 @@ static void (*memory2)(void*, Memory2*);
 static Result (*allocate)(void*, const Allocation*, const void*, uint64_t*);
 static Result (*submit)(void*, uint32_t, const void*, uint64_t);
 static Result (*wait)(void*, const void*, uint64_t);
+static Result (*idle)(void*);
 
 static std::atomic<uint64_t> allocated, submitted;
 static bool lost() { return submitted >= setting("MOEBIUS_VULKAN_LOST", UINT64_MAX); }
@@ -111,8 +112,12 @@ static Result allocate_memory(void* device, const Allocation* info, const void* 
 }
 static Result queue_submit(void* queue, uint32_t count, const void* infos, uint64_t fence) {
     submitted++;
-    return lost() ? DEVICE_LOST : submit(queue, count, infos, fence);
+    if (!lost()) return submit(queue, count, infos, fence);
+    // A device that is lost runs nothing any more: its memory may be freed.
+    idle(queue);
+    return DEVICE_LOST;
 }
+static Result queue_wait_idle(void* queue) { return lost() ? DEVICE_LOST : idle(queue); }
 static Result wait_semaphores(void* device, const void* info, uint64_t timeout) {
     return lost() ? DEVICE_LOST : wait(device, info, timeout);
 }
@@ -136,6 +141,7 @@ static Function ours(const char* name, Function real) {
     OURS("vkGetPhysicalDeviceMemoryProperties2", memory2, get_memory2)
     OURS("vkAllocateMemory", allocate, allocate_memory)
     OURS("vkQueueSubmit", submit, queue_submit)
+    OURS("vkQueueWaitIdle", idle, queue_wait_idle)
     OURS("vkWaitSemaphores", wait, wait_semaphores)
 #undef OURS
     return real;
