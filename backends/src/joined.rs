@@ -47,6 +47,12 @@ impl Beside {
     pub(crate) fn nodes(self) -> impl Iterator<Item = NodeId> {
         [self.behind, self.before, self.twin, self.behind_twin].into_iter().flatten()
     }
+
+    /// Which of all operands, and of all results, is the first of `node` beside node `id`.
+    pub(crate) fn first(self, graph: &Graph, id: NodeId, node: NodeId) -> [usize; 2] {
+        let ahead = || [id].into_iter().chain(self.nodes().take_while(|n| *n != node)).map(|id| graph.node(id));
+        [ahead().map(|n| n.operands.len()).sum(), ahead().map(|n| n.results.len()).sum()]
+    }
 }
 
 /// Whether a node that another is joined onto is done by that one.

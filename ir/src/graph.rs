@@ -121,6 +121,14 @@ impl Graph {
         self.values[value.index()].node
     }
 
+    /// The value whose storage a value has: through all aliases, such as reshapes.
+    pub fn alias_base(&self, mut value: Value) -> Value {
+        while self.node(self.producer(value)).op.is_alias() {
+            value = self.node(self.producer(value)).operands[0];
+        }
+        value
+    }
+
     /// Inputs with their names, in the order they were made.
     pub fn inputs(&self) -> &[(String, Value)] {
         &self.inputs

@@ -378,7 +378,7 @@ fn order(graph: &Graph, mut joined: Vec<Option<NodeId>>) -> Result<(Vec<NodeId>,
         for &(result, operand) in node.op.in_place() {
             let overwritten = node.operands[operand];
             let refuse = || Error::Overwrite { op: node.op.name(), operand, site: node.site.clone() };
-            let base = alias_base(graph, overwritten);
+            let base = graph.alias_base(overwritten);
             let feed = graph.input_of(base).is_some_and(|i| i.role == Role::Feed);
             if feed || matches!(graph.node(graph.producer(base)).op, Op::Constant(_)) {
                 return Err(refuse());
@@ -468,13 +468,6 @@ fn order(graph: &Graph, mut joined: Vec<Option<NodeId>>) -> Result<(Vec<NodeId>,
 /// The nodes of a node's group that come before it, the nearest first, where `onto` says which node each is joined onto.
 fn before(onto: &[Option<NodeId>], node: NodeId) -> impl Iterator<Item = NodeId> {
     std::iter::successors(onto[node.index()], |n| onto[n.index()])
-}
-
-fn alias_base(graph: &Graph, mut value: Value) -> Value {
-    while graph.node(graph.producer(value)).op.is_alias() {
-        value = graph.node(graph.producer(value)).operands[0];
-    }
-    value
 }
 
 /// For each value, the value whose storage it shares (itself if it has its own).

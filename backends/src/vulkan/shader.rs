@@ -98,6 +98,7 @@ texts! {
     "norm_grad",
     "norm_grad_eight",
     "norm_of_parts",
+    "norm_row",
     "norm_rows",
     "norm_weights",
     "norm_weights_finish",

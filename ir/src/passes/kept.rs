@@ -1,6 +1,5 @@
 //! What the forward pass leaves to the backward pass, in bytes.
 
-use super::least::base;
 use super::recompute::{backward_nodes, is_emitted};
 use crate::graph::Graph;
 use crate::ops::{Op, Role};
@@ -22,7 +21,7 @@ pub fn kept_for_backward(graph: &Graph) -> Kept {
     let mut counted = vec![false; graph.value_count()];
     let mut kept = Kept::default();
     for node in graph.nodes().iter().filter(|node| is_emitted(node)) {
-        for value in node.operands.iter().map(|&v| base(graph, v)) {
+        for value in node.operands.iter().map(|&v| graph.alias_base(v)) {
             let producer = graph.producer(value);
             let op = &graph.node(producer).op;
             let stays = op.as_input().is_some_and(|input| input.role != Role::Feed) || matches!(op, Op::Constant(_));

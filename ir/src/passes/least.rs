@@ -14,7 +14,7 @@ const ENDLESS: u128 = u128::MAX / 2;
 /// For each value whether it is kept, as `read` says which the backward pass reads. Those of `free` are there in any case.
 pub(super) fn least_kept(graph: &Graph, free: &[bool], read: &[bool]) -> Vec<bool> {
     // Values that share storage are one.
-    let base: Vec<Value> = graph.values().map(|v| base(graph, v)).collect();
+    let base: Vec<Value> = graph.values().map(|v| graph.alias_base(v)).collect();
     let is_free = |v: Value| free[base[v.index()].index()];
     let cheap = cheap_nodes(graph, &base, &is_free);
     let mut net = Net::new(2 * graph.value_count() + 2);
@@ -40,14 +40,6 @@ pub(super) fn least_kept(graph: &Graph, free: &[bool], read: &[bool]) -> Vec<boo
     net.fill(source, sink);
     let again = net.drains(sink);
     graph.values().map(|v| is_free(v) || !again[before(base[v.index()])]).collect()
-}
-
-/// The value whose storage `value` has.
-pub(super) fn base(graph: &Graph, mut value: Value) -> Value {
-    while graph.node(graph.producer(value)).op.is_alias() {
-        value = graph.node(graph.producer(value)).operands[0];
-    }
-    value
 }
 
 /// For each node whether it costs little more than to read its operands and to write its only result, and needs no chain

@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use super::least::{base, least_kept};
+use super::least::least_kept;
 use crate::error::Result;
 use crate::graph::{Graph, Node, NodeId, Value};
 use crate::ops::Op;
@@ -128,7 +128,7 @@ impl Segments {
         let mut free = lasting(graph);
         graph.values().for_each(|v| free[v.index()] |= backward[graph.producer(v).index()]);
         let ends = graph.outputs().iter().map(|(_, v)| *v).chain(graph.updates().iter().map(|u| u.new));
-        ends.for_each(|v| free[base(graph, v).index()] = true);
+        ends.for_each(|v| free[graph.alias_base(v).index()] = true);
         let mut read = vec![false; graph.value_count()];
         let emitted = graph.nodes().iter().filter(|node| is_emitted(node));
         emitted.flat_map(|node| &node.operands).for_each(|v| read[v.index()] = true);

@@ -2,9 +2,6 @@
 
 #define THREADS NORM_THREADS
 #define FINISH_THREADS 1024
-/// Rows that a block of the gradient goes through, and those of them that it takes at once, as registers allow.
-#define CHUNK 16
-#define AT_ONCE (PER_LANE * PIECES > 8 ? 1 : 4)
 
 KERNEL layer_norm(const T* x, const float* gamma, const float* beta, int d, float eps, T* y, float* mean, float* rstd) {
     begin();
@@ -32,63 +29,43 @@ KERNEL rms_norm(const T* x, const float* gamma, int d, float eps, T* y, float* r
 }
 
 /// dx of layer_norm, and the sums over a chunk of rows that dgamma and dbeta are made of; of rms_norm where mean is null. A block
-/// goes through the CHUNK rows of its chunk, AT_ONCE at a time; a thread has the same columns of each.
-KERNEL norm_grad(const T* x, const float* gamma, const float* mean, const float* rstd, const T* dy, int rows, int d, T* dx,
-                 float* partial_gamma, float* partial_beta) {
+/// goes through the rows of its chunk; a thread has the same columns of each.
+KERNEL norm_grad(const T* x, const float* gamma, const float* mean, const float* rstd, const T* dy, int rows, int d, int chunk,
+                 T* dx, float* partial_gamma, float* partial_beta) {
     begin();
-    // The sums of two turns have their own memory, so that one barrier for each turn is enough.
-    __shared__ float2 room[2][AT_ONCE][THREADS / 32], of_row[CHUNK];
-    int from = blockIdx.x * CHUNK, to = min(from + CHUNK, rows);
+    // Two rows' sums take turns, so that one barrier for each row is enough.
+    __shared__ float2 room[2][THREADS / 32];
+    int from = blockIdx.x * chunk, to = min(from + chunk, rows);
     Vector<float, PER_LANE> weights[PIECES];
     EACH_PIECE(i, at) weights[i] = load_vector<PER_LANE>(gamma + at);
     float of_gamma[PIECES][PER_LANE] = {}, of_beta[PIECES][PER_LANE] = {};
-    Part<T> next_x[AT_ONCE], next_dy[AT_ONCE];
-    // Those behind the last row are the last row's, and not used.
-    auto load_next = [&](int row0) {
-#pragma unroll
-        for (int u = 0; u < AT_ONCE; u++) {
-            i64 next = (i64)min(row0 + u, to - 1) * d;
-            next_x[u] = Part<T>(x + next, d), next_dy[u] = Part<T>(dy + next, d);
+    Part<T> next_x(x + (i64)from * d, d), next_dy(dy + (i64)from * d, d);
+    for (int row = from; row < to; row++) {
+        Part<T> own = next_x, cotangent = next_dy;
+        // The next row is on its way meanwhile.
+        i64 next = (i64)min(row + 1, to - 1) * d;
+        next_x = Part<T>(x + next, d), next_dy = Part<T>(dy + next, d);
+        float m = mean ? mean[row] : 0.0f, r = rstd[row], sum_g = 0.0f, sum_gh = 0.0f;
+        EACH_PIECE(i, at) EACH_OF(j) {
+            float h = (to_float(own.pieces[i].at[j]) - m) * r, of_y = to_float(cotangent.pieces[i].at[j]);
+            float g = __fmul_rn(of_y, weights[i].at[j]);
+            sum_g += g, sum_gh += g * h;
+            of_gamma[i][j] += of_y * h, of_beta[i][j] += of_y;
         }
-    };
-    load_next(from);
-    for (int row = from + threadIdx.x; row < to; row += THREADS) of_row[row - from] = make_float2(mean ? mean[row] : 0.0f, rstd[row]);
-    __syncthreads();
-    for (int row0 = from, turn = 0; row0 < to; row0 += AT_ONCE, turn ^= 1) {
-        Part<T> own[AT_ONCE], cotangent[AT_ONCE];
-#pragma unroll
-        for (int u = 0; u < AT_ONCE; u++) own[u] = next_x[u], cotangent[u] = next_dy[u];
-        // The next rows are on their way meanwhile.
-        load_next(row0 + AT_ONCE);
-#pragma unroll
-        for (int u = 0; u < AT_ONCE; u++) {
-            if (row0 + u >= to) continue;
-            float m = of_row[row0 + u - from].x, r = of_row[row0 + u - from].y, sum_g = 0.0f, sum_gh = 0.0f;
-            EACH_PIECE(i, at) EACH_OF(j) {
-                float h = (to_float(own[u].pieces[i].at[j]) - m) * r, of_y = to_float(cotangent[u].pieces[i].at[j]);
-                float g = __fmul_rn(of_y, weights[i].at[j]);
-                sum_g += g, sum_gh += g * h;
-                of_gamma[i][j] += of_y * h, of_beta[i][j] += of_y;
-            }
-            sum_g = warp_sum(sum_g), sum_gh = warp_sum(sum_gh);
-            if (threadIdx.x % 32 == 0) room[turn][u][threadIdx.x / 32] = make_float2(sum_g, sum_gh);
-        }
+        sum_g = warp_sum(sum_g), sum_gh = warp_sum(sum_gh);
+        float2* sums = room[row % 2];
+        if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = make_float2(sum_g, sum_gh);
         __syncthreads();
+        float mean_g = 0.0f, mean_gh = 0.0f;
 #pragma unroll
-        for (int u = 0; u < AT_ONCE; u++) {
-            if (row0 + u >= to) continue;
-            float m = of_row[row0 + u - from].x, r = of_row[row0 + u - from].y, mean_g = 0.0f, mean_gh = 0.0f;
-#pragma unroll
-            for (int w = 0; w < THREADS / 32; w++) mean_g += room[turn][u][w].x, mean_gh += room[turn][u][w].y;
-            mean_g = mean ? mean_g / (float)d : 0.0f, mean_gh /= (float)d;
-            EACH_PIECE(i, at) {
-                EACH_OF(j) {
-                    float h = (to_float(own[u].pieces[i].at[j]) - m) * r;
-                    float g = __fmul_rn(to_float(cotangent[u].pieces[i].at[j]), weights[i].at[j]);
-                    own[u].pieces[i].at[j] = from_float<T>(r * (g - mean_g - h * mean_gh));
-                }
-                store_vector<PER_LANE>(dx + (i64)(row0 + u) * d + at, own[u].pieces[i]);
+        for (int w = 0; w < THREADS / 32; w++) mean_g += sums[w].x, mean_gh += sums[w].y;
+        mean_g = mean ? mean_g / (float)d : 0.0f, mean_gh /= (float)d;
+        EACH_PIECE(i, at) {
+            EACH_OF(j) {
+                float h = (to_float(own.pieces[i].at[j]) - m) * r, g = __fmul_rn(to_float(cotangent.pieces[i].at[j]), weights[i].at[j]);
+                own.pieces[i].at[j] = from_float<T>(r * (g - mean_g - h * mean_gh));
             }
+            store_vector<PER_LANE>(dx + (i64)row * d + at, own.pieces[i]);
         }
     }
     EACH_PIECE(i, at) EACH_OF(j) {

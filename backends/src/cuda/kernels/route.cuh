@@ -16,6 +16,12 @@ struct Desk {
     float group[GROUPS > 0 ? GROUPS : 1];
 };
 
+/// Before the first token of a block of WARPS warps.
+__device__ __forceinline__ void clear(Desk& desk, int (&counts)[2][EXPERTS]) {
+    for (int e = threadIdx.x; e < EXPERTS; e += 32 * WARPS) counts[0][e] = counts[1][e] = 0;
+    EACH_EXPERT(e) desk.p_sum[e] = 0.0f;
+}
+
 /// The lowest expert with the largest rank among those that are not closed; the same in every lane.
 __device__ __forceinline__ int best_open(const Desk& desk) {
     float best = -INF_F;

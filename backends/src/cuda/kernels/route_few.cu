@@ -14,8 +14,7 @@ KERNEL route_few(const float* all_logits, const float* bias, const float* all_no
     __shared__ float gates[CHOICES], room[WARPS], sums[WARPS][2];
     int warp = threadIdx.x / 32;
     Desk& desk = desks[warp];
-    for (int e = threadIdx.x; e < EXPERTS; e += THREADS) counts[0][e] = counts[1][e] = 0;
-    EACH_EXPERT(e) desk.p_sum[e] = 0.0f;
+    clear(desk, counts);
     Given from{all_logits, bias, all_noise, used, given};
     Found found{0.0f, 0.0f};
     __syncthreads();

@@ -3,22 +3,14 @@
 
 use moebius_ir::{Graph, Node, Role, Value};
 
-/// The value whose storage a value is.
-fn stored(graph: &Graph, mut value: Value) -> Value {
-    while graph.node(graph.producer(value)).op.is_alias() {
-        value = graph.node(graph.producer(value)).operands[0];
-    }
-    value
-}
-
 /// The operands that a node works over.
 fn overwritten<'a>(graph: &'a Graph, node: &'a Node) -> impl Iterator<Item = Value> + 'a {
-    node.op.in_place().iter().map(|&(_, operand)| stored(graph, node.operands[operand]))
+    node.op.in_place().iter().map(|&(_, operand)| graph.alias_base(node.operands[operand]))
 }
 
 /// Whether a run leaves a tensor as it found it: a feed, or a parameter or state that no update or op of the graph writes.
 pub(super) fn stays(graph: &Graph, value: Value) -> bool {
-    let tensor = stored(graph, value);
+    let tensor = graph.alias_base(value);
     let is_updated = graph.updates().iter().any(|update| update.state == tensor);
     let is_written = || graph.nodes().iter().any(|node| overwritten(graph, node).any(|v| v == tensor));
     graph.input_of(tensor).is_some() && !is_updated && !is_written()
@@ -28,7 +20,7 @@ pub(super) fn stays(graph: &Graph, value: Value) -> bool {
 pub(super) fn alone_writes(graph: &Graph, node: &Node) -> bool {
     let own: Vec<Value> = overwritten(graph, node).collect();
     let is_state = |v: &Value| graph.input_of(*v).is_some_and(|input| input.role != Role::Feed);
-    let by_this = |v: Value| node.results.contains(&stored(graph, v));
+    let by_this = |v: Value| node.results.contains(&graph.alias_base(v));
     let updated_by_this = |v: &Value| graph.updates().iter().all(|update| update.state != *v || by_this(update.new));
     let writes = |other: &Node| overwritten(graph, other).any(|v| own.contains(&v) || node.results.contains(&v));
     let others = graph.nodes().iter().filter(|other| other.results != node.results);

@@ -1,7 +1,7 @@
 //! What makes the rows of a product in its kernel: the norm or the dispatch right before it. lead.cuh has the
 //! kernel's side of it.
 
-use moebius_ir::{DType, Graph, Node, NodeId, Op};
+use moebius_ir::{DType, Graph, NodeId, Op};
 
 use super::{dtype, int, per_lane};
 use crate::cuda::launch::{Arg, Joint};
@@ -42,11 +42,7 @@ impl Lead {
     /// Of sizes that kernels cannot count.
     pub(super) fn new(graph: &Graph, id: NodeId, beside: Beside) -> Result<Option<Lead>, String> {
         let Some(before) = beside.before else { return Ok(None) };
-        let (product, node) = (graph.node(id), graph.node(before));
-        let chain = beside.behind.map(|chain| graph.node(chain));
-        // Its operands and results follow those of the product and the chain.
-        let behind = |of: fn(&Node) -> usize| of(product) + chain.map_or(0, of);
-        let (operands, results) = (behind(|n| n.operands.len()), behind(|n| n.results.len()));
+        let (node, [operands, results]) = (graph.node(before), beside.first(graph, id, before));
         let (operand, dtype) = (|i| Arg::Operand(operands + i), dtype(graph, node, 0));
         if matches!(node.op, Op::Dispatch(_)) {
             let choice_slot = graph.ty(node.operands[2]);

@@ -9,7 +9,7 @@ use crate::cuda::source::{NORM, Source, VECTORS};
 const TEXT: &str = include_str!("../kernels/norm.cu");
 const SOFTMAX: &str = include_str!("../kernels/softmax.cu");
 const THREADS: usize = 128;
-/// Rows that a block of the gradient goes through, as in the kernel.
+/// Rows that a block of the gradient goes through.
 const CHUNK: usize = 16;
 /// Threads of a block that joins their sums, as in the kernel.
 const FINISH_THREADS: u32 = 1024;
@@ -76,7 +76,7 @@ fn lower_grad(graph: &Graph, node: &Node, mean: Option<usize>, rstd: usize, dy: 
     let beta = if has_mean { scratch.take(4 * chunks * d) } else { Arg::Null };
     let dbeta = if has_mean { Arg::Result(2) } else { Arg::Null };
     let operands = [Arg::Operand(0), Arg::Operand(1), mean, rstd, dy];
-    let sizes = [Arg::I32(rows as i32), width.clone()];
+    let sizes = [Arg::I32(rows as i32), width.clone(), Arg::I32(CHUNK as i32)];
     let of_rows = [&operands[..], &sizes, &[Arg::Result(0), gamma.clone(), beta.clone()]].concat();
     let of_chunks = vec![gamma, beta, Arg::I32(int(chunks, "chunks")?), width, Arg::Result(1), dbeta];
     let actions = vec![

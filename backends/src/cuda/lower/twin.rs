@@ -43,11 +43,7 @@ impl Twin {
         if !alike || bias(product, 3) != bias(node, 2) {
             return Ok(None);
         }
-        // Its operands and results follow those of the others.
-        let others =
-            || [id].into_iter().chain([beside.behind, beside.before].into_iter().flatten()).map(|id| graph.node(id));
-        let (operands, results) =
-            (others().map(|n| n.operands.len()).sum::<usize>(), others().map(|n| n.results.len()).sum::<usize>());
+        let [operands, results] = beside.first(graph, id, twin);
         let behind = |arg: Arg| {
             if let Arg::Operand(i) = arg {
                 Arg::Operand(operands + i)

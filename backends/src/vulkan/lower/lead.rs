@@ -33,9 +33,8 @@ pub(super) struct Lead {
 impl Lead {
     /// The node before the product `id`, if there is one.
     pub(super) fn new(graph: &Graph, id: NodeId, beside: Beside) -> Option<Lead> {
-        let node = graph.node(beside.before?);
-        let before = || [id].into_iter().chain(beside.behind).map(|id| graph.node(id));
-        let first = [before().map(|n| n.operands.len()).sum(), before().map(|n| n.results.len()).sum()];
+        let before = beside.before?;
+        let (node, first) = (graph.node(before), beside.first(graph, id, before));
         let dtypes: Vec<DType> = (0..node.operands.len()).map(|i| dtype(graph, node, i)).collect();
         let width = || graph.ty(node.operands[0]).shape.last();
         let making = if let Op::LayerNorm(op) = &node.op {

@@ -46,7 +46,7 @@ fn threads(d: usize) -> usize {
 /// A kernel with `normalise(nth, thread)` for such rows: a layer norm or a root-mean-square norm.
 pub(super) fn row(shader: Shader, layer: bool, d: usize) -> Shader {
     let threads = threads(d);
-    let shader = shader.sums_of(threads).with(if layer { "layer_norm_row" } else { "rms_norm_row" });
+    let shader = shader.sums_of(threads).with("norm_row").with(if layer { "layer_norm_row" } else { "rms_norm_row" });
     shader.constant("WIDTH", d).constant("NORMED", threads).constant("OWN", (d / 8).div_ceil(threads))
 }
 

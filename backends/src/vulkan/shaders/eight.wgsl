@@ -40,3 +40,8 @@ fn low_of_eight(v: Eight) -> vec4<u32> {
 fn high_of_eight(v: Eight) -> vec4<u32> {
     return bitcast<vec4<u32>>(vec4<f32>(v.even.z, v.odd.z, v.even.w, v.odd.w));
 }
+// The sum of all eight.
+fn sum_of(v: Eight) -> f32 {
+    let four = v.even + v.odd;
+    return (four.x + four.y) + (four.z + four.w);
+}

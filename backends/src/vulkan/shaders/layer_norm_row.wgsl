@@ -2,13 +2,6 @@
 // is read is asked for before the first sum. `leave_normed(nth, i, v)` gets eight elements from i on, `leave_statistics(nth, mean, rstd)`
 // the others.
 
-fn sum_of(v: Eight) -> f32 {
-    let four = v.even + v.odd;
-    return (four.x + four.y) + (four.z + four.w);
-}
-// The first of a thread's elements; WIDTH where there are none.
-fn own_at(o: u32, thread: u32) -> u32 { return select(WIDTH, (o * NORMED + thread) * 8u, thread < NORMED); }
-
 fn normalise(nth: u32, thread: u32) {
     var x: array<Eight, OWN>;
     var scale: array<Eight, OWN>;

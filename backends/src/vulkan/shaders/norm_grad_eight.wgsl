@@ -1,10 +1,5 @@
 // What norm_grad.wgsl says, of rows of a multiple of eight elements: a thread keeps up to OWN times eight of them.
 
-fn sum_of(v: Eight) -> f32 {
-    let four = v.even + v.odd;
-    return (four.x + four.y) + (four.z + four.w);
-}
-
 fn kernel(group: u32, thread: u32) {
     let row = group * p.d;
     let m = get_mean(select(0u, group, HAS_MEAN));

@@ -2,9 +2,6 @@
 // it. All that is read is asked for before the first sum. `leave_normed(nth, i, v)` gets eight elements from i on,
 // `leave_statistics(nth, mean, rstd)` the other one; there is no mean.
 
-// The first of a thread's elements; WIDTH where there are none.
-fn own_at(o: u32, thread: u32) -> u32 { return select(WIDTH, (o * NORMED + thread) * 8u, thread < NORMED); }
-
 fn normalise(nth: u32, thread: u32) {
     var x: array<Eight, OWN>;
     var scale: array<Eight, OWN>;
@@ -18,8 +15,7 @@ fn normalise(nth: u32, thread: u32) {
     var squares = 0.0f;
     for (var o = 0u; o < OWN; o++) {
         if (own_at(o, thread) < WIDTH) {
-            let four = x[o].even * x[o].even + x[o].odd * x[o].odd;
-            squares += (four.x + four.y) + (four.z + four.w);
+            squares += sum_of(Eight(x[o].even * x[o].even, x[o].odd * x[o].odd));
         }
     }
     let r = 1.0f / sqrt(block_sum(thread, squares) / f32(WIDTH) + p.eps);
