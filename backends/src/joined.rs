@@ -1,6 +1,6 @@
 //! Which nodes run together with the matrix product beside them: fused chains behind it, part by part, while the part is in a near
 //! cache; and on GPUs, where rows are few and a kernel more costs more than its work, norms and dispatches before it. There a chain is
-//! also joined onto a combine, and an assign onto a route.
+//! also joined onto a combine, an assign onto a route, and the norm of a gradient onto the product that makes it.
 
 use moebius_ir::{Graph, NodeId, Op, Value};
 #[cfg(any(feature = "cuda", feature = "vulkan"))]
@@ -20,7 +20,7 @@ const MOST_CHOICES: usize = 64;
 pub(crate) struct Beside {
     /// The norm or dispatch right before it, as [`led`] says.
     pub(crate) before: Option<NodeId>,
-    /// The chain or assign right behind it, as [`follower`] says.
+    /// The chain, assign or norm right behind it, as [`follower`] says.
     pub(crate) behind: Option<NodeId>,
     /// The product of another branch, as [`twin`] says, and the chain behind that.
     pub(crate) twin: Option<NodeId>,
@@ -41,6 +41,21 @@ impl Beside {
         let behind = next.filter(|next| !is_product(next));
         let twin = plan.joined(behind.unwrap_or(id)).filter(is_product);
         Some(Beside { before, behind, twin, behind_twin: twin.and_then(|twin| plan.joined(twin)) })
+    }
+
+    /// Bytes of scratch memory in a node's step: what it needs `by_itself`, or as it is `lowered` with others beside it, or none if it is
+    /// done with another.
+    pub(crate) fn scratch(
+        plan: &Plan,
+        id: NodeId,
+        by_itself: &[usize],
+        lowered: &dyn Fn(&Graph, NodeId, Beside) -> usize,
+    ) -> usize {
+        match Beside::of(plan, id) {
+            None => 0,
+            Some(beside) if beside == Beside::default() => by_itself[id.index()],
+            Some(beside) => lowered(plan.graph(), id, beside),
+        }
     }
 
     /// The nodes, in the order of their operands and results behind those of the node itself.
@@ -130,12 +145,19 @@ pub(crate) fn apart(graph: &Graph, lead: NodeId, chain: NodeId) -> bool {
     !graph.node(chain).operands.iter().any(|&v| made.contains(&base(graph, v)))
 }
 
-/// The node to run with the one before it: the chain behind a product or a combine, or of a route of few tokens the assign.
+/// The node to run with the one before it: the chain behind a product or a combine, of a route of few tokens the assign, or the norm of the
+/// gradient of experts' weights.
 #[cfg(any(feature = "cuda", feature = "vulkan"))]
 pub(crate) fn follower(graph: &Graph, id: NodeId) -> Option<NodeId> {
     let node = graph.node(id);
     if matches!(node.op, Op::Combine(_)) {
         return chain_behind(graph, id);
+    }
+    if matches!(node.op, Op::ExpertMatmulWgrad(_)) {
+        let gradient = node.results[0];
+        let norm = |node: &Node| matches!(node.op, Op::GlobalNorm(_)) && node.operands.len() == 1;
+        let of_this = |node: &Node| base(graph, node.operands[0]) == gradient;
+        return graph.nodes_with_ids().find(|(_, node)| norm(node) && of_this(node)).map(|(id, _)| id);
     }
     if !matches!(node.op, Op::Route(_)) {
         return joined(graph, id);

@@ -2,7 +2,7 @@
 
 use moebius_ir::moments::stream;
 use moebius_ir::ops::{Adamw, AdamwState, CompareFn};
-use moebius_ir::{DType, Graph, Moments, Role, TensorType, Value, gradients, passes};
+use moebius_ir::{DType, Graph, Moments, Op, Role, TensorType, Value, gradients, passes};
 
 use crate::copies;
 use crate::error::Result;
@@ -171,7 +171,8 @@ fn add_step(
             }
         }
         let share = micro.as_ref().map_or(1.0, |micro| 1.0 / micro.count() as f64);
-        let norm = g.global_norm(&grads)?;
+        let parts = parts_of_norm(g, &grads)?;
+        let norm = g.global_norm(&parts)?;
         let norm = g.mul_scalar(norm, share)?;
         let one = g.scalar(1.0)?;
         let scale = if optimizer.clip > 0.0 {
@@ -234,6 +235,16 @@ fn add_step(
         }
         micro.map_or(Ok(()), |micro| micro.keep(g))
     })
+}
+
+/// What the norm of all gradients is taken of: of experts' weights, which are most of a sparse model, the norm of each, which a backend
+/// may take where it makes the gradient; the others as they are.
+fn parts_of_norm(g: &mut Graph, grads: &[Value]) -> Result<Vec<Value>> {
+    let part = |&grad: &Value| {
+        let made = g.producer(g.alias_base(grad));
+        if let Op::ExpertMatmulWgrad(_) = g.node(made).op { Ok(g.global_norm(&[grad])?) } else { Ok(grad) }
+    };
+    grads.iter().map(part).collect()
 }
 
 /// Whether all of some bool scalars hold.

@@ -104,12 +104,13 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Plans `graph`. `scratch` gives the bytes of scratch memory a backend's kernel for a node needs.
+    /// Plans `graph`. `scratch` gives the bytes of scratch memory that a backend's kernels need in a node's step; it is given the plan as far
+    /// as order and what is joined.
     ///
     /// # Errors
     /// [`Error::Overwrite`] if an op works in place on something that must be read later; [`Error::Update`] if the old value
     /// of an updated state is also an output or the new value of another state; [`Error::TooLarge`] if no memory has the size.
-    pub fn new(graph: Graph, scratch: &dyn Fn(&Graph, NodeId) -> usize, fences: Fences) -> Result<Plan> {
+    pub fn new(graph: Graph, scratch: &dyn Fn(&Plan, NodeId) -> usize, fences: Fences) -> Result<Plan> {
         Plan::with_joined(graph, scratch, &|_, _| None, fences)
     }
 
@@ -123,7 +124,7 @@ impl Plan {
     /// As [`Plan::new`].
     pub fn with_joined(
         graph: Graph,
-        scratch: &dyn Fn(&Graph, NodeId) -> usize,
+        scratch: &dyn Fn(&Plan, NodeId) -> usize,
         join: &dyn Fn(&Graph, NodeId) -> Option<NodeId>,
         fences: Fences,
     ) -> Result<Plan> {
@@ -136,7 +137,7 @@ impl Plan {
     /// As [`Plan::new`].
     pub fn with_reuse(
         graph: Graph,
-        scratch: &dyn Fn(&Graph, NodeId) -> usize,
+        scratch: &dyn Fn(&Plan, NodeId) -> usize,
         join: &dyn Fn(&Graph, NodeId) -> Option<NodeId>,
         fences: Fences,
         reuse: Reuse,
@@ -150,7 +151,7 @@ impl Plan {
             let op = &graph.node(node).op;
             let runs = !matches!(op, Op::Input(_) | Op::Constant(_)) && !op.is_alias();
             if runs {
-                steps.push(Step::Run { node, scratch: 0, scratch_bytes: scratch(&graph, node) });
+                steps.push(Step::Run { node, scratch: 0, scratch_bytes: 0 });
             }
         }
         let mut onto = vec![None; joined.len()];
@@ -174,6 +175,16 @@ impl Plan {
         }
         let (storage, lifetimes) = (Vec::new(), Vec::new());
         let mut plan = Plan { graph, steps, joined, onto, storage, lifetimes, arena_bytes: 0, fences };
+        let needs: Vec<usize> = plan
+            .steps
+            .iter()
+            .map(|step| if let Step::Run { node, .. } = *step { scratch(&plan, node) } else { 0 })
+            .collect();
+        for (step, needed) in plan.steps.iter_mut().zip(needs) {
+            if let Step::Run { scratch_bytes, .. } = step {
+                *scratch_bytes = needed;
+            }
+        }
         plan.place(&roots, &step_of, reuse)?;
         Ok(plan)
     }

@@ -141,9 +141,11 @@ impl Cuda {
 
 /// The plan of a graph on such a GPU.
 fn planned(graph: Graph, chip: Chip, fences: Fences) -> Result<Plan> {
-    let scratch: Vec<usize> = launches(&graph, chip, &alone)?.iter().map(|l| l.scratch).collect();
+    let by_itself: Vec<usize> = launches(&graph, chip, &alone)?.iter().map(|l| l.scratch).collect();
     let join = |graph: &Graph, node: NodeId| lower::joined(graph, node, chip);
-    Ok(Plan::with_joined(graph, &|_, node: NodeId| scratch[node.index()], &join, fences)?)
+    let lowered = |graph: &Graph, id, beside| lower::lower(graph, id, beside, chip).map_or(0, |l| l.scratch);
+    let scratch = |plan: &Plan, id: NodeId| Beside::scratch(plan, id, &by_itself, &lowered);
+    Ok(Plan::with_joined(graph, &scratch, &join, fences)?)
 }
 
 /// The launch of every node, or all refusals; what `beside` gives nothing for is done with another node.

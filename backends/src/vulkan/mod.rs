@@ -168,11 +168,13 @@ fn launches(graph: &Graph, beside: impl Fn(NodeId) -> Option<Beside>, limits: Li
 
 /// The plan of a graph for such a device.
 fn planned(graph: Graph, limits: Limits, fences: Fences) -> Result<Plan> {
-    let scratch: Vec<usize> =
+    let by_itself: Vec<usize> =
         launches(&graph, |_| Some(Beside::default()), limits)?.iter().map(|l| l.scratch).collect();
+    let lowered = |graph: &Graph, id, beside| lower::lower(graph, id, beside, limits).map_or(0, |l| l.scratch);
+    let scratch = |plan: &Plan, id: NodeId| Beside::scratch(plan, id, &by_itself, &lowered);
     let join = |graph: &Graph, id| lower::joined(graph, id, limits);
     let reuse = Reuse::Later { bytes: hazards::LATER_BYTES, steps: hazards::AHEAD };
-    Ok(Plan::with_reuse(graph, &|_, node: NodeId| scratch[node.index()], &join, fences, reuse)?)
+    Ok(Plan::with_reuse(graph, &scratch, &join, fences, reuse)?)
 }
 
 impl Backend for Vulkan {

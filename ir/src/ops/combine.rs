@@ -112,15 +112,12 @@ impl Rule for Combine {
                 Some(gate) => weighted(g, inner, gate, choice_slot)?,
                 None => inner,
             };
-            let (d, side) = (g.cast(d, DType::F32)?, g.cast(side, DType::F32)?);
-            let of_side = g.mul(d, side)?;
-            let sums = [of_choices, of_side].map(|x| {
-                let tokens = g.shape(x)[0];
-                let sum = g.reduce(ReduceFn::Sum, x, &[1])?;
-                g.reshape(sum, [tokens, 1])
-            });
-            let [of_choices, of_side] = sums;
-            cotangents[at] = Cotangent::Value(g.concat(&[of_choices?, of_side?], 1)?);
+            let tokens = g.shape(d)[0];
+            let sum = g.reduce(ReduceFn::Sum, of_choices, &[1])?;
+            let of_rows = g.reshape(sum, [tokens, 1])?;
+            let [slot_choice, choice_slot] = g.own_slots(tokens)?;
+            let of_side = g.gate_grad(side, d, slot_choice, choice_slot)?;
+            cotangents[at] = Cotangent::Value(g.concat(&[of_rows, of_side], 1)?);
         }
         Ok(cotangents)
     }

@@ -70,6 +70,14 @@ impl Graph {
     pub fn gate_grad(&mut self, rows: Value, y: Value, slot_choice: Value, choice_slot: Value) -> Result<Value> {
         self.push_one(GateGrad {}, &[rows, y, slot_choice, choice_slot])
     }
+
+    /// `slot_choice` i32 `[n]` and `choice_slot` i32 `[n,1]` by which each of `n` tokens has the slot of its own number: so a gate gradient is
+    /// that of rows with rows.
+    #[track_caller]
+    pub(crate) fn own_slots(&mut self, n: usize) -> Result<[Value; 2]> {
+        let own = self.constant(TensorType::i32([n]), (0..n).map(|s| s as f64).collect())?;
+        Ok([own, self.reshape(own, [n, 1])?])
+    }
 }
 
 #[cfg(test)]

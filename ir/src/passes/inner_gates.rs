@@ -17,7 +17,6 @@ use crate::dtype::DType;
 use crate::error::Result;
 use crate::graph::{Graph, Node, NodeId, Value};
 use crate::ops::Op;
-use crate::types::TensorType;
 
 /// The graph with the backward pass of every gated combine of experts' outputs in that form. Experts whose outputs have a bias, or
 /// are read by anything but one combine, are left alone, and so are dispatched cotangents with other readers than the
@@ -133,8 +132,7 @@ impl Slots {
         let itself = match identities.get(&slots) {
             Some(&there) => there,
             None => {
-                let one = g.constant(TensorType::i32([slots]), (0..slots).map(|s| s as f64).collect())?;
-                let made = [one, g.reshape(one, [slots, 1])?];
+                let made = g.own_slots(slots)?;
                 *identities.entry(slots).or_insert(made)
             }
         };
@@ -201,6 +199,7 @@ mod tests {
     use crate::ops::Order;
     use crate::reference::{self, Precision};
     use crate::tensor::Tensor;
+    use crate::types::TensorType;
     use crate::verify::{Stage, verify};
     use crate::{gradients, passes};
 

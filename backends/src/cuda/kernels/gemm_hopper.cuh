@@ -138,11 +138,10 @@ struct Eight {
 #define PIECES_AT_ONCE(N) ((N) / PIECE + 1)
 #endif
 
-/// Stores `sum` as rows of `out`, which has s.columns columns, or does the chain's work on it, which reads nothing else: operands of the
-/// size of the product would have to come while nobody multiplies (measured: docs/benchmarks).
-template <int N>
-__device__ __forceinline__ void store(Room& room, const Sizes& s, const Tile& t, Turn& turn, const float (&sum)[N / 2], T* out,
-                                      const Chain& chain = Chain()) {
+/// Rounds `sum` and gives it by eights, those that lie in the result, to `each(at, v)`: elements from `at` on of s.columns columns.
+template <int N, typename Each>
+__device__ __forceinline__ void give_eights(Room& room, const Sizes& s, const Tile& t, Turn& turn, const float (&sum)[N / 2],
+                                            const Each& each) {
     Place place;
     int group = place.group, lane = place.lane;
 #pragma unroll PIECES_AT_ONCE(N)
@@ -165,10 +164,17 @@ __device__ __forceinline__ void store(Room& room, const Sizes& s, const Tile& t,
             if (!e.is_in(s, t, n0)) continue;
             Vector<T, 8> v;
             v.fours[0] = piece[e.row * 8 + (e.part ^ e.row % 8)];
-            i64 at = e.at(s, t, n0);
-            put<8>(out, at, v, chain, chain.load<8>(at));
+            each(e.at(s, t, n0), v);
         }
     }
+}
+
+/// Stores `sum` as rows of `out`, or does the chain's work on it, which reads nothing else: operands of the size of the product would have
+/// to come while nobody multiplies (measured: docs/benchmarks).
+template <int N>
+__device__ __forceinline__ void store(Room& room, const Sizes& s, const Tile& t, Turn& turn, const float (&sum)[N / 2], T* out,
+                                      const Chain& chain = Chain()) {
+    give_eights<N>(room, s, t, turn, sum, [&](i64 at, const Vector<T, 8>& v) { put<8>(out, at, v, chain, chain.load<8>(at)); });
 }
 
 template <int N, typename End>

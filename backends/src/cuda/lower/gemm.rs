@@ -261,7 +261,7 @@ pub(super) fn lower_expert_matmul(graph: &Graph, id: NodeId, op: &ExpertMatmul, 
     Ok(joined::with(joined, launch).because(why(experts, rows, n)))
 }
 
-pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node, chip: Chip) -> Lowered {
+pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node, beside: Beside, chip: Chip) -> Lowered {
     let [a, b, offsets] = shapes(graph, node);
     let (s, m, n) = (a[0], a[1], b[1]);
     let product = Product {
@@ -278,11 +278,15 @@ pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node, chip: Chip) 
     let experts = offsets[0] - 1;
     let operands = Operands { a: Arg::Operand(0), b: Arg::Operand(1), offsets: Arg::Operand(2), bias: Arg::Null };
     let segments = Segments::K(experts);
-    let launch = hopper::launch(chip, dtype(graph, node, 0), &product, segments, &operands, None)?;
+    let dtype = dtype(graph, node, 0);
+    let launch = match beside.behind {
+        Some(_norm) => hopper::with_norm(chip, dtype, &product, segments, &operands)?,
+        None => hopper::launch(chip, dtype, &product, segments, &operands, None)?,
+    };
     if let Some(launch) = launch {
         return Ok(launch);
     }
-    let of = gemm_kernels(dtype(graph, node, 0), tile(experts, m, n), None)?;
+    let of = gemm_kernels(dtype, tile(experts, m, n), None)?;
     let args = vec![Arg::Operand(0), Arg::Operand(1), Arg::Operand(2), Arg::Result(0), product.arg()?];
     let grid = [n.div_ceil(of.tile), m.div_ceil(of.tile), experts];
     Ok(Launch::one(of.source, "gemm_k_grouped", grid, of.threads, args).because(why(experts, m, n)))

@@ -8,14 +8,15 @@ use super::few_rows::{Chunks, Operands, finish};
 use super::gemm::{MOST_EXPERTS, Product};
 use super::joined::{self, Joined};
 use super::wgmma::instructions;
-use super::{float, int};
+use super::{float, int, optimizer};
 use crate::cuda::chip::Chip;
-use crate::cuda::launch::{Action, Arg, Kernel, Launch, Scratch, TensorBox};
+use crate::cuda::launch::{Action, Arg, Joint, Kernel, Launch, Scratch, TensorBox};
 use crate::cuda::source::{CLUSTER, FUNCTIONS, HALVES, HOPPER, Source, VECTORS};
 
 const PRODUCTS: &str = include_str!("../kernels/gemm_hopper.cuh");
 const STORED: &str = include_str!("../kernels/gemm_hopper.cu");
 const ADDED: &str = include_str!("../kernels/gemm_added_hopper.cu");
+const SQUARES: &str = include_str!("../kernels/gemm_squares_hopper.cu");
 const FINISH: &str = include_str!("../kernels/gemm_finish.cu");
 const CROSS_ENTROPY: &str = include_str!("../kernels/cross_entropy_hopper.cu");
 /// Columns of the tile of a block, and elements of k of a stage, as in the kernel.
@@ -195,6 +196,12 @@ impl<'a> End<'a> {
         End { file: "gemm_added_hopper.cu", text: ADDED, name: "gemm_added_hopper", args, joined: None }
     }
 
+    /// Rows of `out`, and sums of their squares in f64 in `partial`, one for each warp of the grid.
+    fn squared(out: Arg, partial: Arg) -> End<'a> {
+        let (file, name) = ("gemm_squares_hopper.cu", "gemm_squares_hopper");
+        End { file, text: SQUARES, name, args: vec![out, partial], joined: None }
+    }
+
     /// The largest logit and the sum of exponentials of every 64 classes, as `cross_entropy_tiles`.
     pub(super) fn cross_entropy_tiles(args: Vec<Arg>) -> End<'a> {
         End {
@@ -233,6 +240,11 @@ fn source(dtype: DType, x_along_k: bool, w_along_k: bool, segments: Segments, en
     Ok(flag(flag(source, "K_GROUPED", chunks || matches!(segments, Segments::K(_))), "K_CHUNKS", chunks))
 }
 
+/// Pairs of blocks, one block on each multiprocessor.
+fn blocks(chip: Chip) -> usize {
+    chip.processors / 2 * 2
+}
+
 /// The launch of a product with an end, if it is one for these kernels: `a` and `b` are its operands, `offsets` those of the
 /// segments.
 ///
@@ -267,8 +279,7 @@ pub(super) fn action(
     let mut args = vec![x, w, offsets.clone(), Arg::Bytes(sizes)];
     let (source, name) = (source(dtype, x_along_k, w_along_k, segments, &end)?, end.name);
     args.extend(end.args);
-    // Pairs of blocks, one block on each multiprocessor.
-    let grid = [chip.processors / 2 * 2, 1, 1];
+    let grid = [blocks(chip), 1, 1];
     Ok(Some(Action::Kernel(Kernel { source, name, grid, threads: THREADS, shared: SHARED, args })))
 }
 
@@ -306,6 +317,28 @@ pub(super) fn launch(
     let finish = finish(source, "gemm_finish", FINISH_THREADS, 4, (partial, total), &chunks, joined)?;
     let launch = Launch::of(vec![products, finish]).with_scratch(scratch.bytes());
     Ok(Some(joined::with(joined, launch).because(why(chip, p, Segments::Chunks(length)))))
+}
+
+/// The launch of the gradients of experts' weights and of the norm of them all, the first result of the node behind, if it is one for these
+/// kernels.
+///
+/// # Errors
+/// As [`action`].
+pub(super) fn with_norm(
+    chip: Chip,
+    dtype: DType,
+    p: &Product,
+    segments: Segments,
+    of: &Operands,
+) -> Result<Option<Launch>, String> {
+    let parts = blocks(chip) * THREADS as usize / 32;
+    let mut scratch = Scratch::default();
+    let partial = scratch.take(8 * parts);
+    let end = End::squared(Arg::Result(0), partial.clone());
+    let Some(products) = action(chip, dtype, p, segments, [&of.a, &of.b, &of.offsets], end)? else { return Ok(None) };
+    let norm = optimizer::norm_of_parts(dtype, partial, parts, Arg::Result(1))?;
+    let launch = Launch::of(vec![products, norm]).with_scratch(scratch.bytes()).because(why(chip, p, segments));
+    Ok(Some(Launch { behind: Joint::Stored, ..launch }))
 }
 
 #[cfg(test)]

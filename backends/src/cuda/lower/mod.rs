@@ -145,7 +145,7 @@ pub(crate) fn lower(graph: &Graph, id: NodeId, beside: Beside, chip: Chip) -> Lo
         Op::GateGrad(_) => sparse::lower_gate_grad(graph, node),
         Op::SegmentSum(_) => sparse::lower_segment_sum(graph, node),
         Op::ExpertMatmul(op) => gemm::lower_expert_matmul(graph, id, op, beside, chip),
-        Op::ExpertMatmulWgrad(_) => gemm::lower_expert_matmul_wgrad(graph, node, chip),
+        Op::ExpertMatmulWgrad(_) => gemm::lower_expert_matmul_wgrad(graph, node, beside, chip),
 
         Op::GlobalNorm(_) => optimizer::lower_global_norm(graph, node),
         Op::Adamw(op) => optimizer::lower_adamw(graph, node, op),

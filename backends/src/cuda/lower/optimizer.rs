@@ -61,9 +61,14 @@ pub(super) fn lower_global_norm(graph: &Graph, node: &Node) -> Lowered {
         actions.push(kernel(source.clone(), "sum_of_parts", [left, 1, 1], THREADS as u32, args));
         last = sums;
     }
-    let args = vec![last, Arg::size(left), Arg::Result(0)];
-    actions.push(kernel(source, "norm_of_parts", [1, 1, 1], THREADS as u32, args));
+    actions.push(norm_of_parts(dtype(graph, node, 0), last, left, Arg::Result(0))?);
     Ok(Launch::of(actions).with_scratch(scratch.bytes()))
+}
+
+/// The norm of which `partial` has so many sums of squares, in f64.
+pub(super) fn norm_of_parts(dtype: DType, partial: Arg, parts: usize, norm: Arg) -> Result<Action, String> {
+    let args = vec![partial, Arg::size(parts), norm];
+    Ok(kernel(source(dtype, None)?, "norm_of_parts", [1, 1, 1], THREADS as u32, args))
 }
 
 pub(super) fn lower_adamw(graph: &Graph, node: &Node, op: &Adamw) -> Lowered {

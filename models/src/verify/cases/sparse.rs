@@ -354,7 +354,7 @@ fn larger() -> Vec<Case> {
         Routing { name: "many large tiles", tokens, k: 1, experts, capacity: None, expert_index }
     };
     let (forward, backward) = (routing(2400), routing(80));
-    vec![
+    let mut cases = vec![
         case("expert_matmul", "many large tiles", Class::Sum, WIDE_AND_NARROW, move |s| {
             let [_, _, offsets] = assigned(s, &forward)?;
             let (rows, w) = (s.float([2400, k], |x| x)?, s.float([experts, n, k], |x| x)?);
@@ -367,7 +367,21 @@ fn larger() -> Vec<Case> {
             let y = s.graph.expert_matmul_wgrad(a, b, offsets)?;
             s.aux(y)
         }),
-    ]
+    ];
+    // Of numbers whose squares f32 holds, and of smaller and larger ones.
+    for scale in [1.0, 1e-14, 1e-25, 1e18] {
+        let backward = routing(80);
+        let name = format!("many large tiles and their norm, of numbers about {scale:e}");
+        cases.push(case("expert_matmul_wgrad", name, Class::Sum, WIDE_AND_NARROW, move |s| {
+            let [_, _, offsets] = assigned(s, &backward)?;
+            let (a, b) = (s.float([80, 544], |x| x * scale)?, s.float([80, 624], |x| x)?);
+            let y = s.graph.expert_matmul_wgrad(a, b, offsets)?;
+            let norm = s.graph.global_norm(&[y])?;
+            s.aux(y)?;
+            s.aux(norm)
+        }));
+    }
+    cases
 }
 
 pub(super) fn cases() -> Vec<Case> {
