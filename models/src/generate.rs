@@ -1,6 +1,5 @@
 //! Generation with a key/value cache: a decoding step is the same model as in training, over one or a few new tokens.
 
-use moebius::ir::philox;
 use moebius::{Program, Session};
 
 use crate::config::ModelConfig;
@@ -23,61 +22,6 @@ pub enum GenerateError {
 
 /// Tokens of a prompt that are taken in one run; the rest is taken one by one.
 const CHUNK: usize = 32;
-
-/// How the next token is chosen from the logits.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Sampling {
-    /// Divides the logits; 0 means the most likely token.
-    pub temperature: f32,
-    /// Only the K most likely tokens; 0 means all.
-    pub top_k: usize,
-    /// Only the most likely tokens whose probabilities reach P together; 1 means all.
-    pub top_p: f32,
-    /// Of the generator: the same seed gives the same text.
-    pub seed: u64,
-}
-
-impl Default for Sampling {
-    fn default() -> Self {
-        Sampling { temperature: 0.8, top_k: 0, top_p: 0.95, seed: 0 }
-    }
-}
-
-impl Sampling {
-    /// The token chosen for position `index` of a text.
-    pub fn choose(&self, logits: &[f32], index: u64) -> usize {
-        let best = |a: usize, b: usize| if logits[b] > logits[a] { b } else { a };
-        let greedy = (0..logits.len()).reduce(best).unwrap_or(0);
-        if self.temperature <= 0.0 {
-            return greedy;
-        }
-        let mut order: Vec<usize> = (0..logits.len()).filter(|&i| logits[i] > f32::NEG_INFINITY).collect();
-        // Ties in token order, so that the choice is the same everywhere.
-        order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
-        if self.top_k > 0 {
-            order.truncate(self.top_k);
-        }
-        let top = f64::from(logits[greedy]);
-        let weight = |i: usize| ((f64::from(logits[i]) - top) / f64::from(self.temperature)).exp();
-        let total: f64 = order.iter().map(|&i| weight(i)).sum();
-        let mut kept = 0.0;
-        let enough = order.iter().position(|&i| {
-            kept += weight(i) / total;
-            kept >= f64::from(self.top_p)
-        });
-        order.truncate(enough.map_or(order.len(), |last| last + 1).max(1));
-        let total: f64 = order.iter().map(|&i| weight(i)).sum();
-        let key = [self.seed as u32, (self.seed >> 32) as u32];
-        let mut left = f64::from(philox::uniform(key, 0, index)) * total;
-        for &i in &order {
-            left -= weight(i);
-            if left < 0.0 {
-                return i;
-            }
-        }
-        order.last().copied().unwrap_or(greedy)
-    }
-}
 
 /// Compiles the step that takes `tokens` tokens.
 fn program(
@@ -253,33 +197,5 @@ mod tests {
             }
             assert_eq!(tokens_run(sequence, tokens), run, "{sequence} {tokens}");
         }
-    }
-
-    #[test]
-    fn temperature_zero_takes_the_first_of_the_most_likely() {
-        let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
-        assert_eq!(sampling.choose(&[0.0, 3.0, 3.0, 1.0], 0), 1);
-    }
-
-    #[test]
-    fn top_k_and_top_p_leave_only_likely_tokens() {
-        let logits = [0.0, 2.0, 1.0, -1.0];
-        let k = Sampling { temperature: 1.0, top_k: 2, top_p: 1.0, seed: 7 };
-        let p = Sampling { temperature: 1.0, top_k: 0, top_p: 0.5, seed: 7 };
-        let all = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, seed: 7 };
-        let chosen = |s: &Sampling| (0..400).map(|i| s.choose(&logits, i)).collect::<std::collections::BTreeSet<_>>();
-        assert_eq!(chosen(&k), [1, 2].into());
-        assert_eq!(chosen(&p), [1].into());
-        assert_eq!(chosen(&all), [0, 1, 2, 3].into());
-    }
-
-    #[test]
-    fn frequencies_follow_the_softmax() {
-        let sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, seed: 3 };
-        let n = 20_000;
-        let hits = (0..n).filter(|&i| sampling.choose(&[0.0, 1.0], i) == 1).count();
-        let share = hits as f64 / n as f64;
-        let wanted = 1.0 / (1.0 + (-1.0f64).exp());
-        assert!((share - wanted).abs() < 0.015, "{share} for {wanted}");
     }
 }

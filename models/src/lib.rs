@@ -18,6 +18,7 @@ pub mod health;
 pub mod metrics;
 pub mod report;
 pub mod routes;
+pub mod sampling;
 pub mod study;
 pub mod timed;
 pub mod tokenizer;

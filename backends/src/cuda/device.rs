@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cust::context::{Context, CurrentContext};
 use cust::device::DeviceAttribute;
+use cust::memory::LockedBuffer;
 use cust::module::Module;
 use cust::stream::{Stream, StreamFlags};
 use cust::{CudaFlags, sys};
@@ -38,10 +39,15 @@ pub(crate) struct Device {
     cache: Cache,
     /// Held by whoever puts a sequence on the stream that nothing may come between, as while it is recorded.
     sequence: Mutex<()>,
+    /// Memory of the host that the GPU writes to by itself: copies to other memory go through it in pieces, and are waited for one by one.
+    landing: Mutex<LockedBuffer<u8>>,
     // Fields are dropped in this order: the context last.
     stream: Stream,
     context: Context,
 }
+
+/// Bytes of the memory that small results land in.
+const LANDING: usize = 1 << 20;
 
 /// A mutex that a panic elsewhere does not make useless: what it guards is replaced whole.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -94,6 +100,7 @@ impl Device {
         let launches_early = capability.0 >= 9 && driver::can_launch_early(driver);
         let context = Context::new(device).map_err(failed("cuDevicePrimaryCtxRetain"))?;
         let stream = Stream::new(StreamFlags::NON_BLOCKING, None).map_err(failed("cuStreamCreate"))?;
+        let landing = LockedBuffer::new(&0, LANDING).map_err(failed("cuMemAllocHost"))?;
         Ok(Device {
             ordinal,
             name,
@@ -107,6 +114,7 @@ impl Device {
             compiler,
             cache: Cache::of_user("cubin"),
             sequence: Mutex::new(()),
+            landing: Mutex::new(landing),
             stream,
             context,
         })
@@ -241,18 +249,31 @@ impl Device {
     }
 
     /// Copies several stretches to the host and waits once for them all.
-    pub(crate) fn download_all<const N: usize>(&self, stretches: [(u64, &mut [u8]); N]) -> Result<()> {
-        let mut all = Ok(());
-        for (from, bytes) in stretches {
-            if all.is_ok() && !bytes.is_empty() {
-                let to = bytes.as_mut_ptr().cast();
-                // SAFETY: callers give a range inside their own memory, and `bytes` outlives the wait below.
-                let copied = unsafe { sys::cuMemcpyDtoHAsync_v2(to, from, bytes.len(), self.raw_stream()) };
+    pub(crate) fn download_all<const N: usize>(&self, mut stretches: [(u64, &mut [u8]); N]) -> Result<()> {
+        let mut landing = lock(&self.landing);
+        let lands = stretches.iter().map(|(_, bytes)| bytes.len()).sum::<usize>() <= LANDING;
+        let (mut all, mut at) = (Ok(()), 0);
+        for (from, bytes) in &mut stretches {
+            let landed = if lands { &mut landing.as_mut_slice()[at..at + bytes.len()] } else { &mut **bytes };
+            at += landed.len();
+            if all.is_ok() && !landed.is_empty() {
+                let to = landed.as_mut_ptr().cast();
+                // SAFETY: callers give a range inside their own memory, and what is written to outlives the wait below.
+                let copied = unsafe { sys::cuMemcpyDtoHAsync_v2(to, *from, landed.len(), self.raw_stream()) };
                 all = check("cuMemcpyDtoHAsync", copied);
             }
         }
         // Also after a failure: the copies before it may still be under way.
-        self.synchronize().and(all)
+        self.synchronize().and(all)?;
+        if lands {
+            let mut landed = landing.as_slice();
+            for (_, bytes) in stretches {
+                let (now, rest) = landed.split_at(bytes.len());
+                bytes.copy_from_slice(now);
+                landed = rest;
+            }
+        }
+        Ok(())
     }
 }
 

@@ -17,6 +17,7 @@ use crate::distill::{CacheSettings, Course, DistillError, Settings, Stop, Teache
 use crate::generate::Generator;
 use crate::gpt::{self, Distilling, Lesson};
 use crate::routes::RouteTap;
+use crate::sampling::most_likely;
 use crate::timed::{TimedStep, median};
 use crate::tokenizer::Tokenizer;
 
@@ -246,8 +247,7 @@ fn decode(engine: &Engine, arms: &[(&Arm, Config)], tokens: usize) -> Result<Vec
         for Decoder { session, generator, next, times } in &mut decoders {
             let begun = Instant::now();
             let logits = generator.take(session, &[*next])?;
-            let best = |a: usize, b: usize| if logits[b] > logits[a] { b } else { a };
-            *next = (0..logits.len()).reduce(best).unwrap_or(0) as i32;
+            *next = most_likely(logits) as i32;
             if i >= WARM_UP {
                 times.push(begun.elapsed().as_secs_f64());
             }

@@ -10,6 +10,7 @@ use moebius_models::config::Config;
 use moebius_models::generate::Generator;
 use moebius_models::gpt;
 use moebius_models::routes::RouteTap;
+use moebius_models::sampling::most_likely;
 use moebius_models::timed::median;
 use moebius_models::training;
 use serde_json::{Value, json};
@@ -155,8 +156,7 @@ fn decode(args: &BenchArgs, config: &Config, engine: &Engine) -> Result<Value, F
     for i in 0..tokens + WARM_UP {
         let begun = Instant::now();
         let logits = generator.take(&mut session, &[next])?;
-        let best = |a: usize, b: usize| if logits[b] > logits[a] { b } else { a };
-        next = (0..logits.len()).reduce(best).unwrap_or(0) as i32;
+        next = most_likely(logits) as i32;
         if i >= WARM_UP {
             times.push(begun.elapsed().as_secs_f64());
         }

@@ -4,8 +4,9 @@ use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use moebius::Session;
-use moebius_models::generate::{Generator, Sampling};
+use moebius_models::generate::Generator;
 use moebius_models::routes::RouteTap;
+use moebius_models::sampling::Sampling;
 use moebius_models::tokenizer::Tokenizer;
 
 use crate::cli::GenerateArgs;

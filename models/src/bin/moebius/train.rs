@@ -8,10 +8,11 @@ use moebius::checkpoint::Checkpoints;
 use moebius_models::config::Config;
 use moebius_models::data::{Corpus, CorpusSpec, Source, Validation, default_cache_dir};
 use moebius_models::distill::{Course, DistillError, Settings};
-use moebius_models::generate::{GenerateError, Generator, Sampling};
+use moebius_models::generate::{GenerateError, Generator};
 use moebius_models::gpt::DecodingError;
 use moebius_models::health::Alarms;
 use moebius_models::report::{self, RunFacts};
+use moebius_models::sampling::Sampling;
 use moebius_models::tokenizer::Tokenizer;
 use moebius_models::training::{
     CONFIG_FILE, Ending, Event, METRICS_FILE, REPORT_FILE, Run, TOKENIZER_FILE, TrainingError,
