@@ -8,6 +8,8 @@
 //! is read.
 
 mod chip;
+#[cfg(test)]
+mod combined_tests;
 mod compiler;
 mod device;
 mod driver;
@@ -124,7 +126,8 @@ impl Cuda {
                 launch::Action::Tasks(_) | launch::Action::Clear { .. } => None,
             });
             let (ty, kernels) = (graph.ty(node.results[0]), kernels.collect::<Vec<_>>().join(" + "));
-            let Beside { before, behind, twin, combined, behind_combined, .. } = Beside::of(&plan, id).unwrap_or_default();
+            let Beside { before, behind, twin, combined, behind_combined, .. } =
+                Beside::of(&plan, id).unwrap_or_default();
             let of = before.map_or_else(String::new, |id| format!("; with the {} before it", graph.node(id).op.name()));
             let chain = if behind.is_some() { "; with the chain behind it" } else { "" };
             let twin = if twin.is_some() { "; with its twin" } else { "" };

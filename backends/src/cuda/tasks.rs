@@ -40,7 +40,9 @@ fn field(arg: &Arg, places: &StepPlaces) -> Field {
         Arg::U32(n) => Field::Bytes(n.to_le_bytes().to_vec()),
         Arg::I64(n) => Field::Bytes(n.to_le_bytes().to_vec()),
         Arg::F32(x) => Field::Bytes(x.to_le_bytes().to_vec()),
-        Arg::Counters | Arg::Fault | Arg::Step | Arg::Bytes(_) | Arg::Box(_) => unreachable!("tasks have addresses and numbers"),
+        Arg::Counters | Arg::Fault | Arg::Step | Arg::Bytes(_) | Arg::Box(_) => {
+            unreachable!("tasks have addresses and numbers")
+        }
     }
 }
 

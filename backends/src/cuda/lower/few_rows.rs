@@ -2,8 +2,8 @@
 
 use moebius_ir::DType;
 
-use super::gemm::{Product, Strides};
 use super::combined::{self, Combined};
+use super::gemm::{Product, Strides};
 use super::joined::{self, Joined};
 use super::lead::{self, Lead};
 use super::twin::{self, Twin};
