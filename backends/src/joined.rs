@@ -1,6 +1,10 @@
 //! Which nodes run together with the matrix product beside them: fused chains behind it, part by part, while the part is in a near
-//! cache; and on GPUs, where rows are few and a kernel more costs more than its work, norms and dispatches before it. There a chain is
-//! also joined onto a combine, an assign onto a route, and the norm of a gradient onto the product that makes it.
+//! cache; and on GPUs, where rows are few and a kernel more costs more than its work, norms and dispatches before it, and of experts
+//! the combine behind it. There a chain is also joined onto a combine, an assign onto a route, and the norm of a gradient onto the product
+//! that makes it.
+
+#[cfg(any(feature = "cuda", feature = "vulkan"))]
+use std::collections::HashSet;
 
 use moebius_ir::{Graph, NodeId, Op, Value};
 #[cfg(any(feature = "cuda", feature = "vulkan"))]
@@ -9,12 +13,12 @@ use moebius_ir::{Node, Plan};
 /// The most rows of a norm that is done by the product behind it: every block of that normalises them all.
 #[cfg(any(feature = "cuda", feature = "vulkan"))]
 const MOST_LED: usize = 8;
-/// The most choices that one block routes and assigns.
+/// The most choices that one block routes and assigns, or combines.
 #[cfg(any(feature = "cuda", feature = "vulkan"))]
 const MOST_CHOICES: usize = 64;
 
 /// The nodes whose work is done by the kernels of another. That one's operands and results are followed by those of the node behind it,
-/// these by those of the one before, of the twin and of the node behind that.
+/// these by those of the one before, of the twin and of the node behind that, of the combine and of the node behind that.
 #[cfg(any(feature = "cuda", feature = "vulkan"))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Beside {
@@ -25,22 +29,39 @@ pub(crate) struct Beside {
     /// The product of another branch, as [`twin`] says, and the chain behind that.
     pub(crate) twin: Option<NodeId>,
     pub(crate) behind_twin: Option<NodeId>,
+    /// The combine behind a product of experts, as [`combined`] says, and the chain behind that.
+    pub(crate) combined: Option<NodeId>,
+    pub(crate) behind_combined: Option<NodeId>,
 }
 
 #[cfg(any(feature = "cuda", feature = "vulkan"))]
 impl Beside {
     /// What a plan joins to a node; `None` for one whose own work is done by the node before it or behind it.
     pub(crate) fn of(plan: &Plan, id: NodeId) -> Option<Beside> {
-        let leads = |id: &NodeId| is_lead(&plan.graph().node(*id).op) && plan.joined(*id).is_some();
-        let (onto, next) = (plan.joined_onto(id), plan.joined(id));
+        let op = |id: NodeId| &plan.graph().node(id).op;
+        let leads = |id: &NodeId| is_lead(op(*id)) && plan.joined(*id).is_some();
+        let is_of_experts = |id: NodeId| matches!(op(id), Op::ExpertMatmul(_));
+        // A twin that the plan has apart from its product of experts is a product as others are, which no combine is done with.
+        let mut ahead = std::iter::successors(plan.joined_onto(id), |id| plan.joined_onto(*id));
+        let alone = is_combine(op(id)) && !ahead.any(is_of_experts);
+        let onto = plan.joined_onto(id).filter(|_| !alone);
         let before = onto.filter(leads);
         if leads(&id) || onto != before {
             return None;
         }
-        let is_product = |id: &NodeId| matches!(plan.graph().node(*id).op, Op::Matmul(_));
-        let behind = next.filter(|next| !is_product(next));
-        let twin = plan.joined(behind.unwrap_or(id)).filter(is_product);
-        Some(Beside { before, behind, twin, behind_twin: twin.and_then(|twin| plan.joined(twin)) })
+        let is_product = |op: &Op| matches!(op, Op::Matmul(_));
+        let is_behind = |op: &Op| !is_product(op) && !is_combine(op);
+        let mut next = plan.joined(id);
+        let mut take = |is: &dyn Fn(&Op) -> bool| {
+            let taken = next.filter(|id| is(op(*id)))?;
+            next = plan.joined(taken);
+            Some(taken)
+        };
+        let (behind, twin) = (take(&is_behind), take(&is_product));
+        let behind_twin = twin.and_then(|_| take(&is_behind));
+        let combined = if is_of_experts(id) { take(&is_combine) } else { None };
+        let behind_combined = combined.and_then(|_| take(&is_behind));
+        Some(Beside { before, behind, twin, behind_twin, combined, behind_combined })
     }
 
     /// Bytes of scratch memory in a node's step: what it needs `by_itself`, or as it is `lowered` with others beside it, or none if it is
@@ -60,7 +81,8 @@ impl Beside {
 
     /// The nodes, in the order of their operands and results behind those of the node itself.
     pub(crate) fn nodes(self) -> impl Iterator<Item = NodeId> {
-        [self.behind, self.before, self.twin, self.behind_twin].into_iter().flatten()
+        let combined = [self.combined, self.behind_combined];
+        [self.behind, self.before, self.twin, self.behind_twin].into_iter().chain(combined).flatten()
     }
 
     /// Which of all operands, and of all results, is the first of `node` beside node `id`.
@@ -68,6 +90,11 @@ impl Beside {
         let ahead = || [id].into_iter().chain(self.nodes().take_while(|n| *n != node)).map(|id| graph.node(id));
         [ahead().map(|n| n.operands.len()).sum(), ahead().map(|n| n.results.len()).sum()]
     }
+}
+
+#[cfg(any(feature = "cuda", feature = "vulkan"))]
+fn is_combine(op: &Op) -> bool {
+    matches!(op, Op::Combine(_))
 }
 
 /// Whether a node that another is joined onto is done by that one.
@@ -120,11 +147,55 @@ pub(crate) fn twin(graph: &Graph, id: NodeId) -> Option<NodeId> {
             && node.operands.len() + 1 == product.operands.len()
     };
     let (twin, node) = graph.nodes_with_ids().skip(id.index() + 1).find(|(_, node)| like(node))?;
-    let behind = [id].into_iter().chain(joined(graph, id)).flat_map(|id| &graph.node(id).results);
-    let made: Vec<Value> = behind.copied().collect();
-    let chain = joined(graph, twin).map(|chain| graph.node(chain));
-    let mut read = [node].into_iter().chain(chain).flat_map(|node| &node.operands);
-    (!read.any(|&v| made.contains(&base(graph, v)))).then_some(twin)
+    let chain = joined(graph, twin);
+    // All that is made of the product, so far as it may come before the twin or the twin's chain.
+    let mut made: HashSet<Value> = product.results.iter().copied().collect();
+    for (_, node) in graph.nodes_with_ids().take(chain.unwrap_or(twin).index()).skip(id.index() + 1) {
+        if node.operands.iter().any(|v| made.contains(v)) {
+            made.extend(&node.results);
+        }
+    }
+    let mut read = [node].into_iter().chain(chain.map(|chain| graph.node(chain))).flat_map(|node| &node.operands);
+    (!read.any(|v| made.contains(v))).then_some(twin)
+}
+
+/// The product of experts whose twin a product is.
+#[cfg(feature = "cuda")]
+pub(crate) fn twinned(graph: &Graph, id: NodeId) -> Option<NodeId> {
+    let node = graph.node(id);
+    if !matches!(node.op, Op::Matmul(_)) || graph.ty(node.results[0]).shape.rows() > MOST_LED {
+        return None;
+    }
+    let before = graph.nodes_with_ids().take(id.index()).filter(|(_, node)| matches!(node.op, Op::ExpertMatmul(_)));
+    before.map(|(product, _)| product).find(|&product| twin(graph, product) == Some(id))
+}
+
+/// The combine that is to run in the kernel of a product of experts with few rows that nothing else reads, with the chain behind it: one
+/// whose other operands, and those of the chain, that kernel does not make, but for the side, which may be the twin's result.
+#[cfg(feature = "cuda")]
+pub(crate) fn combined(graph: &Graph, id: NodeId, beside: Beside) -> Option<NodeId> {
+    let product = graph.node(id);
+    let rows = *product.results.first().filter(|_| matches!(product.op, Op::ExpertMatmul(_)))?;
+    let slots = graph.ty(rows).shape.rows();
+    if slots == 0 || slots > MOST_LED || beside.behind.is_some() || beside.behind_twin.is_some() {
+        return None;
+    }
+    let reads = |node: &Node| {
+        let taken = node.operands.first().filter(|_| is_combine(&node.op));
+        taken.is_some_and(|&v| base(graph, v) == rows && graph.shape(v) == graph.shape(rows))
+    };
+    let (combine, node) = graph.nodes_with_ids().skip(id.index() + 1).find(|(_, node)| reads(node))?;
+    let Op::Combine(op) = &node.op else { return None };
+    let choices = graph.ty(node.operands[2]);
+    let few = (1..=MOST_LED).contains(&choices.shape[0]) && (1..=MOST_CHOICES).contains(&choices.elements());
+    let of_twin = beside.twin.map(|twin| graph.node(twin).results[0]);
+    let is_side = |at: usize| op.operands()[1] == Some(at);
+    let chain = chain_behind(graph, combine).map(|chain| graph.node(chain));
+    let made = |v: Value| [Some(rows), of_twin].contains(&Some(base(graph, v)));
+    let is_late = |(at, &v): (usize, &Value)| made(v) && !(is_side(at) && Some(base(graph, v)) == of_twin);
+    let mut of_chain = chain.into_iter().flat_map(|chain| &chain.operands);
+    let apart = !node.operands.iter().enumerate().skip(1).any(is_late) && !of_chain.any(|&v| made(v));
+    (few && apart && !is_kept(graph, rows, combine)).then_some(combine)
 }
 
 /// The product of experts that a node ends, which is itself or the chain behind it.

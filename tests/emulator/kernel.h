@@ -112,6 +112,9 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned from) {
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int atomicCAS(int* at, int old, int now) { int was = *at; if (was == old) *at = now; return was; }
 inline int atomicAdd(int* at, int n) { int was = *at; *at += n; return was; }
+inline unsigned atomicInc(unsigned* at, unsigned last) { unsigned was = *at; *at = was >= last ? 0 : was + 1; return was; }
+inline void __threadfence() {}
+template <typename V> inline V __ldcg(const V* at) { return *at; }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use moebius_ir::ops::Order;
 use moebius_ir::{DType, Op, Tensor, TensorType, Value, passes};
 use moebius_tests::Sketch;
 use moebius_tests::cases::{self, Case};
@@ -161,6 +162,96 @@ fn a_chain_behind_products_of_experts_has_the_bits_of_the_chain_by_itself() {
                     if transposed { Some(s.fixed(TensorType::new(dtype, [4, n]), uneven(4 * n, 2))?) } else { None };
                 s.graph.expert_matmul(rows, w, offsets, bias, transposed)
             });
+        }
+    }
+}
+
+/// Tokens, choices of each, experts, and the most that an expert takes.
+type Choices = [usize; 4];
+
+/// Where rows of experts are combined, in the kernel of the product that makes them or in one of its own, does not show in the bits: of one
+/// slot and several, with choices that are dropped, slots that no choice has, a side that the same kernel makes or that is there before,
+/// and a chain behind them.
+#[test]
+fn a_combine_behind_products_of_experts_has_the_bits_of_the_combine_by_itself() {
+    let choices: [Choices; 5] = [[1, 1, 3, 1], [2, 1, 1, 1], [3, 2, 4, 1], [4, 2, 2, 8], [8, 1, 5, 2]];
+    for (device, dtype) in devices().iter().flat_map(|d| [DType::F32, DType::Bf16, DType::F16].map(|dtype| (d, dtype)))
+    {
+        for (at, [tokens, k, experts, capacity]) in choices.into_iter().enumerate() {
+            // Sides: none, one that is there before, the twin's. A k that is cut up may have to be added up by a kernel of its own.
+            for (side, (width, d, transposed)) in
+                [(at % 3, (72, 136, false)), ((at + 1) % 3, (264, 40, true)), (2, (1040, 136, false))]
+            {
+                let float = |s: &mut Sketch, shape: &[usize], by: usize| {
+                    let ty = TensorType::new(dtype, shape.to_vec());
+                    let data = uneven(ty.elements(), by);
+                    s.fixed(ty, data)
+                };
+                let shape = |of: &[usize]| [of, &if transposed { [d, width] } else { [width, d] }].concat();
+                let assigned = |s: &mut Sketch| {
+                    let ids: Vec<i32> = (0..tokens * k).map(|i| ((i * i + i / k) % experts) as i32).collect();
+                    let index = s.ints([tokens, k], &ids)?;
+                    s.graph.assign(index, None, experts, Some(capacity), Order::ChoiceMajor)
+                };
+                let products = |s: &mut Sketch, [slot_choice, _, offsets, _]: [Value; 4]| {
+                    let slots = s.graph.shape(slot_choice)[0];
+                    let (rows, w) = (float(s, &[slots, width], 3)?, float(s, &shape(&[experts]), 11)?);
+                    let rows = s.graph.expert_matmul(rows, w, offsets, None, transposed)?;
+                    if side < 2 {
+                        return Ok((rows, None));
+                    }
+                    let (x, w) = (float(s, &[tokens, width], 4)?, float(s, &shape(&[]), 12)?);
+                    Ok((rows, Some(s.graph.matmul_with(x, w, None, false, transposed)?)))
+                };
+                let combined = |s: &mut Sketch, [slot_choice, choice_slot, ..]: [Value; 4], (rows, made)| {
+                    let gate = s.fixed(TensorType::f32([tokens, k]), uneven(tokens * k, 6))?;
+                    let made = if side == 1 { Some(float(s, &[tokens, d], 7)?) } else { made };
+                    let weights = (made.is_some() && at % 2 == 0)
+                        .then(|| s.fixed(TensorType::f32([tokens, 2]), uneven(2 * tokens, 8)))
+                        .transpose()?;
+                    let gate = Some(gate).filter(|_| at != 3);
+                    let mut y = s.graph.combine_with(rows, slot_choice, choice_slot, gate, made, weights)?;
+                    if at != 1 {
+                        let residual = float(s, &[tokens, d], 9)?;
+                        y = s.graph.add(residual, y)?;
+                    }
+                    s.aux(y)
+                };
+                let run = |s: &Sketch| {
+                    let mut live = Live::new(device.backend.as_ref(), &s.graph).unwrap();
+                    // The first run puts kernels on the stream, later ones replay it: what blocks count begins at 0 in each.
+                    let [first, _, third] =
+                        [(); 3].map(|()| live.run(&s.inputs).unwrap_or_else(|e| panic!("{}: {e}", device.name)));
+                    assert!(device::same_bits(&first, &third), "{}: runs of the same graph", device.name);
+                    first
+                };
+                let what =
+                    format!("{}: {tokens} {k} {experts} {capacity}, side {side}, {width}x{d}, {dtype}", device.name);
+                let [mut both, mut first, mut second] = [(); 3].map(|()| Sketch::new(dtype));
+                let index = assigned(&mut both).unwrap();
+                let made: moebius_ir::Result<_> = products(&mut both, index);
+                let made = made.unwrap();
+                let slots = both.graph.shape(made.0)[0];
+                // A block has no place for more rows of a twin than of the experts.
+                let few = slots <= 8 && (side < 2 || tokens <= slots.next_power_of_two());
+                combined(&mut both, index, made).unwrap();
+                if device.backend.name() == "cuda" && few && width < 1000 {
+                    let plan = device.backend.plan(passes::optimise(&both.graph).unwrap()).unwrap();
+                    let mut nodes = plan.graph().nodes_with_ids();
+                    let joined = nodes.any(|(id, n)| matches!(n.op, Op::Combine(_)) && plan.joined_onto(id).is_some());
+                    assert!(joined, "{what}: the combine has a step of its own");
+                }
+                let slots = assigned(&mut first).unwrap();
+                let (rows, made) = products(&mut first, slots).unwrap();
+                [Some(rows), made].into_iter().flatten().try_for_each(|v| first.aux(v)).unwrap();
+                let outputs = run(&first);
+                let slots = assigned(&mut second).unwrap();
+                let mut stored =
+                    |name: &str| outputs.get(name).map(|t| second.fixed(t.ty.clone(), t.data.clone()).unwrap());
+                let made = (stored("y0").unwrap(), stored("y1"));
+                combined(&mut second, slots, made).unwrap();
+                assert!(device::same_bits(&run(&both), &run(&second)), "{what}");
+            }
         }
     }
 }

@@ -34,8 +34,19 @@ fn kernels(chip: Chip) -> Vec<KernelText> {
 /// A kernel's title without the extents that only change how often its loops run, and of Hopper's products, which take long to
 /// compile, without the dtype, which is a word of their instructions.
 fn kind(title: &str) -> String {
-    let extents =
-        ["EXPERTS=", "K=", "COUNTED=", "KEEP=", "HEAD=", "JITTER=", "LOADS=", "WIDTH=", "TOKENS=", "ASSIGNED="];
+    let extents = [
+        "EXPERTS=",
+        "K=",
+        "COUNTED=",
+        "KEEP=",
+        "HEAD=",
+        "JITTER=",
+        "LOADS=",
+        "WIDTH=",
+        "TOKENS=",
+        "ASSIGNED=",
+        "CHOICES=",
+    ];
     let word = |w: &str| match extents.iter().find(|e| w.trim_start_matches('(').starts_with(**e)) {
         Some(extent) => (*extent).to_owned(),
         None => w.trim_end_matches([',', ')']).to_owned(),

@@ -47,6 +47,8 @@ pub(super) struct Launched {
     pub(super) number: i32,
     pub(super) places: StepPlaces,
     pub(super) rejects: Option<Rejects>,
+    /// Where its counters begin in an instance's memory for counters, in bytes.
+    counters: usize,
     actions: Vec<Bound>,
 }
 
@@ -64,8 +66,9 @@ pub(super) struct Program {
     /// The parameters and states, in the order of the table.
     pub(super) states: Vec<Value>,
     pub(super) checks: bool,
-    /// Bytes of the tables of tasks.
+    /// Bytes of the tables of tasks, and of the counters.
     table_bytes: usize,
+    counter_bytes: usize,
     /// Holds the code that the functions point to.
     _modules: Vec<Arc<Module>>,
 }
@@ -78,6 +81,8 @@ pub(super) struct Addresses<'a> {
     pub(super) fault: u64,
     /// Of the tables of tasks.
     pub(super) tables: u64,
+    /// Of the launches' counters.
+    pub(super) counters: u64,
 }
 
 impl Addresses<'_> {
@@ -97,6 +102,7 @@ impl Addresses<'_> {
             Arg::ResultAt(i, at) => (self.of(step.places.results[*i]) + *at as u64).to_le_bytes().to_vec(),
             Arg::Scratch(at) => (self.arena + (step.places.scratch.0 + at) as u64).to_le_bytes().to_vec(),
             Arg::Null => 0u64.to_le_bytes().to_vec(),
+            Arg::Counters => (self.counters + step.counters as u64).to_le_bytes().to_vec(),
             Arg::Fault => self.fault.to_le_bytes().to_vec(),
             Arg::Step => step.number.to_le_bytes().to_vec(),
             Arg::I32(n) => n.to_le_bytes().to_vec(),
@@ -248,6 +254,7 @@ impl CudaExecutable {
             .map(|l| functions.by_ref().take(l.actions.iter().filter(|a| a.is_kernel()).count()).collect())
             .collect();
         let states = states(&plan);
+        let mut counter_bytes = 0;
         let steps = plan.steps().iter().enumerate().filter_map(|(at, step)| match *step {
             Step::Run { node, scratch, scratch_bytes } => {
                 let beside = Beside::of(&plan, node)?;
@@ -257,11 +264,15 @@ impl CudaExecutable {
                 let actions = bound(launch.actions, functions, &places);
                 let number = at as i32 + 1;
                 let before = beside.before.filter(|_| launch.before == Joint::Stored);
-                let own = (launch.behind != Joint::Unstored).then_some(node);
+                let own = [launch.behind, launch.combined].iter().all(|joint| *joint != Joint::Unstored);
                 let twin = beside.twin.filter(|_| launch.twin != Joint::Unstored);
-                let stored = [before, own, beside.behind, twin, beside.behind_twin].into_iter().flatten().collect();
-                let rejects = launch.rejects;
-                let launched = Launched { node, joined: vec![], stored, beside, number, places, rejects, actions };
+                let combined = beside.combined.filter(|_| launch.behind_combined != Joint::Unstored);
+                let nodes = [before, own.then_some(node), beside.behind, twin, beside.behind_twin, combined];
+                let stored = nodes.into_iter().chain([beside.behind_combined]).flatten().collect();
+                let (rejects, counters) = (launch.rejects, counter_bytes);
+                counter_bytes += 4 * launch.counters;
+                let launched =
+                    Launched { node, joined: vec![], stored, beside, number, places, rejects, counters, actions };
                 Some(Work::Launch(Box::new(launched)))
             }
             Step::Copy { state, new } => Some(Work::Copy {
@@ -284,7 +295,7 @@ impl CudaExecutable {
                 }
             }
         }
-        let program = Program { device, plan, work, states, checks, table_bytes, _modules: modules };
+        let program = Program { device, plan, work, states, checks, table_bytes, counter_bytes, _modules: modules };
         Ok(CudaExecutable(Arc::new(program)))
     }
 }
@@ -335,7 +346,8 @@ impl Executable for CudaExecutable {
             .collect::<Result<_>>()?;
         let fault = Memory::zeroed(device, 8, || "the record of rejected values".into())?;
         let tables = Memory::zeroed(device, self.0.table_bytes, || "the tables of tasks".into())?;
-        Ok(Box::new(CudaInstance::new(Arc::clone(&self.0), arena, kept, [fault, tables])?))
+        let counters = Memory::zeroed(device, self.0.counter_bytes, || "the counters of launches".into())?;
+        Ok(Box::new(CudaInstance::new(Arc::clone(&self.0), arena, kept, [fault, tables, counters])?))
     }
 }
 

@@ -53,6 +53,8 @@ pub(super) struct CudaInstance {
     fault: Memory,
     /// Tables of tasks, as of store version `located`.
     tables: Memory,
+    /// What blocks of a launch count, 0 between runs.
+    counters: Memory,
     staging: BTreeMap<String, FeedStaging>,
     /// Where the stored tensors lie, as of store version `located`.
     states: Vec<u64>,
@@ -64,7 +66,7 @@ impl CudaInstance {
         program: Arc<Program>,
         arena: Memory,
         kept: Vec<(Value, Memory)>,
-        [fault, tables]: [Memory; 2],
+        [fault, tables, counters]: [Memory; 3],
     ) -> Result<CudaInstance> {
         let mut staging = BTreeMap::new();
         let graph = program.plan.graph();
@@ -77,12 +79,13 @@ impl CudaInstance {
         }
         let states = vec![0; program.states.len()];
         let (recording, tried, located) = (None, false, None);
-        Ok(CudaInstance { program, recording, tried, arena, kept, fault, tables, staging, states, located })
+        Ok(CudaInstance { program, recording, tried, arena, kept, fault, tables, counters, staging, states, located })
     }
 
     fn addresses(&self) -> Addresses<'_> {
-        let [arena, fault, tables] = [&self.arena, &self.fault, &self.tables].map(Memory::start);
-        Addresses { arena, states: &self.states, fault, tables }
+        let memories = [&self.arena, &self.fault, &self.tables, &self.counters];
+        let [arena, fault, tables, counters] = memories.map(Memory::start);
+        Addresses { arena, states: &self.states, fault, tables, counters }
     }
 
     /// Looks up the stored tensors, if they may have moved.

@@ -20,6 +20,8 @@ pub(crate) enum Arg {
     Scratch(usize),
     /// A null address.
     Null,
+    /// Address of the launch's counters.
+    Counters,
     /// Address of the record in which a kernel notes a value it rejects.
     Fault,
     /// The number under which the node's rejections are noted.
@@ -154,6 +156,11 @@ pub(crate) struct Launch {
     pub(crate) before: Joint,
     /// Of the twin that was offered, and its results where a chain is behind it.
     pub(crate) twin: Joint,
+    /// Of the combine that was offered, and of the chain behind that.
+    pub(crate) combined: Joint,
+    pub(crate) behind_combined: Joint,
+    /// How many counters it has in an instance's memory: u32, 0 before the first run, which every run leaves at 0.
+    pub(crate) counters: usize,
     /// Of a product, the rule by which it got these kernels and tiles, in words.
     pub(crate) why: Option<String>,
 }

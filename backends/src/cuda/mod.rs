@@ -8,6 +8,8 @@
 //! is read.
 
 mod chip;
+#[cfg(test)]
+mod combined_tests;
 mod compiler;
 mod device;
 mod driver;
@@ -124,11 +126,17 @@ impl Cuda {
                 launch::Action::Tasks(_) | launch::Action::Clear { .. } => None,
             });
             let (ty, kernels) = (graph.ty(node.results[0]), kernels.collect::<Vec<_>>().join(" + "));
-            let Beside { before, behind, twin, .. } = Beside::of(&plan, id).unwrap_or_default();
+            let Beside { before, behind, twin, combined, behind_combined, .. } =
+                Beside::of(&plan, id).unwrap_or_default();
             let of = before.map_or_else(String::new, |id| format!("; with the {} before it", graph.node(id).op.name()));
             let chain = if behind.is_some() { "; with the chain behind it" } else { "" };
             let twin = if twin.is_some() { "; with its twin" } else { "" };
-            Some(format!("{} {ty}: {kernels}, {why}{of}{chain}{twin}", node.op.name()))
+            let combine = match (combined, behind_combined) {
+                (None, _) => "",
+                (Some(_), None) => "; with the combine behind it",
+                (Some(_), Some(_)) => "; with the combine behind it and the chain behind that",
+            };
+            Some(format!("{} {ty}: {kernels}, {why}{of}{chain}{twin}{combine}", node.op.name()))
         });
         Ok(lines.collect())
     }

@@ -40,7 +40,9 @@ fn field(arg: &Arg, places: &StepPlaces) -> Field {
         Arg::U32(n) => Field::Bytes(n.to_le_bytes().to_vec()),
         Arg::I64(n) => Field::Bytes(n.to_le_bytes().to_vec()),
         Arg::F32(x) => Field::Bytes(x.to_le_bytes().to_vec()),
-        Arg::Fault | Arg::Step | Arg::Bytes(_) | Arg::Box(_) => unreachable!("tasks have addresses and numbers"),
+        Arg::Counters | Arg::Fault | Arg::Step | Arg::Bytes(_) | Arg::Box(_) => {
+            unreachable!("tasks have addresses and numbers")
+        }
     }
 }
 
@@ -159,7 +161,7 @@ mod tests {
     #[test]
     fn a_table_is_the_array_that_the_kernel_reads() {
         let states = [7000, 8000];
-        let addresses = Addresses { arena: 100_000, states: &states, fault: 0, tables: 0 };
+        let addresses = Addresses { arena: 100_000, states: &states, fault: 0, tables: 0, counters: 0 };
         let at = places(&[Place::Arena(256), Place::State(1)], &[Place::State(0)]);
         let task =
             |blocks, n| Task { blocks, args: vec![Arg::Result(0), Arg::OperandAt(0, 4), Arg::Scratch(8), Arg::I32(n)] };

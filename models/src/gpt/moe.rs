@@ -96,6 +96,9 @@ pub fn moe_layer(
         ApplyTo::Input => (Some(gating.gate), None),
     };
 
+    // Before the experts: the rows of these and of the side then lack nothing that they are combined with.
+    let coefficient = coefficient(g, p, layer, x, routing.side)?;
+    let mean_coefficient = coefficient.map(|c| g.reduce(ReduceFn::Mean, c, &[0])).transpose()?;
     let rows = g.dispatch(x, slot_choice, choice_slot, of_input)?;
     let (up, up_bias) = (p.get(g, &at("experts.up.weight"))?, p.get(g, &at("experts.up.bias"))?);
     let (down, down_bias) = (p.get(g, &at("experts.down.weight"))?, p.get(g, &at("experts.down.bias"))?);
@@ -103,8 +106,6 @@ pub fn moe_layer(
     let h = layers::activation(g, p, h)?;
     let rows = g.expert_matmul(h, down, offsets, Some(down_bias), false)?;
 
-    let coefficient = coefficient(g, p, layer, x, routing.side)?;
-    let mean_coefficient = coefficient.map(|c| g.reduce(ReduceFn::Mean, c, &[0])).transpose()?;
     let side = match routing.side {
         Side::None => None,
         Side::Constant | Side::Sigmoid | Side::Softmax => {

@@ -8,6 +8,7 @@
 // number of rows. A block has THREADS threads. What becomes of an element is up to `put` of chain.cuh, what a is to lead.cuh.
 //
 // TWIN: the last blocks along z of a product of experts do a dense one of as many columns over as long a k, of at most MOST rows.
+// COMBINES: the kernel ends with the combine behind a product of experts, as combined.cuh says; the chain is then behind that.
 //
 // A kernel's time is mostly that of waiting: so all that a thread loads is on its way before it waits for any of it, and what no kernel
 // of the run writes (EARLY: b, the bias, a norm's weights) before it waits for the kernel before.
@@ -238,7 +239,12 @@ template <int ROWS> struct Ends {
         for (int j = 0; j < COUNT; j++) {
             int i = threadIdx.x + j * THREADS, row = row0 + i / COLUMNS, column = blockIdx.x * COLUMNS + i % COLUMNS;
             is[j] = i < rows * COLUMNS && column < p.n;
+#if COMBINES && ALONE
+            // The one row there is, in the block's own memory.
+            at[j] = i;
+#else
             at[j] = batch * p.c_batch + row * p.c_row + column * p.c_column;
+#endif
             bias[j] = 0.0f;
             if (!is[j] || !all || blockIdx.y > 0) continue;
             i64 k = batch * p.bias_batch + row * p.bias_row + column * p.bias_column;
@@ -247,7 +253,7 @@ template <int ROWS> struct Ends {
     }
     /// What the chain reads, which kernels before may have written.
     __device__ __forceinline__ void load(const Chain& chain) {
-#if JOINED
+#if JOINED && !COMBINES
 #pragma unroll
         for (int j = 0; j < COUNT; j++)
             if (is[j] && blockIdx.y == 0) loaded[j] = chain.load<1>(at[j]);
@@ -263,7 +269,11 @@ template <int ROWS> struct Ends {
         }
         Vector<TC, 1> one;
         one.at[0] = from_float<TC>(v);
+#if COMBINES
+        store_vector<1>(c + at[j], one);
+#else
         put<1>(c, at[j], one, chain, loaded[j]);
+#endif
     }
 };
 
@@ -339,35 +349,13 @@ __device__ __forceinline__ void of_expert(float* room, float* sums, const TA* a,
 }
 #endif
 
-#if TWIN
-#define TWIN_PARAMETERS                                                                                                \
-    , const TA* twin_a, const T* twin_b, const void* twin_bias, TC* twin_c, int twin_rows TWIN_CHAIN_PARAMETERS
-#else
-#define TWIN_PARAMETERS
-#endif
-
-/// Blocks along z: for each product of a batch, groups of MOST rows; if EXPERTS one for each slot, of which only those at the start of
-/// MOST rows of an expert have work, and those of unused slots, which become 0.
-FEW_KERNEL few_rows(const TA* a, const T* b, const int* offsets, const void* bias, float* partial, TC* c, Few p LEAD_PARAMETERS
-                        CHAIN_PARAMETERS TWIN_PARAMETERS) {
-    Fetched fetched;
-    if (EARLY) fetched.load(b, bias, p, LEADING);
-    begin();
-    __shared__ float room[SHARES * MOST * COLUMNS], sums[SUMS];
 #if EXPERTS
-#if TWIN
-    bool is_twin = blockIdx.z + 1 == gridDim.z;
-    if (is_twin) a = twin_a, b = twin_b, bias = twin_bias, c = twin_c;
-    const Chain chain = is_twin ? TWIN_CHAIN : CHAIN;
-#else
-    const bool is_twin = false;
-    const Chain chain = CHAIN;
-#endif
+/// The work of a block of a product of experts: on the slot of its number along z, or, if `twin_rows` is not negative, on the twin.
+__device__ __forceinline__ void of_block(float* room, float* sums, const TA* a, const T* b, const int* offsets, const void* bias,
+                                         float* partial, TC* c, const Few& p, const Lead& lead, int twin_rows, const Chain& chain) {
     __shared__ int of_slot;
-    int row0 = is_twin ? 0 : blockIdx.z, expert = 0, rows = 0;
-#if TWIN
-    rows = twin_rows;
-#endif
+    bool is_twin = twin_rows >= 0;
+    int row0 = is_twin ? 0 : blockIdx.z, expert = 0, rows = twin_rows;
     if (!is_twin) {
         if (threadIdx.x == 0) of_slot = -1;
         __syncthreads();
@@ -391,15 +379,59 @@ FEW_KERNEL few_rows(const TA* a, const T* b, const int* offsets, const void* bia
 #if CLUSTER > 1
     cluster_arrive();
 #endif
-    if (rows == 1) of_expert<1>(room, sums, a, b, bias, p, expert, row0, rows, partial, c, LEADING, is_twin, chain);
+    if (rows == 1) of_expert<1>(room, sums, a, b, bias, p, expert, row0, rows, partial, c, lead, is_twin, chain);
 #if MOST > 1
-    else if (rows == 2) of_expert<2>(room, sums, a, b, bias, p, expert, row0, rows, partial, c, LEADING, is_twin, chain);
+    else if (rows == 2) of_expert<2>(room, sums, a, b, bias, p, expert, row0, rows, partial, c, lead, is_twin, chain);
 #endif
 #if MOST > 2
-    else if (rows <= 4) of_expert<4>(room, sums, a, b, bias, p, expert, row0, rows, partial, c, LEADING, is_twin, chain);
+    else if (rows <= 4) of_expert<4>(room, sums, a, b, bias, p, expert, row0, rows, partial, c, lead, is_twin, chain);
 #endif
 #if MOST > 4
-    else of_expert<8>(room, sums, a, b, bias, p, expert, row0, rows, partial, c, LEADING, is_twin, chain);
+    else of_expert<8>(room, sums, a, b, bias, p, expert, row0, rows, partial, c, lead, is_twin, chain);
+#endif
+}
+#endif
+
+#if TWIN
+#define TWIN_PARAMETERS                                                                                                \
+    , const TA* twin_a, const T* twin_b, const void* twin_bias, TC* twin_c, int twin_rows TWIN_CHAIN_PARAMETERS
+#else
+#define TWIN_PARAMETERS
+#endif
+
+/// Blocks along z: for each product of a batch, groups of MOST rows; if EXPERTS one for each slot, of which only those at the start of
+/// MOST rows of an expert have work, and those of unused slots, which become 0.
+FEW_KERNEL few_rows(const TA* a, const T* b, const int* offsets, const void* bias, float* partial, TC* c, Few p LEAD_PARAMETERS
+                        COMBINE_PARAMETERS CHAIN_PARAMETERS TWIN_PARAMETERS) {
+    Fetched fetched;
+    if (EARLY) fetched.load(b, bias, p, LEADING);
+    begin();
+    __shared__ float room[SHARES * MOST * COLUMNS], sums[SUMS];
+#if EXPERTS
+    TC* to = c;
+#if COMBINES
+    Combined<COLUMNS> tail;
+    tail.load(COMBINING, p.n, CHAIN);
+#if ALONE
+    __shared__ TC own[COLUMNS];
+    to = own;
+#endif
+#endif
+#if TWIN
+    bool is_twin = blockIdx.z + 1 == gridDim.z;
+    if (is_twin) a = twin_a, b = twin_b, bias = twin_bias, to = twin_c;
+    const int of_twin = is_twin ? twin_rows : -1;
+#else
+    const int of_twin = -1;
+#endif
+#if TWIN && !COMBINES
+    const Chain chain = is_twin ? TWIN_CHAIN : CHAIN;
+#else
+    const Chain chain = CHAIN;
+#endif
+    of_block(room, sums, a, b, offsets, bias, partial, to, p, LEADING, of_twin, chain);
+#if COMBINES
+    tail.end(COMBINING, ALONE ? to : c, p.m, p.n, chain);
 #endif
 #else
 #if CLUSTER > 1

@@ -2,6 +2,7 @@
 
 use moebius_ir::DType;
 
+use super::combined::{self, Combined};
 use super::gemm::{Product, Strides};
 use super::joined::{self, Joined};
 use super::lead::{self, Lead};
@@ -12,6 +13,8 @@ use crate::cuda::launch::{Action, Arg, Launch, Scratch, kernel};
 use crate::cuda::source::{CLUSTER, FUNCTIONS, HALVES, Header, LEAD, NORM, Source, VECTORS};
 
 const TEXT: &str = include_str!("../kernels/few_rows.cu");
+/// Behind the text of a chain, which it gives elements to.
+const COMBINED: &str = include_str!("../kernels/combined.cuh");
 const THREADS: usize = 256;
 /// The most rows for which an element is read once.
 const MOST_ROWS: usize = 8;
@@ -63,6 +66,8 @@ pub(super) struct Around<'a> {
     pub(super) lead: Option<&'a Lead>,
     /// What runs beside a product of experts.
     pub(super) twin: Option<&'a Twin>,
+    /// What is behind a product of experts that no chain is behind.
+    pub(super) combined: Option<&'a Combined>,
     /// Whether all that it reads but its rows is as it was before the run.
     pub(super) early: bool,
 }
@@ -121,7 +126,7 @@ pub(super) fn launch(
     few: Few,
     number: Number,
     operands: Operands,
-    Around { joined, lead, twin, early }: Around<'_>,
+    Around { joined, lead, twin, combined, early }: Around<'_>,
 ) -> Result<Launch, String> {
     let (batch, experts) = match number {
         Number::Batch(batch) => (batch, None),
@@ -164,10 +169,14 @@ pub(super) fn launch(
     // others of its cluster keeps those behind it from starting.
     let blocks = n.div_ceil(columns).saturating_mul(chunks.count).saturating_mul(z);
     let clustered = chip.hopper && (2..=MOST_CLUSTER).contains(&chunks.count) && blocks <= MOST_CLUSTERED;
-    if twin.is_some() && !(chunks.count == 1 || clustered) {
+    let whole = chunks.count == 1 || clustered;
+    if twin.is_some() && !whole {
         // Whoever adds up chunks elsewhere has no place for a second product's.
-        return launch(chip, [of_a, of_b], product, few, number, operands, Around { joined, lead, twin: None, early });
+        let around = Around { joined, lead, twin: None, combined: None, early };
+        return launch(chip, [of_a, of_b], product, few, number, operands, around);
     }
+    let combined = combined.filter(|_| whole && joined.is_none() && n > 0 && z > 0);
+    let (alone, chain) = (z == 1, combined.map_or(joined, Combined::chain));
     let total = batch * m * n;
     let mut scratch = Scratch::default();
     let partial = if chunks.count > 1 && !clustered { scratch.take(4 * chunks.count * total) } else { Arg::Null };
@@ -185,8 +194,9 @@ pub(super) fn launch(
     }
     let lead = lead.filter(|lead| n > 0 && lead.fits(m, p.k, few_dtype, MOST_ROWS));
     let headers = headers(clustered, lead.is_some_and(Lead::is_norm));
-    let source = joined::source(joined, "few_rows.cu", headers, TEXT);
-    let source = twin::source(twin, lead::source(lead, source))
+    let text = format!("#line 1 \"combined.cuh\"\n{COMBINED}\n#line 1 \"few_rows.cu\"\n{TEXT}");
+    let source = joined::source(chain, "few_rows.cu", headers, &text);
+    let source = combined::source(combined, alone, twin::source(twin, lead::source(lead, source)))
         .define("THREADS", THREADS)
         .define("EXPERTS", u8::from(experts.is_some()))
         .define("EARLY", u8::from(early && experts.is_none()))
@@ -202,9 +212,10 @@ pub(super) fn launch(
         .define("MOST", most);
     let Operands { a, b, offsets, bias } = operands;
     let [a, b] = if few == Few::Rows { [lead.map_or(a, |lead| lead.rows.clone()), b] } else { [b, a] };
-    let mut args = vec![a, b, offsets, bias, partial.clone(), joined::out(joined), Arg::Bytes(bytes)];
+    let out = if combined.is_some() { combined::out(alone) } else { joined::out(joined) };
+    let mut args = vec![a, b, offsets, bias, partial.clone(), out, Arg::Bytes(bytes)];
     args.extend(lead::args(lead));
-    args.extend(joined::args(joined));
+    args.extend(combined.map_or_else(|| joined::args(joined), |combined| combined::args(combined, alone)));
     args.extend(twin::args(twin));
     let grid = [n.div_ceil(columns), chunks.count, z];
     let mut actions = vec![kernel(source.clone(), "few_rows", grid, THREADS as u32, args)];
@@ -220,7 +231,10 @@ pub(super) fn launch(
     let mut launch = joined::with(joined, Launch::of(actions).with_scratch(scratch.bytes())).because(why);
     launch.before = lead::joint(lead);
     launch.twin = twin::joint(twin);
-    Ok(launch)
+    Ok(match combined {
+        None => launch,
+        Some(combined) => combined::with(combined, alone, n.div_ceil(columns), launch),
+    })
 }
 
 #[cfg(test)]

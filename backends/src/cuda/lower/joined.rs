@@ -146,10 +146,15 @@ pub(super) fn source(joined: Option<&Joined>, file: &'static str, headers: &'sta
 
 /// A launch whose kernels do the work of the chain too.
 pub(super) fn with(joined: Option<&Joined>, mut launch: Launch) -> Launch {
-    launch.behind = match joined {
+    launch.behind = joint(joined);
+    launch
+}
+
+/// What a launch whose kernels take it does of it.
+pub(super) fn joint(joined: Option<&Joined>) -> Joint {
+    match joined {
         None => Joint::None,
         Some(Joined { kept: true, .. }) => Joint::Stored,
         Some(Joined { kept: false, .. }) => Joint::Unstored,
-    };
-    launch
+    }
 }

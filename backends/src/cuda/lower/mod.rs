@@ -5,6 +5,7 @@
 
 mod attention;
 mod classifier;
+mod combined;
 mod early;
 mod elementwise;
 mod embedding;
@@ -77,12 +78,28 @@ pub(crate) fn joined(graph: &Graph, id: NodeId, chip: Chip) -> Option<NodeId> {
         return Some(product).filter(|_| apart && does());
     }
     follower(graph, id, chip).or_else(|| {
-        let product = shared::ended(graph, id)?;
-        let behind = Some(id).filter(|_| id != product);
-        let twin = shared::twin(graph, product)?;
-        let beside = Beside { before: None, behind, twin: Some(twin), behind_twin: follower(graph, twin, chip) };
-        lower(graph, product, beside, chip).is_ok_and(|l| l.twin != Joint::None).then_some(twin)
+        let product = shared::ended(graph, id).or_else(|| shared::twinned(graph, id))?;
+        let Beside { behind, twin, combined, .. } = beside_experts(graph, product, chip);
+        // What follows the last of the nodes in front of it; the twin's own chain is told above.
+        if behind.unwrap_or(product) == id { twin.or(combined) } else { combined.filter(|_| twin == Some(id)) }
     })
+}
+
+/// What the kernels of a product of experts can do on such a GPU of the nodes beside it, but for one before it.
+fn beside_experts(graph: &Graph, product: NodeId, chip: Chip) -> Beside {
+    let mut beside = Beside { behind: follower(graph, product, chip), ..Beside::default() };
+    let does = |beside: Beside, of: fn(&Launch) -> Joint| {
+        lower(graph, product, beside, chip).is_ok_and(|l| of(&l) != Joint::None)
+    };
+    if let Some(twin) = shared::twin(graph, product) {
+        let with = Beside { twin: Some(twin), behind_twin: follower(graph, twin, chip), ..beside };
+        beside = if does(with, |l| l.twin) { with } else { beside };
+    }
+    if let Some(combine) = shared::combined(graph, product, beside) {
+        let with = Beside { combined: Some(combine), behind_combined: follower(graph, combine, chip), ..beside };
+        beside = if does(with, |l| l.combined) { with } else { beside };
+    }
+    beside
 }
 
 /// The node behind that a node's kernels can do on such a GPU.
