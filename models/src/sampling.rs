@@ -131,8 +131,8 @@ mod tests {
         let total: f64 = order.iter().map(|&i| weight(i)).sum();
         let mut kept = 0.0;
         let enough = order.iter().position(|&i| {
-            kept += weight(i) / total;
-            kept >= f64::from(s.top_p)
+            kept += weight(i);
+            kept / total >= f64::from(s.top_p)
         });
         let order = &order[..enough.map_or(order.len(), |last| last + 1)];
         let total: f64 = order.iter().map(|&i| weight(i)).sum();
