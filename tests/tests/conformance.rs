@@ -193,9 +193,16 @@ fn a_combine_behind_products_of_experts_has_the_bits_of_the_combine_by_itself() 
                     let index = s.ints([tokens, k], &ids)?;
                     s.graph.assign(index, None, experts, Some(capacity), Order::ChoiceMajor)
                 };
-                let products = |s: &mut Sketch, [slot_choice, _, offsets, _]: [Value; 4]| {
+                let products = |s: &mut Sketch, [slot_choice, choice_slot, offsets, _]: [Value; 4]| {
                     let slots = s.graph.shape(slot_choice)[0];
-                    let (rows, w) = (float(s, &[slots, width], 3)?, float(s, &shape(&[experts]), 11)?);
+                    // The kernel may also find the rows of slots itself.
+                    let rows = if at % 2 == 0 {
+                        let x = float(s, &[tokens, width], 2)?;
+                        s.graph.dispatch(x, slot_choice, choice_slot, None)?
+                    } else {
+                        float(s, &[slots, width], 3)?
+                    };
+                    let w = float(s, &shape(&[experts]), 11)?;
                     let rows = s.graph.expert_matmul(rows, w, offsets, None, transposed)?;
                     if side < 2 {
                         return Ok((rows, None));

@@ -1,9 +1,10 @@
-// COMBINES: the combine right behind a product of experts of few rows, done by the product's kernel for a tile of columns at a time, and the chain behind
-// that (`put` of chain.cuh). Its sums are those of combine.cu, term by term.
+// COMBINES: the combine right behind a product of experts of few rows, done by the product's kernel for a tile of columns at a time,
+// and the chain behind that (`put` of chain.cuh). Its sums are those of combine.cu, term by term.
 //
-// Every block that ends elements of a tile counts, when they are stored; the last one combines them. ALONE: one block ends them all, of the
-// one slot there is: it has that row in shared memory, where nothing is counted. SIDE says what comes beside the rows: NO_SIDE, SIDE_BEFORE, rows
-// that were made before the kernel, or SIDE_OF_TWIN, those of the twin. There are at most TOKENS tokens, and CHOICES choices of all of them.
+// Every block that ends elements of a tile counts, when they are stored; the last one combines them. ALONE: one block ends them all, of
+// the one slot there is: it has that row in shared memory, and nothing is counted. SIDE says what comes beside the rows: NO_SIDE,
+// SIDE_BEFORE, rows that were made before the kernel, or SIDE_OF_TWIN, those of the twin. There are at most TOKENS tokens, which have
+// CHOICES choices together.
 
 #if COMBINES
 #define NO_SIDE 0
