@@ -57,6 +57,17 @@ pub(crate) struct TensorBox {
 }
 
 impl Arg {
+    /// The same of a node whose operands and results come behind so many of others.
+    pub(crate) fn behind(self, [operands, results]: [usize; 2]) -> Arg {
+        if let Arg::Operand(i) = self {
+            Arg::Operand(operands + i)
+        } else if let Arg::Result(i) = self {
+            Arg::Result(results + i)
+        } else {
+            self
+        }
+    }
+
     /// A size as a 64-bit number.
     pub(crate) fn size(n: usize) -> Arg {
         Arg::I64(n as i64)

@@ -41,16 +41,8 @@ impl Combined {
         let Some(combine) = beside.combined else { return Ok(None) };
         let node = graph.node(combine);
         let Op::Combine(op) = &node.op else { return Ok(None) };
-        let [operands, results] = beside.first(graph, id, combine);
-        let behind = |arg: Arg| {
-            if let Arg::Operand(i) = arg {
-                Arg::Operand(operands + i)
-            } else if let Arg::Result(i) = arg {
-                Arg::Result(results + i)
-            } else {
-                arg
-            }
-        };
+        let first = beside.first(graph, id, combine);
+        let behind = |arg: Arg| arg.behind(first);
         let chain = Joined::new(graph, node, beside.behind_combined)?;
         let choice_slot = &graph.ty(node.operands[2]).shape;
         let by_twin = |at: usize| {

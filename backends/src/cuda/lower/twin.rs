@@ -43,20 +43,11 @@ impl Twin {
         if !alike || bias(product, 3) != bias(node, 2) {
             return Ok(None);
         }
-        let [operands, results] = beside.first(graph, id, twin);
-        let behind = |arg: Arg| {
-            if let Arg::Operand(i) = arg {
-                Arg::Operand(operands + i)
-            } else if let Arg::Result(i) = arg {
-                Arg::Result(results + i)
-            } else {
-                arg
-            }
-        };
+        let first = beside.first(graph, id, twin);
         let bias = if node.operands.len() > 2 { Arg::Operand(2) } else { Arg::Null };
         let rows = graph.ty(node.results[0]).shape.rows();
         let factors = [Arg::Operand(0), Arg::Operand(1), bias, joined::out(own), Arg::I32(rows as i32)];
-        let args = factors.into_iter().chain(joined::args(own)).map(behind).collect();
+        let args = factors.into_iter().chain(joined::args(own)).map(|arg| arg.behind(first)).collect();
         let joint = if own.is_some_and(|own| !own.is_kept()) { Joint::Unstored } else { Joint::Stored };
         Ok(Some(Twin { args, words: joined::other_words(own, "twin_"), rows, joint }))
     }
