@@ -8,8 +8,8 @@
 #define GROUPS (THREADS / GROUP)
 /// Pieces of PER_LANE elements that a lane has of a head.
 #define PIECES ((HEAD + GROUP * PER_LANE - 1) / (GROUP * PER_LANE))
-/// Keys that a group reads before it uses the first.
-#define AHEAD (PIECES > 1 ? 2 : 4)
+/// Keys that a group reads before it uses the first: of heads that it has in one piece, all of a chunk of 128.
+#define AHEAD (PIECES > 1 ? 2 : 8)
 #if CLUSTER > 1
 #define CACHE_KERNEL extern "C" __global__ void __cluster_dims__(1, 1, CLUSTER)
 #else

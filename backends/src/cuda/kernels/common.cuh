@@ -21,6 +21,13 @@ __device__ __forceinline__ void begin() {
 #endif
 }
 
+/// Has the line of an address brought to the cache that all multiprocessors share.
+__device__ __forceinline__ void prefetch(const void* at) {
+#ifndef MOEBIUS_EMULATOR
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+#endif
+}
+
 /// The upper half of a binary32.
 struct bf16 { u16 bits; };
 /// IEEE binary16.

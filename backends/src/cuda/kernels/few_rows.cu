@@ -393,6 +393,15 @@ __device__ __forceinline__ void of_block(float* room, float* sums, const TA* a, 
 #endif
 
 #if TWIN
+/// Brings near what a block of the twin reads of `b`, while the kernel before may still run: in cache it is what is in memory.
+__device__ __forceinline__ void bring_near(const T* b, const Few& p) {
+#if !TRANSPOSED
+    int k0 = blockIdx.y * p.chunk, k1 = min(k0 + p.chunk, p.k), column = blockIdx.x * COLUMNS + threadIdx.x % 8 * VECTOR;
+    if (column < p.n)
+        for (int k = k0 + first_piece(); k < k1; k += STEP) prefetch(b + k * p.b_line + column);
+#endif
+}
+
 #define TWIN_PARAMETERS                                                                                                \
     , const TA* twin_a, const T* twin_b, const void* twin_bias, TC* twin_c, int twin_rows TWIN_CHAIN_PARAMETERS
 #else
@@ -405,6 +414,9 @@ FEW_KERNEL few_rows(const TA* a, const T* b, const int* offsets, const void* bia
                         COMBINE_PARAMETERS CHAIN_PARAMETERS TWIN_PARAMETERS) {
     Fetched fetched;
     if (EARLY) fetched.load(b, bias, p, LEADING);
+#if TWIN
+    if (blockIdx.z + 1 == gridDim.z) bring_near(twin_b, p);
+#endif
     begin();
     __shared__ float room[SHARES * MOST * COLUMNS], sums[SUMS];
 #if EXPERTS
