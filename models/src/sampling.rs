@@ -101,11 +101,11 @@ impl Descending<'_> {
     /// The token at this place.
     fn get(&mut self, nth: usize) -> Option<usize> {
         while self.order.len() <= nth && self.above > f32::NEG_INFINITY {
-            // Nobody is above all that are beyond what f32 weighs.
+            // Where the next border is no lower in f32, or there is no end of borders, all that are left come at once.
             let next = self.top - self.reach;
             let next = if next < self.above && self.reach < 1e30 { next } else { f32::NEG_INFINITY };
             let (above, from) = (self.above, self.order.len());
-            let those = |l: f32| l > next && (l <= above || above == f32::INFINITY);
+            let those = |l: f32| l > next && l <= above;
             self.order.extend((0..self.logits.len()).filter(|&i| those(self.logits[i])));
             let logits = self.logits;
             self.order[from..].sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));

@@ -39,7 +39,7 @@ pub(crate) struct Device {
     cache: Cache,
     /// Held by whoever puts a sequence on the stream that nothing may come between, as while it is recorded.
     sequence: Mutex<()>,
-    /// Memory of the host that the GPU writes to by itself: copies to other memory go through it in pieces, and are waited for one by one.
+    /// Memory of the host that the GPU writes to by itself. A copy to other memory the driver takes in pieces, and waits for each.
     landing: Mutex<LockedBuffer<u8>>,
     // Fields are dropped in this order: the context last.
     stream: Stream,

@@ -25,7 +25,7 @@ mod tasks;
 
 use std::sync::Arc;
 
-use moebius_ir::{Fences, Graph, NodeId, Plan};
+use moebius_ir::{Fences, Graph, NodeId, Op, Plan};
 
 use crate::joined::Beside;
 use crate::{Backend, Executable, Result, Store, lowering};
@@ -129,7 +129,11 @@ impl Cuda {
             let Beside { before, behind, twin, combined, behind_combined, .. } =
                 Beside::of(&plan, id).unwrap_or_default();
             let of = before.map_or_else(String::new, |id| format!("; with the {} before it", graph.node(id).op.name()));
-            let chain = if behind.is_some() { "; with the chain behind it" } else { "" };
+            let chain = match behind.map(|id| &graph.node(id).op) {
+                None => "",
+                Some(Op::GlobalNorm(_)) => "; with the norm behind it",
+                Some(_) => "; with the chain behind it",
+            };
             let twin = if twin.is_some() { "; with its twin" } else { "" };
             let combine = match (combined, behind_combined) {
                 (None, _) => "",

@@ -81,6 +81,10 @@ __device__ __forceinline__ int first_piece() {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     return TRANSPOSED ? lane * VECTOR : 4 * warp + lane / 8;
 }
+/// The first of a thread's columns.
+__device__ __forceinline__ int first_column() {
+    return blockIdx.x * COLUMNS + (TRANSPOSED ? threadIdx.x / 32 * ACROSS : threadIdx.x % 8 * VECTOR);
+}
 
 /// A round of a thread's pieces of b.
 template <int ROWS> struct Round {
@@ -88,12 +92,7 @@ template <int ROWS> struct Round {
     Elements<T> w[COUNT][ACROSS];
     /// Those of the round that begins with the rows, or columns, of k from `from` on; what is behind `k1` is 0.
     __device__ __forceinline__ void load_from(const T* b, const Few& p, int from, int k1) {
-        int k = from + first_piece();
-#if TRANSPOSED
-        int column0 = blockIdx.x * COLUMNS + threadIdx.x / 32 * ACROSS;
-#else
-        int column = blockIdx.x * COLUMNS + threadIdx.x % 8 * VECTOR;
-#endif
+        int k = from + first_piece(), column = first_column();
 #pragma unroll
         for (int u = 0; u < COUNT; u++)
 #pragma unroll
@@ -101,7 +100,7 @@ template <int ROWS> struct Round {
                 int at = k + STEP * u;
 #if TRANSPOSED
                 // A column behind the last is read as the last, and not given out.
-                w[u][c] = load(b + min(column0 + c, p.n - 1) * p.b_line + at, k1 - at);
+                w[u][c] = load(b + min(column + c, p.n - 1) * p.b_line + at, k1 - at);
 #else
                 w[u][c] = load(b + at * p.b_line + column, at < k1 ? p.n - column : 0);
 #endif
@@ -393,11 +392,14 @@ __device__ __forceinline__ void of_block(float* room, float* sums, const TA* a, 
 #endif
 
 #if TWIN
-/// Brings near what a block of the twin reads of `b`, while the kernel before may still run: in cache it is what is in memory.
+__device__ __forceinline__ bool in_twin() { return blockIdx.z + 1 == gridDim.z; }
+
+/// Brings near what a block of the twin reads of `b`, while the kernel before may still run: in cache it is what is in memory. Only where
+/// columns do not lie along k, as those of a model's weights.
 __device__ __forceinline__ void bring_near(const T* b, const Few& p) {
 #if !TRANSPOSED
-    int k0 = blockIdx.y * p.chunk, k1 = min(k0 + p.chunk, p.k), column = blockIdx.x * COLUMNS + threadIdx.x % 8 * VECTOR;
-    if (column < p.n)
+    int k0 = blockIdx.y * p.chunk, k1 = min(k0 + p.chunk, p.k), column = first_column();
+    if (in_twin() && column < p.n)
         for (int k = k0 + first_piece(); k < k1; k += STEP) prefetch(b + k * p.b_line + column);
 #endif
 }
@@ -415,7 +417,7 @@ FEW_KERNEL few_rows(const TA* a, const T* b, const int* offsets, const void* bia
     Fetched fetched;
     if (EARLY) fetched.load(b, bias, p, LEADING);
 #if TWIN
-    if (blockIdx.z + 1 == gridDim.z) bring_near(twin_b, p);
+    bring_near(twin_b, p);
 #endif
     begin();
     __shared__ float room[SHARES * MOST * COLUMNS], sums[SUMS];
@@ -430,7 +432,7 @@ FEW_KERNEL few_rows(const TA* a, const T* b, const int* offsets, const void* bia
 #endif
 #endif
 #if TWIN
-    bool is_twin = blockIdx.z + 1 == gridDim.z;
+    const bool is_twin = in_twin();
     if (is_twin) a = twin_a, b = twin_b, bias = twin_bias, to = twin_c;
     const int of_twin = is_twin ? twin_rows : -1;
 #else
