@@ -91,9 +91,13 @@ impl Source for f16 {
     }
 }
 
-/// `c[MR][NV*LANES] (+)= a · b` over `k` steps: `a(i, p) = a[i*RS + p*CS]`, `b(p, ..) = b[p*b_step ..]`.
+/// `c[MR][NV*LANES] (+)= a · b` over `k` steps: `a(i, p) = a[i*RS + p*CS]`, `b(p, ..) = b[p*b_step ..]`, where `b_step` is known to
+/// the compiler for a B that is packed.
 /// `AHEAD`: bytes of each row of B to prefetch ahead, for a B that is not packed; 0 for one that is. Then what `next` names is
 /// brought near little by little: all at once it would keep B from being loaded.
+///
+/// Where another thread runs on the same core, the core's decoders are shared too, and what is not a multiply-add costs as much as one
+/// that is: so [`UNROLL`] steps are written out, with all addresses of a packed B and of A as constants.
 ///
 /// # Safety
 /// All pointers but those of `next` cover what the formula reaches; with `load` C is initialised.
@@ -146,26 +150,39 @@ pub(super) unsafe fn tile<
             }
             let steps = left.min(FETCH_STEPS);
             left -= steps;
-            for _ in 0..steps {
-                let mut bv = [S::zero(); NV];
-                for j in 0..NV {
-                    bv[j] = T::load::<S>(b.add(j * S::LANES));
-                }
-                let bytes = if AHEAD > 0 { AHEAD } else { PACKED_AHEAD * NV * S::LANES * size_of::<f32>() };
-                let ahead = b.cast::<u8>().wrapping_add(bytes);
-                let mut byte = 0;
-                while byte < NV * S::LANES * size_of::<T>() {
-                    S::prefetch(ahead.wrapping_add(byte));
-                    byte += 64;
-                }
-                for i in 0..MR {
-                    let av = S::splat(*a.add(i * RS));
+            /// One step of k, the `$p`th from where `a` and `b` are.
+            macro_rules! step {
+                ($p:expr) => {
+                    let b = b.wrapping_add($p * b_step);
+                    let mut bv = [S::zero(); NV];
                     for j in 0..NV {
-                        acc[i][j] = S::fma(av, bv[j], acc[i][j]);
+                        bv[j] = T::load::<S>(b.add(j * S::LANES));
                     }
-                }
-                a = a.wrapping_add(CS);
-                b = b.wrapping_add(b_step);
+                    let bytes = if AHEAD > 0 { AHEAD } else { PACKED_AHEAD * NV * S::LANES * size_of::<f32>() };
+                    let ahead = b.cast::<u8>().wrapping_add(bytes);
+                    let mut byte = 0;
+                    while byte < NV * S::LANES * size_of::<T>() {
+                        S::prefetch(ahead.wrapping_add(byte));
+                        byte += 64;
+                    }
+                    for i in 0..MR {
+                        let av = S::splat(*a.add(i * RS + $p * CS));
+                        for j in 0..NV {
+                            acc[i][j] = S::fma(av, bv[j], acc[i][j]);
+                        }
+                    }
+                };
+            }
+            for _ in 0..steps / UNROLL {
+                step!(0);
+                step!(1);
+                step!(2);
+                step!(3);
+                (a, b) = (a.wrapping_add(UNROLL * CS), b.wrapping_add(UNROLL * b_step));
+            }
+            for _ in 0..steps % UNROLL {
+                step!(0);
+                (a, b) = (a.wrapping_add(CS), b.wrapping_add(b_step));
             }
         }
         for i in 0..MR {
@@ -286,9 +303,9 @@ pub(super) unsafe fn columns<S: Simd, T: Source, const MR: usize>(
     }
 }
 
-/// A [`tile`] instance over packed B (or f32 B in place): `(k, a, b, b_step, c, ldc, load, next)`.
-pub(super) type TileFn = unsafe fn(usize, *const f32, *const f32, usize, *mut f32, usize, bool, &Ahead);
-/// A [`tile`] instance over B in place, of the storage it is listed under.
+/// A [`tile`] instance over packed B: `(k, a, b, c, ldc, load, next)`.
+pub(super) type TileFn = unsafe fn(usize, *const f32, *const f32, *mut f32, usize, bool, &Ahead);
+/// A [`tile`] instance over B in place, of the storage it is listed under: `(k, a, b, b_step, c, ldc, load)`.
 pub(super) type WideFn = unsafe fn(usize, *const f32, *const u8, usize, *mut f32, usize, bool);
 
 /// A [`columns`] instance over B of the storage it is listed under: `(k, a, b, stride, c, ldc, load)`.
@@ -321,6 +338,8 @@ pub(super) struct Isa {
     pub(super) by_row: &'static [[TileFn; 2]],
     /// The same over k-wise A.
     pub(super) by_col: &'static [[TileFn; 2]],
+    /// As `by_row`, for f32 B in place.
+    pub(super) in_place: &'static [[WideFn; 2]],
     /// `[rows - 1]` for B in place, f32, bf16, f16.
     pub(super) wide: [&'static [Wide]; 3],
     /// `[rows - 1]` for B whose columns are contiguous, f32, bf16, f16.
@@ -373,14 +392,15 @@ macro_rules! isa {
         mod table {
             use super::*;
             use crate::cpu::gemm::ahead::Ahead;
-            use crate::cpu::gemm::kernel::{self, ColumnsFn, Isa, ROW, Source, Streams, TileFn, Wide};
+            use crate::cpu::gemm::kernel::{self, ColumnsFn, Isa, ROW, Source, Streams, TileFn, Wide, WideFn};
             use crate::cpu::gemm::{Bias, MatMut, finish, pack};
             use half::{bf16, f16};
 
             $(#[$attr])?
             unsafe fn tile<const MR: usize, const NV: usize, const RS: usize, const CS: usize>(
-                k: usize, a: *const f32, b: *const f32, b_step: usize, c: *mut f32, ldc: usize, load: bool, next: &Ahead,
+                k: usize, a: *const f32, b: *const f32, c: *mut f32, ldc: usize, load: bool, next: &Ahead,
             ) {
+                let b_step = 2 * <$simd as kernel::Simd>::LANES;
                 // SAFETY: the caller's contract.
                 unsafe { kernel::tile::<$simd, f32, MR, NV, RS, CS, 0>(k, a, b, b_step, c, ldc, load, next) }
             }
@@ -457,6 +477,7 @@ macro_rules! isa {
                     tile::<$mr, 1, 1, { <$simd as kernel::Simd>::COL }> as TileFn,
                     tile::<$mr, 2, 1, { <$simd as kernel::Simd>::COL }>,
                 ]),+],
+                in_place: &[$([wide::<f32, $mr, 1, 0> as WideFn, wide::<f32, $mr, 2, 0>]),+],
                 wide: [
                     &[$(all_wide::<f32, $mr, $wide>()),+],
                     &[$(all_wide::<bf16, $mr, $wide>()),+],
@@ -475,6 +496,9 @@ macro_rules! isa {
     };
 }
 pub(super) use isa;
+
+/// Steps of k that are written out in [`tile`]. More of them leave the cache of decoded instructions.
+const UNROLL: usize = 4;
 
 /// Steps of k of a packed B to prefetch ahead: from L2, also where a panel begins.
 const PACKED_AHEAD: usize = 16;

@@ -282,7 +282,7 @@ impl Task<'_, '_> {
                                 false => sums.at,
                             };
                             let next = Ahead { c: next, a: a_after.next(a), b: b_after.next(a) };
-                            kernel(chunk.len, a, b, nr, sums.at, sums.stride, load, &next);
+                            kernel(chunk.len, a, b, sums.at, sums.stride, load, &next);
                             if chunk.last {
                                 self.finish(at, &sums);
                             } else if !sums.in_c && !keep {

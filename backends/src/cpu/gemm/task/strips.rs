@@ -95,12 +95,14 @@ impl Task<'_, '_> {
                         if let Some(wide) = wide {
                             wide(len, a, from, ldb, sums.at, sums.stride, load);
                         } else {
-                            let kernel = isa.by_row[rows - 1][cols.div_ceil(isa.lanes) - 1];
+                            let vectors = cols.div_ceil(isa.lanes);
                             if b.storage == Storage::F32 && cols.is_multiple_of(isa.lanes) {
-                                kernel(len, a, from.cast(), ldb, sums.at, sums.stride, load, &Ahead::only(sums.at));
+                                let kernel = isa.in_place[rows - 1][vectors - 1];
+                                kernel(len, a, from, ldb, sums.at, sums.stride, load);
                             } else {
                                 self.pack_b(part, col, cols);
-                                kernel(len, a, self.b(), isa.nr(), sums.at, sums.stride, load, &Ahead::only(sums.at));
+                                let kernel = isa.by_row[rows - 1][vectors - 1];
+                                kernel(len, a, self.b(), sums.at, sums.stride, load, &Ahead::only(sums.at));
                             }
                         }
                         col += cols;
@@ -147,7 +149,7 @@ impl Task<'_, '_> {
                     } else {
                         self.pack_b(chunk, col, cols);
                         let kernel = isa.by_row[rows - 1][cols.div_ceil(isa.lanes) - 1];
-                        kernel(chunk.len, a, self.b(), isa.nr(), sums.at, sums.stride, load, &Ahead::only(sums.at));
+                        kernel(chunk.len, a, self.b(), sums.at, sums.stride, load, &Ahead::only(sums.at));
                     }
                 }
                 self.finish(at, &sums);
