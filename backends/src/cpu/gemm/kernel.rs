@@ -173,6 +173,7 @@ pub(super) unsafe fn tile<
                     }
                 };
             }
+            const { assert!(UNROLL == 4) }
             for _ in 0..steps / UNROLL {
                 step!(0);
                 step!(1);
@@ -353,6 +354,11 @@ pub(super) struct Isa {
     pub(super) add_bias: AddBias,
 }
 
+/// Columns of a panel of B, for vectors of so many lanes.
+pub(super) const fn panel_cols(lanes: usize) -> usize {
+    2 * lanes
+}
+
 /// Where a storage's kernels are listed.
 fn place(storage: Storage) -> usize {
     match storage {
@@ -369,7 +375,7 @@ impl Isa {
     }
     /// Columns of the largest tile, and of a panel of B.
     pub(super) fn nr(&self) -> usize {
-        2 * self.lanes
+        panel_cols(self.lanes)
     }
     /// The wide kernels for this storage of B.
     pub(super) fn wide(&self, storage: Storage) -> &'static [Wide] {
@@ -400,7 +406,7 @@ macro_rules! isa {
             unsafe fn tile<const MR: usize, const NV: usize, const RS: usize, const CS: usize>(
                 k: usize, a: *const f32, b: *const f32, c: *mut f32, ldc: usize, load: bool, next: &Ahead,
             ) {
-                let b_step = 2 * <$simd as kernel::Simd>::LANES;
+                let b_step = kernel::panel_cols(<$simd as kernel::Simd>::LANES);
                 // SAFETY: the caller's contract.
                 unsafe { kernel::tile::<$simd, f32, MR, NV, RS, CS, 0>(k, a, b, b_step, c, ldc, load, next) }
             }
@@ -497,7 +503,7 @@ macro_rules! isa {
 }
 pub(super) use isa;
 
-/// Steps of k that are written out in [`tile`]. More of them leave the cache of decoded instructions.
+/// Steps of k that are written out in [`tile`]: with eight it was slower than with one.
 const UNROLL: usize = 4;
 
 /// Steps of k of a packed B to prefetch ahead: from L2, also where a panel begins.
