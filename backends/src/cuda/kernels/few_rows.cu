@@ -54,13 +54,16 @@ struct Few {
 /// Elements that lie together.
 template <typename Element> using Elements = Vector<Element, VECTOR>;
 
-/// The first `count` elements from here on, the others 0; where ALIGNED all are there, or `count` is not positive.
-template <typename Element> __device__ __forceinline__ Elements<Element> load(const Element* from, int count) {
+/// The first `count` elements from here on, the others 0; where ALIGNED all are there, or `count` is not positive. ONCE: no other thread of
+/// the multiprocessor reads them.
+template <bool ONCE, typename Element> __device__ __forceinline__ Elements<Element> load(const Element* from, int count) {
     Elements<Element> v;
 #pragma unroll
     for (int i = 0; i < (int)(sizeof(v) / 16); i++) v.fours[i] = make_uint4(0, 0, 0, 0);
 #if ALIGNED
-    if (count > 0) v = load_vector<VECTOR>(from);
+    if (count <= 0) return v;
+    if constexpr (ONCE) v = load_once<VECTOR>(from);
+    else v = load_vector<VECTOR>(from);
 #else
 #pragma unroll
     for (int i = 0; i < VECTOR; i++)
@@ -100,9 +103,9 @@ template <int ROWS> struct Round {
                 int at = k + STEP * u;
 #if TRANSPOSED
                 // A column behind the last is read as the last, and not given out.
-                w[u][c] = load(b + min(column + c, p.n - 1) * p.b_line + at, k1 - at);
+                w[u][c] = load<true>(b + min(column + c, p.n - 1) * p.b_line + at, k1 - at);
 #else
-                w[u][c] = load(b + at * p.b_line + column, at < k1 ? p.n - column : 0);
+                w[u][c] = load<true>(b + at * p.b_line + column, at < k1 ? p.n - column : 0);
 #endif
             }
     }
@@ -144,7 +147,7 @@ template <int ROWS> struct Rows {
     /// The elements from k on, of which `there` are, the others 0.
     __device__ __forceinline__ void load(int r, int k, int there, const Few& p, float (&x)[VECTOR]) const {
 #if TOGETHER
-        Elements<TA> v = ::load(row(r, p) + k, there);
+        Elements<TA> v = ::load<false>(row(r, p) + k, there);
 #pragma unroll
         for (int i = 0; i < VECTOR; i++) x[i] = made(r, v.at[i]);
 #else
