@@ -38,8 +38,7 @@ template <int COUNT, typename Element> __device__ __forceinline__ Vector<Element
     return v;
 }
 
-/// Reads 16 bytes that the kernel reads once: a multiprocessor's own cache keeps no place for them, which takes a tenth less time where
-/// experts' weights stream through it.
+/// Reads 16 bytes that the kernel reads once: a multiprocessor's own cache keeps no place for them.
 template <int COUNT, typename Element> __device__ __forceinline__ Vector<Element, COUNT> load_once(const Element* from) {
     static_assert(COUNT * sizeof(Element) == 16, "one load");
     Vector<Element, COUNT> v;
