@@ -99,6 +99,17 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Calls `one` with 0, 1 and so on until the machine is warm; how many calls that took.
+fn warm_up(mut one: impl FnMut(usize) -> Result<f64, Failure>) -> Result<usize, Failure> {
+    let begun = Instant::now();
+    let mut calls = 0;
+    while calls < WARM_UP || begun.elapsed() < WARM_UP_TIME {
+        one(calls)?;
+        calls += 1;
+    }
+    Ok(calls)
+}
+
 /// Numbers below `limit` that look random and are the same everywhere.
 fn ids(n: usize, limit: usize, seed: u64) -> Vec<i32> {
     let key = [seed as u32, 0];
@@ -111,13 +122,7 @@ fn step(args: &BenchArgs, config: &Config, engine: &Engine) -> Result<Value, Fai
     let mut trainer = training::trainer(engine, &mut session, config)?;
     gpt::initialise(&config.model, config.train.seed, |p, values| session.write(&p.name, values))?;
     let tokens = config.train.batch * config.model.sequence;
-    let mut times = Vec::with_capacity(steps);
-    let warming = Instant::now();
-    for i in 0.. {
-        if times.len() == steps {
-            break;
-        }
-        let is_warm = i >= WARM_UP && (!times.is_empty() || warming.elapsed() >= WARM_UP_TIME);
+    let mut one = |i: usize| -> Result<f64, Failure> {
         let text = ids(tokens + 1, config.model.vocab, i as u64);
         let begun = Instant::now();
         trainer.step_with(&mut session, |_, program| {
@@ -128,10 +133,10 @@ fn step(args: &BenchArgs, config: &Config, engine: &Engine) -> Result<Value, Fai
             }
             Ok::<_, moebius::Error>(3e-4)
         })?;
-        if is_warm {
-            times.push(begun.elapsed().as_secs_f64());
-        }
-    }
+        Ok(begun.elapsed().as_secs_f64())
+    };
+    let first = warm_up(&mut one)?;
+    let times = (first..first + steps).map(one).collect::<Result<Vec<_>, _>>()?;
     if args.profile {
         print_profile(&session.profile(trainer.program(), 3)?);
     }
@@ -166,17 +171,13 @@ fn decode(args: &BenchArgs, config: &Config, engine: &Engine) -> Result<Value, F
         next = most_likely(logits) as i32;
         Ok(begun.elapsed().as_secs_f64())
     };
-    let warming = Instant::now();
-    for i in 0.. {
-        if i >= WARM_UP && warming.elapsed() >= WARM_UP_TIME {
-            break;
-        }
+    warm_up(|i| {
         // The context is as long as in what is counted.
         if i % tokens == 0 {
             generator.reset();
         }
-        take(&mut generator)?;
-    }
+        take(&mut generator)
+    })?;
     generator.reset();
     let times = (0..tokens).map(|_| take(&mut generator)).collect::<Result<Vec<_>, _>>()?;
     if args.profile {
