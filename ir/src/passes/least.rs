@@ -5,11 +5,13 @@
 
 use std::collections::VecDeque;
 
-use crate::graph::{Graph, Value};
+use crate::graph::{Graph, Node, Value};
 use crate::ops::Op;
 
 /// More than all values together.
 const ENDLESS: u128 = u128::MAX / 2;
+/// A product is cheap if its larger operand has so many times its bytes.
+const THIN: usize = 16;
 
 /// For each value whether it is kept, as `read` says which the backward pass reads. Those of `free` are there in any case.
 pub(super) fn least_kept(graph: &Graph, free: &[bool], read: &[bool]) -> Vec<bool> {
@@ -42,7 +44,7 @@ pub(super) fn least_kept(graph: &Graph, free: &[bool], read: &[bool]) -> Vec<boo
     graph.values().map(|v| is_free(v) || !again[before(base[v.index()])]).collect()
 }
 
-/// For each node whether it costs little more than to read its operands and to write its only result, and needs no chain
+/// For each node whether it costs little more than to read its operands and to write its results, and needs no chain
 /// of such nodes through the layers: the sum of a residual stream is not computed again from the sum before, which would have to be
 /// there long before its own layer's turn.
 fn cheap_nodes(graph: &Graph, base: &[Value], free: &dyn Fn(Value) -> bool) -> Vec<bool> {
@@ -56,11 +58,18 @@ fn cheap_nodes(graph: &Graph, base: &[Value], free: &dyn Fn(Value) -> bool) -> V
         let elementwise =
             matches!(node.op, Op::Unary(_) | Op::Binary(_) | Op::Compare(_) | Op::Select(_) | Op::Cast(_));
         let moves = matches!(node.op, Op::Broadcast(_) | Op::Dispatch(_));
-        cheap[id.index()] = moves || elementwise && !node.operands.iter().any(is_sum_of_layers);
+        let routes = matches!(node.op, Op::Route(_)) || is_thin_product(graph, node);
+        cheap[id.index()] = moves || routes || elementwise && !node.operands.iter().any(is_sum_of_layers);
         let passes = cheap[id.index()] || node.op.is_alias();
         node.results.iter().for_each(|r| level[r.index()] = below + usize::from(!passes));
     }
     cheap
+}
+
+/// Whether a node is a product that is little beside what it reads, such as a router's logits.
+fn is_thin_product(graph: &Graph, node: &Node) -> bool {
+    let largest = node.operands.iter().map(|&v| graph.ty(v).bytes()).max().unwrap_or(0);
+    matches!(node.op, Op::Matmul(_)) && node.results.iter().all(|&r| THIN * graph.ty(r).bytes() <= largest)
 }
 
 /// A net of pipes. Edge `2i` is a pipe, `2i + 1` the way back.

@@ -26,8 +26,8 @@ pub fn recompute(graph: &Graph, borders: &[Value]) -> Result<Graph> {
 }
 
 /// The graph in which the backward pass computes again what is cheap, where less has to be kept for it: elementwise chains, casts,
-/// broadcasts, dispatched rows. Results of products, attention, norms, routers and reductions are kept, if they are read. Values keep their
-/// bits, as by [`recompute`]. [`super::kept_for_backward`] says what is left.
+/// broadcasts, dispatched rows, routers with their logits. Results of other products, attention, norms and reductions are kept, if
+/// they are read. Values keep their bits, as by [`recompute`]. [`super::kept_for_backward`] says what is left.
 ///
 /// # Errors
 /// None on a verified graph.
@@ -208,8 +208,11 @@ impl Copies<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dtype::DType;
+    use crate::ops::Order;
     use crate::plan::{Fences, Plan};
     use crate::reference::{self, Precision};
+    use crate::router::Balance;
     use crate::tensor::Tensor;
     use crate::types::TensorType;
     use crate::verify::{Stage, verify};
@@ -274,6 +277,41 @@ mod tests {
         let value = 64 * 32 * 4;
         assert_eq!(kept(&light), (8 * 2 + 1 + 8 / 2) * value, "{} values", kept(&light) / value);
         assert!(kept(&plain) > kept(&light) + 8 * value, "{} values", kept(&plain) / value);
+    }
+
+    /// The paper's layer keeps its tokens and the experts' first products of a token, 2 T (H + 2 K I) bytes, and indices.
+    #[test]
+    fn of_a_sparse_layer_the_tokens_and_the_first_products_are_kept() {
+        let [tokens, width, inner_width, experts, k] = [64, 128, 32, 4, 2];
+        let mut g = Graph::new();
+        let x = g.feed("x", TensorType::new(DType::Bf16, [tokens, width])).unwrap();
+        let mut parameter = |name: &str, ty| g.parameter(name, ty).unwrap();
+        let bf16 = |shape: &[usize]| TensorType::new(DType::Bf16, shape);
+        let router = parameter("router", TensorType::f32([width, experts]));
+        let [opening, up] = ["opening", "up"].map(|name| parameter(name, bf16(&[experts, width, inner_width])));
+        let down = parameter("down", bf16(&[experts, inner_width, width]));
+        // Something that the layer's tokens come from, and that is not free.
+        let x = g.softmax(x).unwrap();
+        let wide = g.cast(x, DType::F32).unwrap();
+        let logits = g.matmul(wide, router).unwrap();
+        let [gate, expert_index, ..] = g.route(logits, k, Balance::AllChoices).unwrap();
+        let assigned = g.assign(expert_index, None, experts, None, Order::ChoiceMajor).unwrap();
+        let [slot_choice, choice_slot, offsets, _] = assigned;
+        let rows = g.dispatch(x, slot_choice, choice_slot, None).unwrap();
+        let [open, linear] = [opening, up].map(|w| g.expert_matmul(rows, w, offsets, None, false).unwrap());
+        let open = g.silu(open).unwrap();
+        let inner = g.mul(open, linear).unwrap();
+        let rows = g.expert_matmul(inner, down, offsets, None, false).unwrap();
+        let y = g.combine(rows, slot_choice, choice_slot, Some(gate)).unwrap();
+        let loss = g.mean_all(y).unwrap();
+        let grads = gradients(&mut g, loss, &[router, opening, up, down]).unwrap();
+        for (i, grad) in grads.into_iter().enumerate() {
+            g.output(format!("grad{i}"), grad).unwrap();
+        }
+        let light = recompute_light(&passes::inner_gates(&g).unwrap()).unwrap();
+        verify(&light, Stage::Built).unwrap();
+        let kept = passes::kept_for_backward(&passes::optimise(&light).unwrap());
+        assert_eq!(kept.bytes as usize, 2 * tokens * (width + 2 * k * inner_width), "{}", light.to_text());
     }
 
     #[test]
