@@ -10,7 +10,7 @@ use crate::ops::Op;
 
 /// More than all values together.
 const ENDLESS: u128 = u128::MAX / 2;
-/// A product is cheap if its larger operand has so many times its bytes.
+/// A product is cheap if its larger operand has at least so many times its bytes, a reduction if its operand has at most so many.
 const THIN: usize = 16;
 
 /// For each value whether it is kept, as `read` says which the backward pass reads. Those of `free` are there in any case.
@@ -58,7 +58,7 @@ fn cheap_nodes(graph: &Graph, base: &[Value], free: &dyn Fn(Value) -> bool) -> V
         let elementwise =
             matches!(node.op, Op::Unary(_) | Op::Binary(_) | Op::Compare(_) | Op::Select(_) | Op::Cast(_));
         let moves = matches!(node.op, Op::Broadcast(_) | Op::Dispatch(_));
-        let routes = matches!(node.op, Op::Route(_)) || is_thin_product(graph, node);
+        let routes = matches!(node.op, Op::Route(_)) || is_thin_product(graph, node) || is_short_sum(graph, node);
         cheap[id.index()] = moves || routes || elementwise && !node.operands.iter().any(is_sum_of_layers);
         let passes = cheap[id.index()] || node.op.is_alias();
         node.results.iter().for_each(|r| level[r.index()] = below + usize::from(!passes));
@@ -70,6 +70,12 @@ fn cheap_nodes(graph: &Graph, base: &[Value], free: &dyn Fn(Value) -> bool) -> V
 fn is_thin_product(graph: &Graph, node: &Node) -> bool {
     let largest = node.operands.iter().map(|&v| graph.ty(v).bytes()).max().unwrap_or(0);
     matches!(node.op, Op::Matmul(_)) && node.results.iter().all(|&r| THIN * graph.ty(r).bytes() <= largest)
+}
+
+/// Whether a node is a reduction of few elements each, such as the sum of a token's gates.
+fn is_short_sum(graph: &Graph, node: &Node) -> bool {
+    let bytes = |values: &[Value]| values.iter().map(|&v| graph.ty(v).bytes()).max().unwrap_or(0);
+    matches!(node.op, Op::Reduce(_)) && bytes(&node.operands) <= THIN * bytes(&node.results)
 }
 
 /// A net of pipes. Edge `2i` is a pipe, `2i + 1` the way back.

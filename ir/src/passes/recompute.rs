@@ -26,7 +26,7 @@ pub fn recompute(graph: &Graph, borders: &[Value]) -> Result<Graph> {
 }
 
 /// The graph in which the backward pass computes again what is cheap, where less has to be kept for it: elementwise chains, casts,
-/// broadcasts, dispatched rows, routers with their logits. Results of other products, attention, norms and reductions are kept, if
+/// broadcasts, dispatched rows, routers with their logits, short sums. Results of other products and sums, attention and norms are kept, if
 /// they are read. Values keep their bits, as by [`recompute`]. [`super::kept_for_backward`] says what is left.
 ///
 /// # Errors
@@ -209,7 +209,7 @@ impl Copies<'_> {
 mod tests {
     use super::*;
     use crate::dtype::DType;
-    use crate::ops::Order;
+    use crate::ops::{Order, ReduceFn};
     use crate::plan::{Fences, Plan};
     use crate::reference::{self, Precision};
     use crate::router::Balance;
@@ -295,6 +295,9 @@ mod tests {
         let wide = g.cast(x, DType::F32).unwrap();
         let logits = g.matmul(wide, router).unwrap();
         let [gate, expert_index, ..] = g.route(logits, k, Balance::AllChoices).unwrap();
+        let total = g.reduce(ReduceFn::Sum, gate, &[1]).unwrap();
+        let total = g.reshape(total, [tokens, 1]).unwrap();
+        let gate = g.div(gate, total).unwrap();
         let assigned = g.assign(expert_index, None, experts, None, Order::ChoiceMajor).unwrap();
         let [slot_choice, choice_slot, offsets, _] = assigned;
         let rows = g.dispatch(x, slot_choice, choice_slot, None).unwrap();
