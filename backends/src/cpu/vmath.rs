@@ -212,20 +212,6 @@ pub fn exps_or_zero<const N: usize>(x: Many<N>) -> Many<N> {
     x.choose(|x| x < -87.0, Many([0.0; N]), y * scale)
 }
 
-/// 1 / x of 1 <= x <= 2 within 1 ulp: a division takes several times as long as everything else in a sigmoid.
-///
-/// The first guess is the best parabola, whose 1 - x r is Chebyshev's cubic and at most 1/99; two steps of Newton's
-/// method square that twice.
-#[inline(always)]
-fn reciprocals<const N: usize>(x: Many<N>) -> Many<N> {
-    let mut r = x.polynomial([32.0 / 99.0, -144.0 / 99.0, 210.0 / 99.0]);
-    for _ in 0..2 {
-        let error = (0.0 - x).mul_add(r, Many([1.0; N]));
-        r = r.mul_add(error, r);
-    }
-    r
-}
-
 /// The natural logarithm within 1.5 ulp: -inf at +-0, NaN below 0, inf at inf; denormals included.
 ///
 /// x = m 2^e with sqrt(1/2) <= m < sqrt(2), then a polynomial in m - 1 (the coefficients of Cephes' `logf`).
@@ -263,7 +249,7 @@ pub fn tanhs<const N: usize>(x: Many<N>) -> Many<N> {
     let p = z.polynomial([-5.704_988_7e-3, 2.063_908_9e-2, -5.373_971_6e-2, 1.333_144_2e-1, -3.333_328_2e-1]);
     let near = (p * z).mul_add(x, x);
     let e = exps_or_zero(-2.0 * a);
-    let far = (1.0 - e) * reciprocals(1.0 + e);
+    let far = (1.0 - e) / (1.0 + e);
     // The sign again for the polynomial too, which gives +0 at -0.
     a.choose(|a| a < 0.625, near, far).zip(x, f32::copysign)
 }
@@ -271,21 +257,20 @@ pub fn tanhs<const N: usize>(x: Many<N>) -> Many<N> {
 /// The pair (sigmoid(x), sigmoid(-x)) from one exponential, each to full relative precision.
 #[inline(always)]
 fn sigmoid_pair<const N: usize>(x: Many<N>) -> (Many<N>, Many<N>) {
-    ordered(x, exps(x.map(|x| -x.abs())))
-}
-
-/// [`sigmoid_pair`] with 0 instead of values below e^-87: for functions that multiply it with something like x.
-#[inline(always)]
-fn near_sigmoid_pair<const N: usize>(x: Many<N>) -> (Many<N>, Many<N>) {
-    ordered(x, exps_or_zero(x.map(|x| -x.abs())))
-}
-
-/// The pair (sigmoid(x), sigmoid(-x)) from e = exp(-|x|).
-#[inline(always)]
-fn ordered<const N: usize>(x: Many<N>, e: Many<N>) -> (Many<N>, Many<N>) {
-    let large = reciprocals(1.0 + e);
+    let e = exps(x.map(|x| -x.abs()));
+    let large = 1.0 / (1.0 + e);
     let small = e * large;
     (x.choose(|x| x < 0.0, small, large), x.choose(|x| x < 0.0, large, small))
+}
+
+/// (sigmoid(x), e^-x) for |x| <= 87, each to full relative precision; (0, e^87) below and (1, e^-87) above: for functions that
+/// multiply the first with something like x.
+#[inline(always)]
+fn near_sigmoids<const N: usize>(x: Many<N>) -> (Many<N>, Many<N>) {
+    // The shift leaves n alone, where an exponent is.
+    let (y, shifted) = exp_parts(0.0 - x.at_least(-87.0).at_most(87.0));
+    let e = y * Many(shifted.map(|bits| f32::from_bits((bits << 23).wrapping_add(1.0_f32.to_bits()))));
+    (x.choose(|x| x < -87.0, Many([0.0; N]), 1.0 / (1.0 + e)), e)
 }
 
 /// 1 / (1 + e^-x) within 3 ulp, the far negative side included (no early underflow).
@@ -331,7 +316,7 @@ fn gelu_argument<const N: usize>(x: Many<N>, square: Many<N>) -> Many<N> {
 /// relative precision on the negative side. -inf gives -0.
 #[inline(always)]
 pub fn gelus_tanh<const N: usize>(x: Many<N>) -> Many<N> {
-    let (s, _) = near_sigmoid_pair(gelu_argument(x, x * x));
+    let (s, _) = near_sigmoids(gelu_argument(x, x * x));
     // The sigmoid is 0 long before: only -inf is changed, whose product with 0 would be NaN.
     x.at_least(-1e30) * s
 }
@@ -342,8 +327,8 @@ pub fn gelus_tanh_grad<const N: usize>(x: Many<N>) -> Many<N> {
     // Beyond +-30 the derivative is 1 or 0 exactly; without the clamp inf * 0 would appear.
     let x = x.at_least(-30.0).at_most(30.0);
     let square = x * x;
-    let (s, c) = near_sigmoid_pair(gelu_argument(x, square));
-    (x * s * c).mul_add(square.polynomial([6.0 * GELU_C * GELU_A, 2.0 * GELU_C]), s)
+    let (s, e) = near_sigmoids(gelu_argument(x, square));
+    (x * s * (e * s)).mul_add(square.polynomial([6.0 * GELU_C * GELU_A, 2.0 * GELU_C]), s)
 }
 
 /// GELU, exact form: x/2 (1 + erf(x / sqrt 2)). The absolute error is within 1 ulp of |x|; -inf gives -0.
@@ -462,14 +447,6 @@ mod tests {
         }
         assert!(exp_or_zero(-87.0).is_normal() && exp_or_zero(f32::NAN).is_nan());
         assert_eq!((exp_or_zero(0.0), exp_or_zero(-0.0)), (1.0, 1.0));
-    }
-
-    #[test]
-    fn reciprocal_within_bound() {
-        let all = sweep(1.0, 2.0).filter(|&x| x > 0.0).chain([2.0]);
-        assert!(worst(|x| reciprocals(Many([x])).0[0], |x| 1.0 / x, all) < 1.0);
-        assert_eq!((reciprocals(Many([1.0])).0, reciprocals(Many([2.0])).0), ([1.0], [0.5]));
-        assert!(reciprocals(Many([f32::NAN])).0[0].is_nan());
     }
 
     #[test]

@@ -53,14 +53,16 @@ pub(super) struct Region {
     parts: usize,
     /// Whether a kernel follows two runs, or takes two lines of many runs.
     along: bool,
-    /// The next kernel's number.
+    /// The next kernel's number, which pair is its, and which part of that.
     next: usize,
+    pair: usize,
+    part: usize,
 }
 
 impl Region {
     /// Nothing.
     pub(super) const NONE: Self =
-        Region { from: std::ptr::null(), step: 0, kernels: 0, parts: 1, along: true, next: 0 };
+        Region { from: std::ptr::null(), step: 0, kernels: 0, parts: 1, along: true, next: 0, pair: 0, part: 0 };
 
     /// The `rows x cols` elements of `mat` from its first one on; nothing if they do not lie in runs.
     pub(super) fn of(mat: Mat, rows: usize, cols: usize) -> Self {
@@ -79,7 +81,7 @@ impl Region {
             true => (runs.div_ceil(2), lines.div_ceil(DEMANDS)),
             false => (lines.div_ceil(2), runs.div_ceil(DEMANDS)),
         };
-        Region { from: mat.data, step, kernels: pairs * parts, parts, along, next: 0 }
+        Region { from: mat.data, step, kernels: pairs * parts, parts, along, next: 0, pair: 0, part: 0 }
     }
 
     /// The lines of the next kernel; the line at `near` when all are fetched.
@@ -87,8 +89,11 @@ impl Region {
         if self.next == self.kernels {
             return Lines::none(near);
         }
-        let (pair, part) = ((self.next / self.parts) as isize, (self.next % self.parts) as isize);
-        self.next += 1;
+        let (pair, part) = (self.pair as isize, self.part as isize);
+        (self.next, self.part) = (self.next + 1, self.part + 1);
+        if self.part == self.parts {
+            (self.pair, self.part) = (self.pair + 1, 0);
+        }
         let line = LINE as isize;
         let (offset, step, second) = match self.along {
             true => (2 * pair * self.step + part * DEMANDS as isize * line, line, self.step),

@@ -182,9 +182,9 @@ impl Task<'_, '_> {
         c.storage == Storage::F32 && c.col_stride == 1 && c.row_stride >= 0 && cols.is_multiple_of(self.isa.lanes)
     }
 
-    /// Picks where a tile's sums are kept. `aside`: memory for the tile and its row stride.
-    fn place(&self, at: At, aside: (*mut f32, usize)) -> Sums {
-        if self.fits_c(at.cols) {
+    /// Where a tile's sums are kept: `in_c`, or aside, where there is memory for the tile with this row stride.
+    fn place(&self, at: At, aside: (*mut f32, usize), in_c: bool) -> Sums {
+        if in_c {
             Sums { at: self.c(at).data.cast(), stride: self.problem.c.row_stride as usize, in_c: true }
         } else {
             Sums { at: aside.0, stride: aside.1, in_c: false }
@@ -234,6 +234,9 @@ impl Task<'_, '_> {
         let kernels = if by_col { isa.by_col } else { isa.by_row };
         let width = (last_col - first_col).next_multiple_of(nr);
         let keep = sums_aside(problem.c.storage, problem.k);
+        let kernel = |rows: usize, cols: usize| kernels[rows - 1][cols.div_ceil(isa.lanes) - 1];
+        // Found once: what follows is done for each tile, and divisions take long.
+        let full_in_c = self.fits_c(nr);
         // SAFETY: the caller's contract; the scratch has room for the block (`Scratch::new`).
         unsafe {
             for (q, chunk) in self.chunks().enumerate() {
@@ -262,20 +265,24 @@ impl Task<'_, '_> {
                         let (top, end) = (edge(height, tiles, tile), edge(height, tiles, tile + 1));
                         let (row, rows) = (group + top, end - top);
                         let a = self.a().add(tile * tile_step(isa));
+                        let full_kernel = kernel(rows, nr);
                         for (panel, col) in (first_col..last_col).step_by(nr).enumerate() {
                             let cols = nr.min(last_col - col);
                             let at = At { row, rows, col, cols };
+                            let (kernel, in_c) = match cols == nr {
+                                true => (full_kernel, full_in_c),
+                                false => (kernel(rows, cols), self.fits_c(cols)),
+                            };
                             let aside = if keep {
                                 (self.sums().add((row - self.rows.0) * width + panel * nr), width)
                             } else {
                                 (self.tile(), nr)
                             };
-                            let sums = self.place(at, aside);
+                            let sums = self.place(at, aside, in_c);
                             let load = !chunk.first || gemm.accumulate;
                             if !sums.in_c && load && (chunk.first || !keep) {
                                 (isa.load_tile)(&self.c(at), rows, cols, sums.at, sums.stride);
                             }
-                            let kernel = kernels[rows - 1][cols.div_ceil(isa.lanes) - 1];
                             let b = block.add(panel * panel_step);
                             let next = match sums.in_c && chunk.first {
                                 true => self.after(row + rows, at).cast_const().cast(),

@@ -60,7 +60,7 @@ impl Task<'_, '_> {
             if self.is_narrow(rows) { (None, usize::MAX) } else { (isa.streams(b.storage, rows), STRIP_K) };
         let sums_at = |col: usize, cols: usize| {
             let at = At { row, rows, col, cols };
-            (at, self.place(at, (self.sums().wrapping_add(col - self.cols.0), width)))
+            (at, self.place(at, (self.sums().wrapping_add(col - self.cols.0), width), self.fits_c(cols)))
         };
         // SAFETY: the caller's contract; the scratch has room for the sums.
         unsafe {
@@ -136,7 +136,7 @@ impl Task<'_, '_> {
                 let columns = columns.filter(|_| isa.lanes <= left);
                 let cols = if columns.is_some() { isa.lanes } else { left.min(isa.nr()) };
                 let at = At { row, rows, col, cols };
-                let sums = self.place(at, (self.tile(), isa.nr()));
+                let sums = self.place(at, (self.tile(), isa.nr()), self.fits_c(cols));
                 if !sums.in_c && self.gemm.accumulate {
                     (isa.load_tile)(&self.c(at), rows, cols, sums.at, sums.stride);
                 }
