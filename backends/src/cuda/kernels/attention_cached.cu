@@ -3,12 +3,13 @@
 // elements of it at a time, GROUP lanes have all. With more chunks than one the blocks of a query are a cluster of CLUSTER, of
 // which the first joins what they found, or, where CLUSTER is 1, join_cache does.
 
-#define THREADS 128
+#define THREADS 256
 /// Groups of lanes, which have a key each, and a block's keys that are read at the same time.
 #define GROUPS (THREADS / GROUP)
+#define WARPS (THREADS / 32)
 /// Pieces of PER_LANE elements that a lane has of a head.
 #define PIECES ((HEAD + GROUP * PER_LANE - 1) / (GROUP * PER_LANE))
-/// Keys that a group reads before it uses the first: of heads that it has in one piece, all of a chunk of 128.
+/// Keys that a group reads before it uses the first: of heads that it has in one piece, all groups together a chunk of 256.
 #define AHEAD (PIECES > 1 ? 2 : 8)
 #if CLUSTER > 1
 #define CACHE_KERNEL extern "C" __global__ void __cluster_dims__(1, 1, CLUSTER)
@@ -84,7 +85,7 @@ CACHE_KERNEL attend_cache(const T* qkv, const int* start, T* k_cache, T* v_cache
     Fetched fetched;
     if (EARLY) fetched.load(start, k_cache, v_cache, s);
     begin();
-    __shared__ float greatest_of[GROUPS], sum_of[GROUPS], weight_of[GROUPS], acc_of[GROUPS][HEAD];
+    __shared__ float greatest_of[WARPS], sum_of[WARPS], acc_of[WARPS][HEAD];
 #if CLUSTER > 1
     __shared__ Part found[CLUSTER];
     cluster_arrive();
@@ -122,37 +123,60 @@ CACHE_KERNEL attend_cache(const T* qkv, const int* start, T* k_cache, T* v_cache
             if (row0 + u * GROUPS + group < end) EACH_PIECE(i, at) EACH_OF(j) dot = fmaf(query[i][j], to_float(round.keys[u][i].at[j]), dot);
             score[u] = s.scale * group_sum(dot);
         }
+        if (row0 + group < end) {
+            float most = greatest;
 #pragma unroll
-        for (int u = 0; u < AHEAD; u++) {
-            if (row0 + u * GROUPS + group >= end) continue;
-            float most = max_nan(greatest, score[u]), shrink = expf(greatest - most), weight = expf(score[u] - most);
-            sum = sum * shrink + weight;
-            greatest = most;
-            EACH_PIECE(i, at) EACH_OF(j) acc[i][j] = acc[i][j] * shrink + weight * to_float(round.values[u][i].at[j]);
+            for (int u = 0; u < AHEAD; u++)
+                if (row0 + u * GROUPS + group < end) most = max_nan(most, score[u]);
+            float shrink = expf(greatest - most);
+            sum *= shrink, greatest = most;
+            EACH_PIECE(i, at) EACH_OF(j) acc[i][j] *= shrink;
+#pragma unroll
+            for (int u = 0; u < AHEAD; u++) {
+                if (row0 + u * GROUPS + group >= end) continue;
+                float weight = expf(score[u] - most);
+                sum += weight;
+                EACH_PIECE(i, at) EACH_OF(j) acc[i][j] = fmaf(weight, to_float(round.values[u][i].at[j]), acc[i][j]);
+            }
         }
         row0 += ROUND;
         if (row0 >= end) break;
         round.load(fetched.k, fetched.v, width, row0, row0, min(before, end));
         round.load(fresh, fresh + width, pitch, row0, before, end);
     }
-    if (threadIdx.x % GROUP == 0) greatest_of[group] = greatest, sum_of[group] = sum;
-    EACH_PIECE(i, at) EACH_OF(j) acc_of[group][at + j] = acc[i][j];
-    __syncthreads();
-    float most = -INF_F, total = 0.0f;
+    // The groups of a warp join first, then the warps; who has no keys adds nothing.
+    float most = greatest;
 #pragma unroll
-    for (int w = 0; w < GROUPS; w++) most = max_nan(most, greatest_of[w]);
-    // A group without keys adds nothing.
-    for (int w = threadIdx.x; w < GROUPS; w += THREADS) weight_of[w] = sum_of[w] == 0.0f ? 0.0f : expf(greatest_of[w] - most);
-    __syncthreads();
+    for (int step = GROUP; step < 32; step <<= 1) most = max_nan(most, __shfl_xor_sync(WHOLE_WARP, most, step));
+    float share = sum == 0.0f ? 0.0f : expf(greatest - most);
+    sum *= share;
+    EACH_PIECE(i, at) EACH_OF(j) acc[i][j] *= share;
 #pragma unroll
-    for (int w = 0; w < GROUPS; w++) total += weight_of[w] * sum_of[w];
+    for (int step = GROUP; step < 32; step <<= 1) {
+        sum += __shfl_xor_sync(WHOLE_WARP, sum, step);
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) EACH_OF(j) acc[i][j] += __shfl_xor_sync(WHOLE_WARP, acc[i][j], step);
+    }
+    int warp = threadIdx.x / 32;
+    if (threadIdx.x % 32 == 0) greatest_of[warp] = most, sum_of[warp] = sum;
+    if (threadIdx.x % 32 < GROUP) EACH_PIECE(i, at) EACH_OF(j) acc_of[warp][at + j] = acc[i][j];
+    __syncthreads();
+    float weight_of[WARPS], total = 0.0f;
+    most = -INF_F;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) most = max_nan(most, greatest_of[w]);
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+        weight_of[w] = sum_of[w] == 0.0f ? 0.0f : expf(greatest_of[w] - most);
+        total += weight_of[w] * sum_of[w];
+    }
     i64 place = (i64)blockIdx.y * s.heads + h;
 #if CLUSTER > 1
-    // From here on every block of the cluster was there.
-    cluster_wait();
+    // Behind this wait every block of the cluster was there. The first needs no other for keys that are all its own.
+    bool alone = visible <= CHUNK;
+    if (!alone) cluster_wait();
     Part* part = &found[blockIdx.z];
     auto give = [&](float* to, float x) { give_number(to, 0, x); };
-    bool alone = false;
 #else
     Part* part = gridDim.z > 1 ? parts + place * gridDim.z + blockIdx.z : 0;
     auto give = [&](float* to, float x) { *to = x; };
@@ -162,11 +186,12 @@ CACHE_KERNEL attend_cache(const T* qkv, const int* start, T* k_cache, T* v_cache
     for (int c = threadIdx.x; c < HEAD; c += THREADS) {
         float mixed = 0.0f;
 #pragma unroll
-        for (int w = 0; w < GROUPS; w++) mixed += weight_of[w] * acc_of[w][c];
+        for (int w = 0; w < WARPS; w++) mixed += weight_of[w] * acc_of[w][c];
         if (alone) out[place * HEAD + c] = from_float<T>(mixed / total);
         else give(&part->mixed[c], mixed);
     }
 #if CLUSTER > 1
+    if (alone) return;
     cluster_arrive();
     if (blockIdx.z > 0) return;
     cluster_wait();

@@ -21,7 +21,9 @@ const THREADS: usize = 128;
 const MOST_HEAD: usize = 256;
 
 /// Keys of a cache that a block takes, whatever the room: the order of the sums depends on the keys alone.
-const CHUNK: usize = 128;
+const CHUNK: usize = 256;
+/// Threads of such a block: as many as have all keys of the chunk on their way at once.
+const CACHED_THREADS: u32 = 256;
 /// The most lanes that share a key of a cache.
 const MOST_GROUP: usize = 32;
 
@@ -250,12 +252,11 @@ pub(super) fn lower_attention_cached(graph: &Graph, node: &Node, op: &AttentionC
         Arg::Fault,
         Arg::Step,
     ];
-    let threads = THREADS as u32;
-    let mut actions = vec![kernel(source.clone(), "attend_cache", [op.heads, rows, chunks], threads, attend)];
+    let mut actions = vec![kernel(source.clone(), "attend_cache", [op.heads, rows, chunks], CACHED_THREADS, attend)];
     if joins {
         let chunks = Arg::I32(int(chunks, "chunks of a cache")?);
         let join = vec![parts, Arg::Operand(3), Arg::Result(0), extents, chunks];
-        actions.push(kernel(source, "join_cache", [op.heads, rows, 1], threads, join));
+        actions.push(kernel(source, "join_cache", [op.heads, rows, 1], CACHED_THREADS, join));
     }
     let wanted =
         format!("a start of at most {}, so that {tokens} tokens fit the {room} rows of the cache", room - tokens);

@@ -195,6 +195,9 @@ fn attention() -> Vec<Case> {
         (2, 1, 400, 300, 4, 2, 24),
         (2, 3, 400, 255, 2, 1, 20),
         (2, 3, 400, 255, 4, 2, 24),
+        (1, 1, 700, 640, 2, 1, 64),
+        (1, 2, 700, 90, 2, 2, 64),
+        (1, 1, 2400, 2300, 2, 1, 64),
     ] {
         let name = format!("batch {b}, {t} tokens from {start} of {room}, heads {h}/{g} of {d}");
         cases.push(case("attention_cached", name, Class::Sum, FLOATS, move |s| {
