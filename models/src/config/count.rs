@@ -61,7 +61,8 @@ pub struct Flops {
     pub attention: u64,
     /// Both: the arithmetic of the model, without what is computed twice.
     pub total: u64,
-    /// What the backward pass computes again with `train.recompute = true`: the forward pass of all blocks but the last. Else 0.
+    /// What the backward pass computes again with `train.recompute = true`: the forward pass of all blocks but the last. Else 0, also
+    /// for the routers' logits that `"light"` computes again.
     pub recomputed: u64,
 }
 
@@ -165,7 +166,7 @@ impl Config {
         let again = 2 * (before - m.vocab as u128 * s.h) + of_block / 3 * (m.layers as u128).saturating_sub(1);
         let recomputed = match self.train.recompute {
             Recompute::Blocks => narrow(again),
-            // No products.
+            // No products but routers' logits, which are not counted.
             Recompute::Nothing | Recompute::Light => 0,
         };
         Flops { matmul, attention, total: matmul.saturating_add(attention), recomputed }
