@@ -201,15 +201,20 @@ pub fn exps<const N: usize>(x: Many<N>) -> Many<N> {
     y * pow2(half) * pow2(from_fn(|i| n[i].wrapping_sub(half[i])))
 }
 
+/// e^x of -87 <= x <= 88, whose results are normal numbers, within 1.5 ulp.
+#[inline(always)]
+fn normal_exps<const N: usize>(x: Many<N>) -> Many<N> {
+    let (y, shifted) = exp_parts(x);
+    // The shift leaves n alone, where an exponent is.
+    y * Many(shifted.map(|bits| f32::from_bits((bits << 23).wrapping_add(1.0_f32.to_bits()))))
+}
+
 /// e^x of x <= 88 within 1.5 ulp, and 0 below -87: the weights of a softmax, whose masked scores are -inf.
 ///
 /// The results that [`exps`] gives as denormals or rounds to 0 cost some processors a hundred times as long as others.
 #[inline(always)]
 pub fn exps_or_zero<const N: usize>(x: Many<N>) -> Many<N> {
-    let (y, shifted) = exp_parts(x.at_least(-87.0));
-    // The shift leaves n alone, where an exponent is.
-    let scale = Many(shifted.map(|bits| f32::from_bits((bits << 23).wrapping_add(1.0_f32.to_bits()))));
-    x.choose(|x| x < -87.0, Many([0.0; N]), y * scale)
+    x.choose(|x| x < -87.0, Many([0.0; N]), normal_exps(x.at_least(-87.0)))
 }
 
 /// The natural logarithm within 1.5 ulp: -inf at +-0, NaN below 0, inf at inf; denormals included.
@@ -267,9 +272,7 @@ fn sigmoid_pair<const N: usize>(x: Many<N>) -> (Many<N>, Many<N>) {
 /// multiply the first with something like x.
 #[inline(always)]
 fn near_sigmoids<const N: usize>(x: Many<N>) -> (Many<N>, Many<N>) {
-    // The shift leaves n alone, where an exponent is.
-    let (y, shifted) = exp_parts(0.0 - x.at_least(-87.0).at_most(87.0));
-    let e = y * Many(shifted.map(|bits| f32::from_bits((bits << 23).wrapping_add(1.0_f32.to_bits()))));
+    let e = normal_exps(0.0 - x.at_least(-87.0).at_most(87.0));
     (x.choose(|x| x < -87.0, Many([0.0; N]), 1.0 / (1.0 + e)), e)
 }
 

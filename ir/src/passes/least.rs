@@ -68,14 +68,17 @@ fn cheap_nodes(graph: &Graph, base: &[Value], free: &dyn Fn(Value) -> bool) -> V
 
 /// Whether a node is a product that is little beside what it reads, such as a router's logits.
 fn is_thin_product(graph: &Graph, node: &Node) -> bool {
-    let largest = node.operands.iter().map(|&v| graph.ty(v).bytes()).max().unwrap_or(0);
-    matches!(node.op, Op::Matmul(_)) && node.results.iter().all(|&r| THIN * graph.ty(r).bytes() <= largest)
+    matches!(node.op, Op::Matmul(_)) && THIN * largest(graph, &node.results) <= largest(graph, &node.operands)
 }
 
 /// Whether a node is a reduction of few elements each, such as the sum of a token's gates.
 fn is_short_sum(graph: &Graph, node: &Node) -> bool {
-    let bytes = |values: &[Value]| values.iter().map(|&v| graph.ty(v).bytes()).max().unwrap_or(0);
-    matches!(node.op, Op::Reduce(_)) && bytes(&node.operands) <= THIN * bytes(&node.results)
+    matches!(node.op, Op::Reduce(_)) && largest(graph, &node.operands) <= THIN * largest(graph, &node.results)
+}
+
+/// Bytes of the largest of these values.
+fn largest(graph: &Graph, values: &[Value]) -> usize {
+    values.iter().map(|&v| graph.ty(v).bytes()).max().unwrap_or(0)
 }
 
 /// A net of pipes. Edge `2i` is a pipe, `2i + 1` the way back.

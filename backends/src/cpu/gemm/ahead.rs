@@ -48,13 +48,12 @@ pub(super) struct Region {
     from: *const u8,
     /// Bytes from run to run.
     step: isize,
-    /// Kernels that it takes; how many of them for each pair of runs (or of lines, if those of a run are few).
-    kernels: usize,
+    /// Pairs of runs (or of lines, if those of a run are few), and how many kernels each takes.
+    pairs: usize,
     parts: usize,
     /// Whether a kernel follows two runs, or takes two lines of many runs.
     along: bool,
-    /// The next kernel's number, which pair is its, and which part of that.
-    next: usize,
+    /// Which pair is the next kernel's, and which part of that.
     pair: usize,
     part: usize,
 }
@@ -62,7 +61,7 @@ pub(super) struct Region {
 impl Region {
     /// Nothing.
     pub(super) const NONE: Self =
-        Region { from: std::ptr::null(), step: 0, kernels: 0, parts: 1, along: true, next: 0, pair: 0, part: 0 };
+        Region { from: std::ptr::null(), step: 0, pairs: 0, parts: 1, along: true, pair: 0, part: 0 };
 
     /// The `rows x cols` elements of `mat` from its first one on; nothing if they do not lie in runs.
     pub(super) fn of(mat: Mat, rows: usize, cols: usize) -> Self {
@@ -81,16 +80,16 @@ impl Region {
             true => (runs.div_ceil(2), lines.div_ceil(DEMANDS)),
             false => (lines.div_ceil(2), runs.div_ceil(DEMANDS)),
         };
-        Region { from: mat.data, step, kernels: pairs * parts, parts, along, next: 0, pair: 0, part: 0 }
+        Region { from: mat.data, step, pairs, parts, along, pair: 0, part: 0 }
     }
 
     /// The lines of the next kernel; the line at `near` when all are fetched.
     pub(super) fn next(&mut self, near: *const f32) -> Lines {
-        if self.next == self.kernels {
+        if self.pair == self.pairs {
             return Lines::none(near);
         }
         let (pair, part) = (self.pair as isize, self.part as isize);
-        (self.next, self.part) = (self.next + 1, self.part + 1);
+        self.part += 1;
         if self.part == self.parts {
             (self.pair, self.part) = (self.pair + 1, 0);
         }
@@ -114,7 +113,7 @@ mod tests {
     fn asked(mat: Mat, rows: usize, cols: usize) -> BTreeSet<isize> {
         let mut region = Region::of(mat, rows, cols);
         let mut asked = BTreeSet::new();
-        for _ in 0..region.kernels {
+        for _ in 0..region.pairs * region.parts {
             let lines = region.next(std::ptr::null());
             for i in 0..DEMANDS as isize {
                 for second in [0, lines.second] {
