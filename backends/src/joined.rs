@@ -3,7 +3,7 @@
 //! the combine behind it. There a chain is also joined onto a combine, an assign onto a route, and the norm of a gradient onto the product
 //! that makes it.
 
-#[cfg(any(feature = "cuda", feature = "vulkan"))]
+#[cfg(feature = "cuda")]
 use std::collections::HashSet;
 
 use moebius_ir::{Graph, NodeId, Op, Value};
@@ -18,14 +18,16 @@ const MOST_LED: usize = 8;
 const MOST_CHOICES: usize = 64;
 
 /// The nodes whose work is done by the kernels of another. That one's operands and results are followed by those of the node behind it,
-/// these by those of the one before, of the twin and of the node behind that, of the combine and of the node behind that.
+/// these by those of the one before, of the assign, of the twin and of the node behind that, of the combine and of the node behind that.
 #[cfg(any(feature = "cuda", feature = "vulkan"))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Beside {
     /// The norm or dispatch right before it, as [`led`] says.
     pub(crate) before: Option<NodeId>,
-    /// The chain, assign or norm right behind it, as [`follower`] says.
+    /// The chain, assign or norm right behind it, as [`follower`] says, or the route, as [`routed`] says.
     pub(crate) behind: Option<NodeId>,
+    /// The assign behind that route.
+    pub(crate) assigned: Option<NodeId>,
     /// The product of another branch, as [`twin`] says, and the chain behind that.
     pub(crate) twin: Option<NodeId>,
     pub(crate) behind_twin: Option<NodeId>,
@@ -57,11 +59,12 @@ impl Beside {
             next = plan.joined(taken);
             Some(taken)
         };
-        let (behind, twin) = (take(&is_behind), take(&is_product));
+        let (behind, assigned) = (take(&is_behind), take(&|op| matches!(op, Op::Assign(_))));
+        let twin = take(&is_product);
         let behind_twin = twin.and_then(|_| take(&is_behind));
         let combined = if is_of_experts(id) { take(&is_combine) } else { None };
         let behind_combined = combined.and_then(|_| take(&is_behind));
-        Some(Beside { before, behind, twin, behind_twin, combined, behind_combined })
+        Some(Beside { before, behind, assigned, twin, behind_twin, combined, behind_combined })
     }
 
     /// Bytes of scratch memory in a node's step: what it needs `by_itself`, or as it is `lowered` with others beside it, or none if it is
@@ -81,8 +84,8 @@ impl Beside {
 
     /// The nodes, in the order of their operands and results behind those of the node itself.
     pub(crate) fn nodes(self) -> impl Iterator<Item = NodeId> {
-        let combined = [self.combined, self.behind_combined];
-        [self.behind, self.before, self.twin, self.behind_twin].into_iter().chain(combined).flatten()
+        let Beside { before, behind, assigned, twin, behind_twin, combined, behind_combined } = self;
+        [behind, before, assigned, twin, behind_twin, combined, behind_combined].into_iter().flatten()
     }
 
     /// Which of all operands, and of all results, is the first of `node` beside node `id`.
@@ -130,7 +133,7 @@ pub(crate) fn led(graph: &Graph, id: NodeId) -> Option<NodeId> {
 
 /// The product that runs beside a product of experts: one of few rows that needs nothing of it and has as many columns over as long a k,
 /// as that of the network beside the experts, which reads the same tokens. Each by itself mostly waits.
-#[cfg(any(feature = "cuda", feature = "vulkan"))]
+#[cfg(feature = "cuda")]
 pub(crate) fn twin(graph: &Graph, id: NodeId) -> Option<NodeId> {
     let product = graph.node(id);
     let Op::ExpertMatmul(of_experts) = &product.op else { return None };
@@ -172,7 +175,7 @@ pub(crate) fn twinned(graph: &Graph, id: NodeId) -> Option<NodeId> {
 
 /// The combine that is to run in the kernel of a product of experts with few rows that nothing else reads, with the chain behind it: one
 /// whose other operands, and those of the chain, that kernel does not make, but for the side, which may be the twin's result.
-#[cfg(feature = "cuda")]
+#[cfg(any(feature = "cuda", feature = "vulkan"))]
 pub(crate) fn combined(graph: &Graph, id: NodeId, beside: Beside) -> Option<NodeId> {
     let product = graph.node(id);
     let rows = *product.results.first().filter(|_| matches!(product.op, Op::ExpertMatmul(_)))?;
@@ -199,7 +202,7 @@ pub(crate) fn combined(graph: &Graph, id: NodeId, beside: Beside) -> Option<Node
 }
 
 /// The product of experts that a node ends, which is itself or the chain behind it.
-#[cfg(any(feature = "cuda", feature = "vulkan"))]
+#[cfg(feature = "cuda")]
 pub(crate) fn ended(graph: &Graph, id: NodeId) -> Option<NodeId> {
     let is_experts = |id: &NodeId| matches!(graph.node(*id).op, Op::ExpertMatmul(_));
     if is_experts(&id) {
@@ -207,6 +210,20 @@ pub(crate) fn ended(graph: &Graph, id: NodeId) -> Option<NodeId> {
     }
     let made = graph.node(id).operands.iter().map(|&v| graph.producer(base(graph, v)));
     made.filter(is_experts).find(|&product| joined(graph, product) == Some(id))
+}
+
+/// The route of few tokens to run with the product that makes its logits.
+#[cfg(feature = "vulkan")]
+pub(crate) fn routed(graph: &Graph, id: NodeId) -> Option<NodeId> {
+    let product = graph.node(id);
+    let logits = *product.results.first().filter(|_| matches!(product.op, Op::Matmul(_)))?;
+    let of_these = |node: &Node| {
+        let reads = |v: &Value| base(graph, *v) == logits;
+        let few = |v: Value| graph.ty(v).shape.rows() <= MOST_LED && graph.ty(v).elements() <= MOST_CHOICES;
+        let routes = matches!(node.op, Op::Route(_)) && reads(&node.operands[0]);
+        routes && !node.operands[1..].iter().any(reads) && few(node.results[1])
+    };
+    graph.nodes_with_ids().skip(id.index() + 1).find(|(_, node)| of_these(node)).map(|(id, _)| id)
 }
 
 /// Whether a chain reads nothing that a lead makes: blocks that are done would read what others have yet to store.

@@ -120,6 +120,15 @@ pub trait Instance: Send {
     /// [`Instance::read`].
     fn run(&mut self, store: &mut dyn Store) -> Result<()>;
 
+    /// Runs every step so many times, one run after another, as [`Instance::run`] does once; a device gets them together where that costs
+    /// less.
+    ///
+    /// # Errors
+    /// As [`Instance::run`].
+    fn run_times(&mut self, store: &mut dyn Store, times: usize) -> Result<()> {
+        (0..times).try_for_each(|_| self.run(store))
+    }
+
     /// Copies an output of the last run into `out`.
     ///
     /// # Errors

@@ -96,6 +96,15 @@ impl Session {
         Ok(program.instance().run(self.store.as_mut())?)
     }
 
+    /// Runs a program of this session so many times, one run after another. Devices that are given work in portions, as a GPU under
+    /// Vulkan, get several runs in one.
+    ///
+    /// # Errors
+    /// As [`Session::run`].
+    pub fn run_times(&mut self, program: &mut Program, times: usize) -> Result<()> {
+        Ok(program.instance().run_times(self.store.as_mut(), times)?)
+    }
+
     /// Runs a program step by step and finds the first tensor that is not finite.
     ///
     /// # Errors

@@ -100,7 +100,7 @@ impl Case {
                     At::Operand(i) => bytes(self.feeds[i].0, &self.feeds[i].1),
                     At::Scratch { bytes, .. } if !made.iter().any(|(m, _)| m == at) => vec![0xff; bytes],
                     At::Result(_) | At::Scratch { .. } => made.iter().find(|(m, _)| m == at).unwrap().1.clone(),
-                    At::Fault | At::Null => panic!("{at:?}"),
+                    At::Fault | At::Arrivals | At::Null => panic!("{at:?}"),
                 })
                 .collect();
             let word = |number: &Number| match *number {

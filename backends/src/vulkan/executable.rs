@@ -25,12 +25,8 @@ pub(super) enum Bound {
 /// A step that runs a node.
 pub(super) struct Launched {
     pub(super) node: NodeId,
-    /// The chain of the next step, whose work this one does too.
-    pub(super) chain: Option<NodeId>,
-    /// The norm of the step before, if this one does its work and leaves its results in memory.
-    pub(super) lead: Option<NodeId>,
-    /// Whether the node's results are in memory afterwards: the chain may be all that reads them.
-    pub(super) stored: bool,
+    /// The node, and those whose work it does too, as far as their results are in memory afterwards: in their order.
+    pub(super) stored: Vec<NodeId>,
     /// Number of the step, from 1: what kernels note a rejection under.
     pub(super) number: u32,
     pub(super) places: StepPlaces,
@@ -62,6 +58,7 @@ pub(super) struct Addresses<'a> {
     pub(super) arena: Region,
     pub(super) states: &'a [Region],
     pub(super) fault: Region,
+    pub(super) arrivals: Region,
 }
 
 impl Addresses<'_> {
@@ -79,6 +76,7 @@ impl Addresses<'_> {
             At::Result(i) => (self.of(step.places.results[i]), step.bytes[1][i]),
             At::Scratch { at, bytes } => (self.arena.after(step.places.scratch.0 + at), bytes),
             At::Fault => (self.fault, 8),
+            At::Arrivals => (self.arrivals, 4),
             At::Null => unreachable!("what is nowhere is not bound"),
         };
         (region, bytes.max(4).next_multiple_of(4))
@@ -166,7 +164,7 @@ impl VulkanExecutable {
         // With checks on, what a step may not rely on is known for the plan's own order.
         let order = if checks { (0..plan.steps().len()).collect() } else { hazards::order(&plan, &launches) };
         // The kernels in the order of the launches, the launches by node.
-        type Made = (Vec<(Action, Option<Pipeline>)>, Option<Rejects>, bool, Option<bool>);
+        type Made = (Vec<(Action, Option<Pipeline>)>, Option<Rejects>, [bool; 3]);
         let mut made: Vec<Option<Made>> = Vec::with_capacity(launches.len());
         for launch in launches {
             let with_pipeline = |action| match action {
@@ -174,7 +172,8 @@ impl VulkanExecutable {
                 Action::Clear { .. } => (action, None),
             };
             let actions = launch.actions.into_iter().map(with_pipeline).collect();
-            made.push(Some((actions, launch.rejects, launch.stored, launch.lead)));
+            let stored = [launch.lead == Some(true), launch.stored, launch.combined == Some(true)];
+            made.push(Some((actions, launch.rejects, stored)));
         }
         let states = states(&plan);
         let work = (order.into_iter().map(|at| (at, &plan.steps()[at])))
@@ -183,13 +182,17 @@ impl VulkanExecutable {
                     let beside = Beside::of(&plan, node)?;
                     let places = of_step(&plan, &states, at, node, beside.nodes(), (scratch, scratch_bytes));
                     let taken = made[node.index()].take();
-                    let (actions, rejects, stored, lead) = taken.unwrap_or_else(|| unreachable!("a node is run once"));
+                    let (actions, rejects, [lead, own, combined]) =
+                        taken.unwrap_or_else(|| unreachable!("a node is run once"));
                     let number = at as u32 + 1;
                     let actions =
                         actions.into_iter().map(|(action, pipeline)| bound(action, pipeline, number)).collect();
-                    let (chain, bytes) = (beside.behind, bytes_of(&plan, node, beside));
-                    let lead = beside.before.filter(|_| lead == Some(true));
-                    let launched = Launched { node, chain, lead, stored, number, places, rejects, actions, bytes };
+                    let bytes = bytes_of(&plan, node, beside);
+                    let [lead, own] = [beside.before.filter(|_| lead), Some(node).filter(|_| own)];
+                    let combined = beside.combined.filter(|_| combined);
+                    let stored = [lead, own, beside.behind, beside.assigned, combined, beside.behind_combined];
+                    let stored = stored.into_iter().flatten().collect();
+                    let launched = Launched { node, stored, number, places, rejects, actions, bytes };
                     Some(Work::Launch(Box::new(launched)))
                 }
                 Step::Copy { state, new } => Some(Work::Copy {
@@ -256,6 +259,7 @@ impl Executable for VulkanExecutable {
             .map(|(name, v)| Ok((*v, Memory::zeroed(device, graph.ty(*v).bytes(), || format!("output {name:?}"))?)))
             .collect::<Result<_>>()?;
         let fault = Memory::zeroed(device, 8, || "the record of rejected values".into())?;
-        Ok(Box::new(VulkanInstance::new(Arc::clone(&self.0), arena, kept, fault)?))
+        let arrivals = Memory::zeroed(device, 4, || "the count of workgroups that are done".into())?;
+        Ok(Box::new(VulkanInstance::new(Arc::clone(&self.0), arena, kept, [fault, arrivals])?))
     }
 }

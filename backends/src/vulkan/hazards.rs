@@ -77,7 +77,7 @@ impl Hazards {
 pub(super) fn writes(at: At) -> bool {
     match at {
         At::Operand(_) | At::Null => false,
-        At::Result(_) | At::Scratch { .. } | At::Fault => true,
+        At::Result(_) | At::Scratch { .. } | At::Fault | At::Arrivals => true,
     }
 }
 
@@ -95,7 +95,7 @@ fn uses(plan: &Plan, launches: &[Launch]) -> Vec<Vec<(Vec<Use>, bool)>> {
     // The arena, then a buffer for each tensor.
     let at = |place: Place| match place {
         Place::Arena(offset) => (1, offset),
-        Place::State(i) => (i as u64 + 3, 0),
+        Place::State(i) => (i as u64 + 4, 0),
     };
     let of = |(i, step): (usize, &Step)| match *step {
         Step::Run { node, scratch, scratch_bytes } => {
@@ -108,6 +108,7 @@ fn uses(plan: &Plan, launches: &[Launch]) -> Vec<Vec<(Vec<Use>, bool)>> {
                     At::Result(i) => (at(places.results[i]), bytes[1][i]),
                     At::Scratch { at, bytes } => ((1, places.scratch.0 + at), bytes),
                     At::Fault | At::Null => ((2, 0), 8),
+                    At::Arrivals => ((3, 0), 4),
                 };
                 let bytes = some.unwrap_or(bytes).max(4) as u64;
                 Use { buffer, from: from as u64, bytes, writes: writes(of) }

@@ -31,6 +31,9 @@ const RECORD: usize = 8;
 /// Stagings of a feed that are used in turn: the host writes into one while the copy out of another waits behind a run.
 const STAGINGS: usize = 2;
 
+/// Runs that are submitted together: one that follows another in a submission need not wait for that to be told.
+const RUNS_TOGETHER: usize = 16;
+
 /// A feed on its way to the device.
 struct FeedStaging {
     stagings: Vec<Staging>,
@@ -70,6 +73,8 @@ pub(super) struct VulkanInstance {
     kept: Vec<(Value, Memory)>,
     /// What kernels reject: the step's number and the value.
     fault: Memory,
+    /// What a kernel counts its workgroups in.
+    arrivals: Memory,
     /// Where the stored tensors lie, as of store version `located`.
     states: Vec<Region>,
     located: u64,
@@ -80,7 +85,7 @@ impl VulkanInstance {
         program: Arc<Program>,
         arena: Memory,
         kept: Vec<(Value, Memory)>,
-        fault: Memory,
+        [fault, arrivals]: [Memory; 2],
     ) -> Result<VulkanInstance> {
         let device = &program.device;
         let commands = Commands::new(device)?;
@@ -115,13 +120,15 @@ impl VulkanInstance {
             arena,
             kept,
             fault,
+            arrivals,
             states,
             located: 0,
         })
     }
 
     fn addresses(&self) -> Addresses<'_> {
-        Addresses { arena: self.arena.region(), states: &self.states, fault: self.fault.region() }
+        let [fault, arrivals] = [self.fault.region(), self.arrivals.region()];
+        Addresses { arena: self.arena.region(), states: &self.states, fault, arrivals }
     }
 
     /// Looks up the stored tensors, if they may have moved, and tells the kernels.
@@ -239,8 +246,8 @@ impl VulkanInstance {
     }
 
     /// Submits the copies of all feeds that were written since the last run, with `then` behind them.
-    fn bring_feeds(&mut self, queue: &mut Queue, then: Option<vk::CommandBuffer>) -> Result<()> {
-        let mut commands = Vec::with_capacity(self.staging.len() + 1);
+    fn bring_feeds(&mut self, queue: &mut Queue, then: &[vk::CommandBuffer]) -> Result<()> {
+        let mut commands = Vec::with_capacity(self.staging.len() + then.len());
         commands.extend(self.staging.values().filter_map(|feed| Some(feed.stagings[feed.written?].commands)));
         commands.extend(then);
         let number = self.program.device.submit(queue, &commands)?;
@@ -281,20 +288,27 @@ impl Instance for VulkanInstance {
     }
 
     fn run(&mut self, store: &mut dyn Store) -> Result<()> {
+        self.run_times(store, 1)
+    }
+
+    fn run_times(&mut self, store: &mut dyn Store, times: usize) -> Result<()> {
         let program = Arc::clone(&self.program);
         let device = &program.device;
         let mut queue = device.hold();
         self.locate(store)?;
         if program.checks {
-            self.bring_feeds(&mut queue, None)?;
-            self.run_steps(&mut queue, |_, _| Ok(true))?;
+            self.bring_feeds(&mut queue, &[])?;
+            (0..times).try_for_each(|_| self.run_steps(&mut queue, |_, _| Ok(true)))?;
         } else {
             if !self.recorded {
                 let again = vk::CommandBufferUsageFlags::SIMULTANEOUS_USE;
                 device.record(self.whole, again, |commands| self.record_all(commands, |_| false))?;
                 self.recorded = true;
             }
-            self.bring_feeds(&mut queue, Some(self.whole))?;
+            let whole = [self.whole; RUNS_TOGETHER];
+            for from in (0..times).step_by(RUNS_TOGETHER) {
+                self.bring_feeds(&mut queue, &whole[..RUNS_TOGETHER.min(times - from)])?;
+            }
         }
         Ok(device.validated()?)
     }
@@ -318,12 +332,11 @@ impl Instance for VulkanInstance {
         let program = Arc::clone(&self.program);
         let mut queue = program.device.hold();
         self.locate(store)?;
-        self.bring_feeds(&mut queue, None)?;
+        self.bring_feeds(&mut queue, &[])?;
         let mut found = None;
         let graph = program.plan.graph();
         self.run_steps(&mut queue, |queue, step| {
-            let own = step.stored.then_some(step.node);
-            let nodes = step.lead.into_iter().chain(own).chain(step.chain).map(|id| graph.node(id));
+            let nodes = step.stored.iter().map(|&id| graph.node(id));
             for (node, &value) in nodes.flat_map(|node| node.results.iter().map(move |value| (node, value))) {
                 let mut bytes = vec![0; graph.ty(value).bytes()];
                 program.device.download(queue, [(self.region(value), &mut bytes[..])])?;
@@ -345,7 +358,7 @@ impl Instance for VulkanInstance {
         let device = &program.device;
         let mut queue = device.hold();
         self.locate(store)?;
-        self.bring_feeds(&mut queue, None)?;
+        self.bring_feeds(&mut queue, &[])?;
         let nodes: Vec<NodeId> = program.launches().map(|l| l.node).collect();
         let Some(tick) = device.clock else {
             // By the host's clock, which counts the waiting for each step too.

@@ -72,7 +72,7 @@ fn run(
         let content = |at: &At| match *at {
             At::Operand(i) => bytes(fed(i).0.dtype, &fed(i).1),
             At::Result(i) => made[i].clone(),
-            At::Fault => vec![0; 8],
+            At::Fault | At::Arrivals => vec![0; 8],
             At::Scratch { .. } | At::Null => panic!("{at:?}"),
         };
         let mut buffers: Vec<Vec<u8>> = kernel.buffers.iter().map(content).collect();
@@ -89,6 +89,7 @@ fn run(
             match *at {
                 At::Result(i) => made[i] = bytes,
                 At::Fault => assert_eq!(bytes, [0; 8], "a value was rejected"),
+                At::Arrivals => assert_eq!(bytes, [0; 8], "workgroups stay counted"),
                 At::Operand(_) | At::Scratch { .. } | At::Null => {}
             }
         }
@@ -249,4 +250,45 @@ fn routes_are_the_same() {
             assert_eq!(chosen, best[..k], "token {t} of {experts} experts");
         }
     }
+}
+
+#[test]
+fn zz_print() {
+    let mut graph = Graph::new();
+    let g = &mut graph;
+    let (d, h, e) = (2048, 8192, 64);
+    let x = g.state("x", TensorType::new(DType::Bf16, [1, d])).unwrap();
+    let router = g.state("router", TensorType::new(DType::F32, [e, d])).unwrap();
+    let up = g.state("up", TensorType::new(DType::Bf16, [e, d, h])).unwrap();
+    let down = g.state("down", TensorType::new(DType::Bf16, [e, h, d])).unwrap();
+    let wide = g.cast(x, DType::F32).unwrap();
+    let logits = g.matmul_with(wide, router, None, false, true).unwrap();
+    let [gates, index, ..] = g.route(logits, 1, Balance::AllChoices).unwrap();
+    let [sc, cs, offsets, _] = g.assign(index, None, e, None, moebius_ir::ops::Order::TokenMajor).unwrap();
+    let rows = g.dispatch(x, sc, cs, None).unwrap();
+    let inner = g.expert_matmul(rows, up, offsets, None, false).unwrap();
+    let inner = g.gelu(inner).unwrap();
+    let rows = g.expert_matmul(inner, down, offsets, None, false).unwrap();
+    let y = g.combine(rows, sc, cs, Some(gates)).unwrap();
+    g.output("y", y).unwrap();
+    let plan = planned(passes::optimise(&graph).unwrap(), Limits { range: usize::MAX, ..CARD }, Fences::Off).unwrap();
+    let all = launches(plan.graph(), |id| Beside::of(&plan, id), Limits { range: usize::MAX, ..CARD }).unwrap();
+    let mut list = String::new();
+    for ((id, node), l) in plan.graph().nodes_with_ids().zip(&all) {
+        let Some(beside) = Beside::of(&plan, id) else { continue };
+        let g = plan.graph();
+        let nodes = || [id].into_iter().chain(beside.nodes()).map(|id| g.node(id));
+        let ops: Vec<Value> = nodes().flat_map(|n| &n.operands).copied().collect();
+        let res: Vec<Value> = nodes().flat_map(|n| &n.results).copied().collect();
+        for a in &l.actions { if let Action::Kernel(k) = a {
+            let file = format!("{}_{}.wgsl", id.index(), k.source.title);
+            std::fs::write(format!("/tmp/dump/{file}"), &k.source.text).unwrap();
+            let at = |a: &At| { let v = |v: Value| format!("v{}:{}", g.alias_base(v).index(), g.ty(v).bytes());
+                match *a { At::Operand(i) => v(ops[i]), At::Result(i) => v(res[i]), At::Arrivals => "arrivals:4".into(), At::Fault => "fault:8".into(), At::Scratch { at, bytes } => format!("s{}_{at}:{bytes}", id.index()), At::Null => "null:4".into() } };
+            let n: Vec<String> = k.numbers.iter().map(|n| if let Number::Word(w) = n { w.to_string() } else { "1".into() }).collect();
+            list += &format!("{file} {} {} {} | {} | {}\n", k.groups[0], k.groups[1], k.groups[2], n.join(" "), k.buffers.iter().map(at).collect::<Vec<_>>().join(" "));
+            println!("{} {:?}", node.op.name(), beside);
+        } }
+    }
+    std::fs::write("/tmp/dump/list", list).unwrap();
 }

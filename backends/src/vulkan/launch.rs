@@ -14,6 +14,8 @@ pub(crate) enum At {
     Scratch { at: usize, bytes: usize },
     /// The record in which a kernel notes a value it rejects.
     Fault,
+    /// The count of workgroups that are done, of a kernel in which the last one goes on: 0 between kernels.
+    Arrivals,
     /// Nowhere: what the kernel would read is 0, and what it would write is dropped.
     Null,
 }
@@ -65,6 +67,8 @@ pub(crate) struct Launch {
     pub(crate) stored: bool,
     /// If it does the work of the node before it: whether that one's results are in memory afterwards.
     pub(crate) lead: Option<bool>,
+    /// If it does the work of a combine behind it: whether that one's result is in memory afterwards.
+    pub(crate) combined: Option<bool>,
 }
 
 impl Default for Launch {
@@ -76,7 +80,7 @@ impl Default for Launch {
 impl Launch {
     /// Work without scratch memory.
     pub(crate) fn of(actions: Vec<Action>) -> Launch {
-        Launch { scratch: 0, actions, rejects: None, stored: true, lead: None }
+        Launch { scratch: 0, actions, rejects: None, stored: true, lead: None, combined: None }
     }
 
     /// With this scratch memory.
@@ -90,6 +94,13 @@ impl Launch {
     #[must_use]
     pub(crate) fn leading(mut self, kept: Option<bool>) -> Launch {
         self.lead = kept;
+        self
+    }
+
+    /// Which does the work of a combine behind it, if it is told whether that one's result is kept.
+    #[must_use]
+    pub(crate) fn combining(mut self, kept: Option<bool>) -> Launch {
+        self.combined = kept;
         self
     }
 

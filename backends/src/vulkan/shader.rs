@@ -73,6 +73,7 @@ texts! {
     "gemm",
     "gemm_added",
     "gemm_by_slot",
+    "gemm_by_token",
     "gemm_few_rows",
     "gemm_finish",
     "gemm_k_grouped",
@@ -81,6 +82,7 @@ texts! {
     "gemm_plain",
     "gemm_put",
     "gemm_put_eight",
+    "gemm_slot",
     "gemm_tile",
     "heads",
     "kept_grad",
@@ -115,6 +117,7 @@ texts! {
     "route_end",
     "route_grad",
     "route_totals",
+    "routed",
     "router",
     "router_apart",
     "router_lanes",
@@ -370,6 +373,16 @@ impl Shader {
         );
         self.fields.push_str("    step: u32,\n");
         self.numbers.push(Number::Step);
+        self
+    }
+
+    /// With `arrivals`, in whose first element a kernel counts its workgroups; and what others of these stored in the buffer `name` is seen
+    /// by the last.
+    #[must_use]
+    pub(crate) fn arriving(mut self, name: &str) -> Shader {
+        let declared = format!(" var<storage, read_write> {name}:");
+        self.declarations = self.declarations.replace(&declared, &format!(" @coherent{declared}"));
+        self.binding("arrivals", "atomic<u32>", At::Arrivals);
         self
     }
 

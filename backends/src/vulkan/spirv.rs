@@ -8,6 +8,7 @@ use naga::valid::{Capabilities, ValidationFlags, Validator};
 const CAPABILITIES: Capabilities = Capabilities::IMMEDIATES
     .union(Capabilities::SHADER_INT16)
     .union(Capabilities::SUBGROUP)
+    .union(Capabilities::MEMORY_DECORATION_COHERENT)
     .union(Capabilities::COOPERATIVE_MATRIX);
 
 /// Words before the first instruction.

@@ -121,14 +121,22 @@ fn gradients(s: &Classes<'_>, cotangents: impl Fn() -> Shader) -> Lowered {
         // The rows of dw, and of w, that belong to the chunk.
         let of_w = Product::of(stored(width, true), stored(s.d, false), width, s.d, s.n);
         let of_w = Product { c_at: first * s.d, ..of_w };
-        let places =
-            Places { a: c, b: At::Operand(0), bias: none, add: At::Null, c: At::Result(1), joined: None, lead: None };
+        let places = Places {
+            a: c,
+            b: At::Operand(0),
+            bias: none,
+            add: At::Null,
+            c: At::Result(1),
+            joined: None,
+            lead: None,
+            routed: None,
+        };
         actions.push(gemm(s.limits, [ty; 3], &of_w, &places)?);
         let of_x = Product::of(stored(width, false), stored(s.d, false), s.n, s.d, width);
         let of_x = Product { b_at: first * s.d, ..of_x };
         let add = if i == 0 { At::Null } else { sum };
         let (to, of_to) = if i + 1 == chunks { (At::Result(0), ty) } else { (sum, DType::F32) };
-        let places = Places { a: c, b: At::Operand(1), bias: none, add, c: to, joined: None, lead: None };
+        let places = Places { a: c, b: At::Operand(1), bias: none, add, c: to, joined: None, lead: None, routed: None };
         actions.push(gemm(s.limits, [ty, ty, of_to], &of_x, &places)?);
     }
     Ok(s.rejected(Launch::of(actions).with_scratch(&scratch)))

@@ -20,8 +20,9 @@ const EIGHT: usize = 8;
 const LANES: usize = 32;
 /// Workgroups that keep a large GPU busy: of [`THREADS`], and of up to [`MOST_THREADS`].
 const ENOUGH: [usize; 2] = [128, 96];
-/// Threads that keep a large GPU busy.
+/// Threads that keep a large GPU busy, and those beyond which workgroups of half of [`MOST_THREADS`] do as well and wait less at their end.
 const BUSY: usize = 132 * MOST_THREADS;
+const BUSY_IN_HALVES: usize = 40 << 10;
 
 /// How such a product is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,7 +56,12 @@ impl Few {
             // The sums of many rows take the registers.
             let loads = if rows > 4 { 4 } else { 8 };
             let ahead = (loads / across).min(p.k / (EIGHT * LANES)).max(1);
-            return Some(Few { rows, along_k, across, threads: THREADS, ahead });
+            // Few columns keep more of the device busy in small workgroups, which yet have 32 threads for each row.
+            let mut threads = THREADS;
+            while groups(threads / LANES * across) < ENOUGH[0] && threads > LANES * rows.next_power_of_two().max(2) {
+                threads /= 2;
+            }
+            return Some(Few { rows, along_k, across, threads, ahead });
         }
         // As many threads as have something of k, where few workgroups are to keep the device busy; more rows leave room for fewer.
         let most = if limits.shuffles { limits.threads.min(MOST_THREADS) / rows.next_power_of_two() } else { THREADS };
@@ -69,7 +75,15 @@ impl Few {
         while threads > THREADS && threads * groups(EIGHT * across) > BUSY {
             threads /= 2;
         }
+        if threads == MOST_THREADS && threads * groups(EIGHT * across) > BUSY_IN_HALVES {
+            threads /= 2;
+        }
         Some(Few { rows, along_k, across, threads, ahead: 1 })
+    }
+
+    /// Threads of a workgroup.
+    pub(super) fn threads(&self) -> usize {
+        self.threads
     }
 
     /// Columns of a workgroup.
@@ -97,7 +111,7 @@ impl Few {
     }
 
     /// The kernel of a file that says which product a workgroup has, whose rows `lead` makes, if there is one. Its factors are the buffers
-    /// `a` and `b`, which are given as [`Shader::by_eight`].
+    /// `a` and `b`, which are given as [`Shader::by_eight`]. What it lacks is `kernel(group, thread)`, which calls `product(group, thread)`.
     pub(super) fn kernel(&self, limits: Limits, name: &'static str, lead: Option<&Lead>) -> Shader {
         let (text, across) = if self.along_k { (self.along_k_text(), 1) } else { (self.across_text(), self.across) };
         let room = self.subgroups() * self.sums().next_multiple_of(EIGHT);
@@ -110,7 +124,7 @@ impl Few {
     fn begin(&self) -> String {
         let (columns, elements) = (self.columns(), self.rows * self.columns());
         format!(
-            "fn kernel(group: vec3<u32>, thread: u32) {{\n    if (!place(group, thread)) {{ return; }}\n    \
+            "fn product(group: vec3<u32>, thread: u32) {{\n    if (!place(group, thread)) {{ return; }}\n    \
              let my_row = row0 + thread / {columns}u;\n    let my_column = column0 + thread % {columns}u;\n    \
              let mine = select(NOWHERE, out_at(my_row, my_column), thread < {elements}u);\n    \
              var added = Added();\n    if (mine != NOWHERE) {{ added = added_to(mine, my_column); }}\n"
@@ -276,6 +290,6 @@ mod tests {
             (n.div_ceil(f.columns()), f.threads)
         };
         assert_eq!([of(1024, 1024), of(4096, 1024), of(1024, 3072)], [(32, 512), (32, 1024), (96, 512)]);
-        assert_eq!([of(1024, 4096), of(8192, 2048), of(2048, 8192)], [(128, 512), (64, 1024), (128, 1024)]);
+        assert_eq!([of(1024, 4096), of(8192, 2048), of(2048, 8192)], [(128, 512), (64, 512), (128, 512)]);
     }
 }

@@ -7,12 +7,14 @@
 use moebius_ir::ops::{ExpertMatmul, Matmul};
 use moebius_ir::{DType, Graph, Node, Shape};
 
+use super::combined::Combined;
 use super::cooperative::Tile;
 use super::few_rows::Few;
 use super::joined::{self, Joined};
 use super::lead::Lead;
 use super::parts::{self, Parts};
-use super::{Lowered, cooperative, dtype, narrow};
+use super::routed::Routed;
+use super::{Around, Lowered, cooperative, dtype, narrow};
 use crate::lowering::shapes;
 use crate::vulkan::launch::{Action, At, Launch, Scratch};
 use crate::vulkan::limits::Limits;
@@ -43,6 +45,11 @@ pub(super) fn tiled(limits: Limits, name: &'static str, [rows, columns]: [usize;
     let shader = shader.constant("TILE", rows).constant("TILE_WIDTH", columns);
     shader.flag("LEFT_ALONG_K", along_k[0]).flag("RIGHT_ALONG_K", along_k[1])
 }
+
+/// The kernel that is nothing but a product of few rows.
+const PRODUCT_ALONE: &str = "fn kernel(group: vec3<u32>, thread: u32) { product(group, thread); }";
+/// The logits are what it leaves.
+const LOGITS: &str = "fn get_logits(nth: u32) -> f32 { return get_c(nth); }";
 
 /// How a tile is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,6 +120,8 @@ struct Out<'a> {
     first: usize,
     n: usize,
     joined: Option<&'a Joined<'a>>,
+    /// Whether the kernel of few rows goes on behind it.
+    goes_on: bool,
 }
 
 impl Out<'_> {
@@ -156,7 +165,10 @@ fn product(
             out.of(shader.parts("a", a.1).parts("b", b.1), eights)
         }
         Way::Narrow => by_eight(narrow::kernel(limits, name)),
-        Way::Eights(few) => by_eight(few.kernel(limits, name, lead)),
+        Way::Eights(few) => {
+            let shader = by_eight(few.kernel(limits, name, lead));
+            if out.goes_on { shader } else { shader.declare(PRODUCT_ALONE) }
+        }
         Way::Plain(tile) => by_one(sized(tiled(limits, name, tile, along_k)).with("gemm_plain")),
     };
     (shader, [rows, columns])
@@ -212,6 +224,8 @@ pub(super) struct Places<'a> {
     pub(super) joined: Option<&'a Joined<'a>>,
     /// What makes the rows of A, which is where it says.
     pub(super) lead: Option<&'a Lead>,
+    /// What follows it in the same kernel, on C, which are logits.
+    pub(super) routed: Option<&'a Routed<'a>>,
 }
 
 /// The product of matrices of these dtypes as an action; the result's is the third one.
@@ -241,10 +255,13 @@ fn gemm_in_parts(
     if parts.count == 1 {
         return Ok(vec![kernel(limits, way, types, p, places, parts)?]);
     }
+    if places.routed.is_some() {
+        return Err("logits whose sums are not in parts".into());
+    }
     let total = p.batch * p.m * p.n;
     let sums = scratch.take(4 * parts.count * total);
-    let out = Out { dtype: types[2], at: places.c, first: 0, n: p.n, joined: places.joined };
-    let of_parts = Places { bias: (At::Null, DType::F32), c: sums, joined: None, lead: None, ..*places };
+    let out = Out { dtype: types[2], at: places.c, first: 0, n: p.n, joined: places.joined, goes_on: false };
+    let of_parts = Places { bias: (At::Null, DType::F32), c: sums, joined: None, lead: None, routed: None, ..*places };
     Ok(vec![
         kernel(limits, way, [types[0], types[1], DType::F32], p, &of_parts, parts)?,
         parts::finish(limits, parts, [total, p.n], sums, places.bias, |s| out.of(s, false))?,
@@ -280,16 +297,23 @@ fn kernel(
         ("total", if parts.count == 1 { 0 } else { p.batch * p.m * p.n }),
     ];
     let factors = [(types[0], places.a), (types[1], places.b)];
-    let out = Out { dtype: types[2], at: places.c, first: p.c_at, n: p.n, joined: places.joined };
+    let goes_on = places.routed.is_some();
+    let out = Out { dtype: types[2], at: places.c, first: p.c_at, n: p.n, joined: places.joined, goes_on };
     // A part is a multiple of every block: the last one ends as k does.
     let (shader, [rows, columns]) =
         product(limits, "gemm", way, [p.a.column == 1, p.b.row == 1], factors, &out, Some(p.k), places.lead);
     let shader = strides.iter().fold(shader.constant("PARTS", parts.count), |s, &(name, value)| s.number(name, value));
-    shader.buffer("bias", places.bias.1, places.bias.0).buffer("add", DType::F32, places.add).grid([
-        p.n.div_ceil(columns),
-        p.m.div_ceil(rows),
-        p.batch * parts.count,
-    ])
+    let shader = shader.buffer("bias", places.bias.1, places.bias.0).buffer("add", DType::F32, places.add);
+    let groups = [p.n.div_ceil(columns), p.m.div_ceil(rows), p.batch * parts.count];
+    let shader = match (places.routed, way) {
+        (None, _) => shader,
+        (Some(routed), Way::Eights(few)) if types[2] == DType::F32 => {
+            let shader = shader.with("routed").declare(LOGITS).constant("ARRIVALS", groups.iter().product());
+            routed.add(shader.arriving("c"), limits, few.threads())?
+        }
+        (Some(_), _) => return Err("logits of few tokens".into()),
+    };
+    shader.grid(groups)
 }
 
 /// The bias operand, if there is one, and its dtype.
@@ -297,13 +321,8 @@ fn bias(graph: &Graph, node: &Node, i: usize) -> (At, DType) {
     if i < node.operands.len() { (At::Operand(i), dtype(graph, node, i)) } else { (At::Null, DType::F32) }
 }
 
-pub(super) fn lower_matmul(
-    graph: &Graph,
-    node: &Node,
-    op: &Matmul,
-    (joined, lead): (Option<&Joined<'_>>, Option<&Lead>),
-    limits: Limits,
-) -> Lowered {
+pub(super) fn lower_matmul(graph: &Graph, node: &Node, op: &Matmul, around: &Around<'_>, limits: Limits) -> Lowered {
+    let (joined, routed) = (around.joined.as_ref(), around.routed.as_ref());
     let [a, b] = shapes(graph, node);
     let out = &graph.ty(node.results[0]).shape;
     let (n, k) = (out.last(), a[a.len() - if op.transpose_a { 2 } else { 1 }]);
@@ -320,9 +339,9 @@ pub(super) fn lower_matmul(
     };
     let bias = bias(graph, node, 2);
     let types = [dtype(graph, node, 0), dtype(graph, node, 1), super::dtype_of_result(graph, node, 0)];
-    let lead = lead.filter(|lead| leads(limits, types, &product, lead));
+    let lead = around.lead.as_ref().filter(|lead| leads(limits, types, &product, lead));
     let a = lead.map_or(At::Operand(0), Lead::rows);
-    let places = Places { a, b: At::Operand(1), bias, add: At::Null, c: At::Result(0), joined, lead };
+    let places = Places { a, b: At::Operand(1), bias, add: At::Null, c: At::Result(0), joined, lead, routed };
     let mut scratch = Scratch::default();
     let actions = gemm_in_parts(limits, types, &product, &places, &mut scratch)?;
     Ok(Launch::of(actions).with_scratch(&scratch).leading(lead.map(|l| l.kept)))
@@ -338,7 +357,7 @@ pub(super) fn lower_expert_matmul(
     graph: &Graph,
     node: &Node,
     op: &ExpertMatmul,
-    (joined, lead): (Option<&Joined<'_>>, Option<&Lead>),
+    around: &Around<'_>,
     limits: Limits,
 ) -> Lowered {
     let [rows, w, offsets] = shapes(graph, node);
@@ -352,16 +371,27 @@ pub(super) fn lower_expert_matmul(
     let tiles = |rows: usize, columns: usize| slots.div_ceil(rows) * n.div_ceil(columns);
     let tile = cooperative::tile(limits, types, &of_all, slots, tiles);
     let of_b = (types[1], At::Operand(1));
-    let out = Out { dtype: ty, at: At::Result(0), first: 0, n, joined };
+    let combined = around.combined.as_ref();
+    let (out_dtype, at_of_out) = combined.map_or((ty, At::Result(0)), Combined::result);
+    let joined = combined.map_or(around.joined.as_ref(), |combined| combined.joined.as_ref());
+    let out = Out { dtype: out_dtype, at: at_of_out, first: 0, n, joined, goes_on: false };
     let along_k = [true, w.row == 1];
     // Slots rarely share an expert.
     let few = if slots <= MOST_FEW { Few::of(limits, &of_all, 1, slots) } else { None };
-    let lead = lead.filter(|lead| few.is_some_and(|few| lead.fits(&few, [1, k], types[0])));
+    let lead = around.lead.as_ref().filter(|lead| few.is_some_and(|few| lead.fits(&few, [1, k], types[0])));
     let factors = [(types[0], lead.map_or(At::Operand(0), Lead::rows)), of_b];
     let (shader, columns, down) = if slots <= MOST_FEW {
         let way = few.map_or(Way::FewRows(1), Way::Eights);
-        let (shader, [_, columns]) = product(limits, "gemm_by_slot", way, along_k, factors, &out, Some(k), lead);
-        (shader, columns, slots)
+        let name = if combined.is_some() { "gemm_by_token" } else { "gemm_by_slot" };
+        let (shader, [_, columns]) = product(limits, name, way, along_k, factors, &out, Some(k), lead);
+        let shader = shader.with("gemm_slot");
+        match (combined, few) {
+            (None, _) => (shader, columns, slots),
+            (Some(combined), Some(_)) => (combined.add(shader), columns, combined.tokens),
+            (Some(_), None) => return Err("rows of which eight elements lie together".into()),
+        }
+    } else if combined.is_some() {
+        return Err(format!("at most {MOST_FEW} slots, not {slots}"));
     } else {
         let way = tile.map_or_else(|| Way::plain(limits, slots, n), Way::Cooperative);
         let (shader, [rows, columns]) = product(limits, "gemm_m_grouped", way, along_k, factors, &out, Some(k), None);
@@ -376,7 +406,8 @@ pub(super) fn lower_expert_matmul(
         .number("w_column", w.column)
         .buffer("offsets", DType::I32, At::Operand(2))
         .buffer("bias", of_bias, at);
-    Ok(Launch::of(vec![shader.grid([n.div_ceil(columns), down, 1])?]).leading(lead.map(|l| l.kept)))
+    let launch = Launch::of(vec![shader.grid([n.div_ceil(columns), down, 1])?]);
+    Ok(launch.leading(lead.map(|l| l.kept)).combining(combined.map(Combined::kept)))
 }
 
 pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node, limits: Limits) -> Lowered {
@@ -388,7 +419,7 @@ pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node, limits: Limi
     let tiles = |rows: usize, columns: usize| experts * m.div_ceil(rows) * n.div_ceil(columns);
     let tile = cooperative::tile(limits, types, &of_all, m, tiles);
     let dtype = super::dtype_of_result(graph, node, 0);
-    let out = Out { dtype, at: At::Result(0), first: 0, n, joined: None };
+    let out = Out { dtype, at: At::Result(0), first: 0, n, joined: None, goes_on: false };
     let factors = [(types[0], At::Operand(0)), (types[1], At::Operand(1))];
     let way = tile.map_or_else(|| Way::plain(limits, m, n), Way::Cooperative);
     let (shader, [rows, columns]) = product(limits, "gemm_k_grouped", way, [false, false], factors, &out, None, None);

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use moebius_ir::{DType, Graph, Node, NodeId, Op};
+use moebius_ir::{DType, Graph, NodeId, Op};
 
 use super::elementwise::{coordinates, element, register};
 use super::gemm::MOST_FEW;
@@ -18,13 +18,13 @@ const OF_PRODUCT: usize = 6;
 const NOTHING_BESIDE: &str = "struct Beside { nothing: u32 }\nfn beside(i: u32) -> Beside { return Beside(); }\n";
 const LEAVE: &str = "fn leave(i: u32, x: f32) { leave_beside(i, x, beside(i)); }\n";
 
-/// A chain for the kernel of the product before it. Its operands and results follow those of the product.
+/// A chain for the kernel of the product before it.
 pub(super) struct Joined<'a> {
     chain: Chain<'a>,
     /// Of the operands that are read: whether it is the product.
     product: Vec<bool>,
-    /// Operands and results of the product's node.
-    before: [usize; 2],
+    /// The first of its operands and of its results.
+    first: [usize; 2],
     /// The product's dtype.
     dtype: DType,
     /// Whether the product is read by others too.
@@ -32,9 +32,17 @@ pub(super) struct Joined<'a> {
 }
 
 impl<'a> Joined<'a> {
-    /// The chain of node `chain` behind `node`, if it can be joined onto that on such a device.
-    pub(super) fn new(graph: &'a Graph, node: &Node, chain: NodeId, limits: Limits) -> Option<Joined<'a>> {
-        let (product, after) = (*node.results.first()?, graph.node(chain));
+    /// The chain of node `chain` behind node `id`, if it can be joined onto that on such a device; the first of its operands and of its
+    /// results follow those of the nodes before it.
+    pub(super) fn new(
+        graph: &'a Graph,
+        id: NodeId,
+        chain: NodeId,
+        first: [usize; 2],
+        limits: Limits,
+    ) -> Option<Joined<'a>> {
+        let (node, after) = (graph.node(id), graph.node(chain));
+        let product = *node.results.first()?;
         let Op::Elementwise(op) = &after.op else { return None };
         let of = Chain::of(graph, after, op).ok()?;
         // Other results share words.
@@ -52,7 +60,7 @@ impl<'a> Joined<'a> {
         Some(Joined {
             product: is_product,
             chain: of,
-            before: [node.operands.len(), node.results.len()],
+            first,
             dtype: graph.ty(product).dtype,
             kept: is_kept(graph, product, chain),
         })
@@ -107,10 +115,10 @@ impl<'a> Joined<'a> {
         s.push_str(LEAVE);
         let mut shader = shader.with("functions").declare(&s);
         for i in self.others() {
-            shader = shader.buffer(&format!("p{i}"), chain.dtypes[i], At::Operand(self.before[0] + i));
+            shader = shader.buffer(&format!("p{i}"), chain.dtypes[i], At::Operand(self.first[0] + i));
         }
         for (o, (_, dtype)) in chain.results().enumerate() {
-            shader = shader.buffer(&format!("o{o}"), dtype, At::Result(self.before[1] + o));
+            shader = shader.buffer(&format!("o{o}"), dtype, At::Result(self.first[1] + o));
         }
         shader
     }
@@ -141,7 +149,7 @@ impl<'a> Joined<'a> {
         s.push_str("}\n");
         let results = chain.results().enumerate();
         results.fold(shader.with("functions").declare(&s), |shader, (o, (_, dtype))| {
-            shader.by_eight(&format!("o{o}"), dtype, At::Result(self.before[1] + o))
+            shader.by_eight(&format!("o{o}"), dtype, At::Result(self.first[1] + o))
         })
     }
 }

@@ -5,6 +5,7 @@
 
 mod attention;
 mod classifier;
+mod combined;
 mod cooperative;
 mod elementwise;
 mod embedding;
@@ -18,6 +19,7 @@ mod norm;
 mod optimizer;
 mod parts;
 mod reduce;
+mod routed;
 mod router;
 mod sparse;
 
@@ -40,17 +42,47 @@ fn dtype_of_result(graph: &Graph, node: &Node, i: usize) -> DType {
     graph.ty(node.results[i]).dtype
 }
 
+/// What a node's kernels do beside its own work.
+struct Around<'a> {
+    lead: Option<lead::Lead>,
+    joined: Option<joined::Joined<'a>>,
+    routed: Option<routed::Routed<'a>>,
+    combined: Option<combined::Combined<'a>>,
+}
+
 /// The node that is to be joined onto a node on a device with such limits: one that the node's kernels can do, or a product whose kernel
 /// can do the node.
 pub(crate) fn joined(graph: &Graph, id: NodeId, limits: Limits) -> Option<NodeId> {
     if let Some(product) = shared::led(graph, id) {
-        let beside = Beside { before: Some(id), behind: joined(graph, product, limits), ..Beside::default() };
+        let beside = Beside { before: Some(id), ..behind(graph, product, limits) };
         let apart = beside.behind.is_none_or(|chain| shared::apart(graph, id, chain));
         let does = || lower(graph, product, beside, limits).is_ok_and(|l| l.lead.is_some());
         return Some(product).filter(|_| apart && does());
     }
-    let chain = shared::follower(graph, id)?;
-    joined::Joined::new(graph, graph.node(id), chain, limits).map(|_| chain)
+    let next = behind(graph, id, limits);
+    next.behind.or(next.combined)
+}
+
+/// What a node's kernels can do of the nodes behind it.
+fn behind(graph: &Graph, id: NodeId, limits: Limits) -> Beside {
+    let does = |beside: Beside| lower(graph, id, beside, limits).is_ok();
+    if let Some(route) = shared::routed(graph, id) {
+        let assigned = behind(graph, route, limits).behind;
+        let beside = Beside { behind: Some(route), assigned, ..Beside::default() };
+        if does(beside) {
+            return beside;
+        }
+    }
+    let follows = |next: &NodeId| {
+        let beside = Beside { behind: Some(*next), ..Beside::default() };
+        let first = beside.first(graph, id, *next);
+        let chain = || joined::Joined::new(graph, id, *next, first, limits).is_some();
+        if matches!(graph.node(*next).op, Op::Assign(_)) { does(beside) } else { chain() }
+    };
+    let beside = Beside { behind: shared::follower(graph, id).filter(follows), ..Beside::default() };
+    let Some(combine) = shared::combined(graph, id, beside) else { return beside };
+    let with = Beside { combined: Some(combine), behind_combined: behind(graph, combine, limits).behind, ..beside };
+    if does(with) { with } else { beside }
 }
 
 /// The launch of a node on a device with such limits, with the work of the nodes beside it, whose operands and results follow the node's.
@@ -59,9 +91,13 @@ pub(crate) fn joined(graph: &Graph, id: NodeId, limits: Limits) -> Option<NodeId
 /// What the backend wants instead.
 pub(crate) fn lower(graph: &Graph, id: NodeId, beside: Beside, limits: Limits) -> Lowered {
     let node = graph.node(id);
-    let joined = beside.behind.and_then(|chain| joined::Joined::new(graph, node, chain, limits));
-    let lead = lead::Lead::new(graph, id, beside);
-    let around = (joined.as_ref(), lead.as_ref());
+    let chain = |chain| joined::Joined::new(graph, id, chain, beside.first(graph, id, chain), limits);
+    let around = Around {
+        lead: lead::Lead::new(graph, id, beside),
+        joined: beside.behind.and_then(chain),
+        routed: routed::Routed::new(graph, id, beside),
+        combined: combined::Combined::new(graph, id, beside, limits)?,
+    };
     for &value in node.operands.iter().chain(&node.results) {
         let ty = graph.ty(value);
         if ty.bytes() > limits.range {
@@ -89,7 +125,7 @@ pub(crate) fn lower(graph: &Graph, id: NodeId, beside: Beside, limits: Limits) -
         Op::RmsNorm(op) => norm::lower_rms_norm(graph, node, op.eps, limits),
         Op::RmsNormGrad(_) => norm::lower_rms_norm_grad(graph, node, limits),
 
-        Op::Matmul(op) => gemm::lower_matmul(graph, node, op, around, limits),
+        Op::Matmul(op) => gemm::lower_matmul(graph, node, op, &around, limits),
         Op::Attention(op) => attention::lower_attention(graph, node, op, limits),
         Op::AttentionGrad(op) => attention::lower_attention_grad(graph, node, op, limits),
         Op::AttentionCached(op) => attention::lower_attention_cached(graph, node, op, limits),
@@ -108,19 +144,22 @@ pub(crate) fn lower(graph: &Graph, id: NodeId, beside: Beside, limits: Limits) -
             classifier::lower_linear_distillation_cached_grad(graph, node, op.temperature, limits)
         }
 
-        Op::Route(op) => router::lower_route(graph, node, op, limits),
+        Op::Route(op) => {
+            let with_assign = around.routed.as_ref().filter(|_| beside.behind.is_some());
+            router::lower_route(graph, node, op, with_assign, limits)
+        }
         Op::RouteGrad(op) => router::lower_route_grad(graph, node, op, limits),
         Op::Assign(op) => router::lower_assign(graph, node, op, limits),
         Op::Dispatch(_) => sparse::lower_dispatch(graph, node, limits),
-        Op::Combine(op) => sparse::lower_combine(graph, node, *op, joined.as_ref(), limits),
+        Op::Combine(op) => sparse::lower_combine(graph, node, *op, around.joined.as_ref(), limits),
         Op::GateGrad(_) => sparse::lower_gate_grad(graph, node, limits),
         Op::SegmentSum(_) => sparse::lower_segment_sum(graph, node, limits),
-        Op::ExpertMatmul(op) => gemm::lower_expert_matmul(graph, node, op, around, limits),
+        Op::ExpertMatmul(op) => gemm::lower_expert_matmul(graph, node, op, &around, limits),
         Op::ExpertMatmulWgrad(_) => gemm::lower_expert_matmul_wgrad(graph, node, limits),
 
         Op::GlobalNorm(_) => optimizer::lower_global_norm(graph, node, limits),
         Op::Adamw(op) => optimizer::lower_adamw(graph, node, op, limits),
     };
-    let stored = joined.as_ref().is_none_or(|j| j.kept);
+    let stored = around.joined.as_ref().is_none_or(|j| j.kept) && around.combined.is_none();
     launch.map(|launch| Launch { stored, ..launch.trimmed() })
 }

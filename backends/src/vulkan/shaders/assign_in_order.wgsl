@@ -1,9 +1,11 @@
-// Slots for the chosen experts, first come, first served: a workgroup for each chunk of the choices [choices], a multiple of THREADS.
-// `counts` has the choices of each expert in each chunk; without it there is one chunk. LIMITED: no expert keeps more than `capacity`.
+// Slots for the chosen experts, first come, first served: a workgroup for each chunk of the choices [choices], a multiple of THREADS, itself one of 16.
+// `chunk_counts` has the choices of each expert in each chunk; without it there is one chunk. LIMITED: no expert keeps more than `capacity`.
 
 // Experts of a thread in the sum of those before.
 const EACH: u32 = (EXPERTS + THREADS - 1u) / THREADS;
-const PITCHED: u32 = THREADS + THREADS / 16u;
+// Threads whose counts one of 16 adds up.
+const OF_TOP: u32 = THREADS / 16u;
+const PITCHED: u32 = THREADS + 16u;
 
 // Choices of an expert in all chunks; in those before and, later, of this one so far; the first slot.
 var<workgroup> load: array<atomic<i32>, EXPERTS>;
@@ -16,12 +18,12 @@ var<workgroup> lost: atomic<i32>;
 
 // What lower threads have, and what all have.
 fn lower(thread: u32, x: i32) -> vec2<i32> {
-    scan[thread + thread / 16u] = x;
+    scan[thread + thread / OF_TOP] = x;
     workgroupBarrier();
     if (thread < 16u) {
         var sum = 0;
-        for (var i = 0u; i < 16u; i++) {
-            let at = thread * 17u + i;
+        for (var i = 0u; i < OF_TOP; i++) {
+            let at = thread * (OF_TOP + 1u) + i;
             let here = scan[at];
             scan[at] = sum;
             sum += here;
@@ -29,10 +31,10 @@ fn lower(thread: u32, x: i32) -> vec2<i32> {
         tops[thread] = sum;
     }
     workgroupBarrier();
-    var sum = scan[thread + thread / 16u];
+    var sum = scan[thread + thread / OF_TOP];
     var all = 0;
     for (var i = 0u; i < 16u; i++) {
-        if (i < thread / 16u) { sum += tops[i]; }
+        if (i < thread / OF_TOP) { sum += tops[i]; }
         all += tops[i];
     }
     return vec2<i32>(sum, all);
@@ -48,7 +50,7 @@ fn expert_of(c: u32) -> i32 {
     return select(-1, e, e >= 0 && e < i32(EXPERTS));
 }
 
-fn kernel(group: u32, thread: u32) {
+fn assign_chunk(group: u32, thread: u32) {
     for (var e = thread; e < EXPERTS; e += THREADS) {
         atomicStore(&load[e], 0);
         atomicStore(&before[e], 0);
@@ -56,9 +58,9 @@ fn kernel(group: u32, thread: u32) {
     if (thread == 0u) { atomicStore(&lost, 0); }
     workgroupBarrier();
     let last = min((group + 1u) * p.chunk, p.choices);
-    if (HAS_COUNTS) {
+    if (HAS_CHUNK_COUNTS) {
         for (var at = thread; at < p.chunks * EXPERTS; at += THREADS) {
-            let count = get_counts(at);
+            let count = get_chunk_counts(at);
             if (count > 0) {
                 atomicAdd(&load[at % EXPERTS], count);
                 if (at / EXPERTS < group) { atomicAdd(&before[at % EXPERTS], count); }

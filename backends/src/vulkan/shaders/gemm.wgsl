@@ -1,6 +1,9 @@
 // c = a b + bias + add, for each product of a batch; `add` is f32 of the same shape, and may be c. Strides are in elements; c is
 // row-major. Where k is cut into PARTS, c has the sums of each part, of `total` elements one after another.
 
+// The bias and what is added.
+alias Terms = vec2<f32>;
+
 var<private> a_first: u32;
 var<private> b_first: u32;
 var<private> c_first: u32;
@@ -28,8 +31,8 @@ fn right_step() -> u32 { return p.b_row; }
 fn out_at(row: u32, column: u32) -> u32 {
     return select(NOWHERE, p.c_at + c_first + row * p.n + column, row < p.m && column < p.n);
 }
-fn terms(at: u32, column: u32) -> vec2<f32> { return vec2<f32>(get_bias(column), get_add(at - p.c_at)); }
-fn with_terms(sum: f32, terms: vec2<f32>) -> f32 {
+fn terms(at: u32, column: u32) -> Terms { return Terms(get_bias(column), get_add(at - p.c_at)); }
+fn with_terms(sum: f32, terms: Terms) -> f32 {
     var v = sum;
     if (HAS_BIAS) { v += terms.x; }
     if (HAS_ADD) { v += terms.y; }

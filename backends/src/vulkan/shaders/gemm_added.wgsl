@@ -2,7 +2,7 @@
 // for behind it.
 
 struct Added {
-    terms: vec2<f32>,
+    terms: Terms,
     beside: Beside,
 }
 fn added_to(at: u32, column: u32) -> Added { return Added(terms(at, column), beside(at)); }

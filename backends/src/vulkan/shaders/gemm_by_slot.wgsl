@@ -1,35 +1,15 @@
-// The row of one slot times the weights of the expert whose segment it is in; 0 behind the last segment.
+// The products of slots, each where it belongs.
 
-var<private> slot: u32;
-var<private> expert: u32;
-var<workgroup> of_slot: u32;
+alias Terms = f32;
 
 fn place(group: vec3<u32>, thread: u32) -> bool {
-    slot = group.y;
-    if (thread == 0u) { of_slot = p.experts; }
-    workgroupBarrier();
-    for (var e = thread; e < p.experts; e += THREADS) {
-        if (u32(get_offsets(e)) <= slot && slot < u32(get_offsets(e + 1u))) { of_slot = e; }
-    }
-    workgroupBarrier();
-    expert = of_slot;
-    row0 = 0u;
-    column0 = group.x * TILE_COLUMNS;
-    depth = select(0u, p.k, expert < p.experts);
+    place_slot(group, thread, group.y);
     return true;
 }
-fn left_at(row: u32, k: u32) -> u32 { return select(NOWHERE, slot * p.k + k, row == 0u && k < depth); }
-fn right_at(k: u32, column: u32) -> u32 {
-    return select(NOWHERE, expert * p.k * p.n + k * p.w_row + column * p.w_column, k < depth && column < p.n);
-}
-fn right_step() -> u32 { return p.w_row; }
 fn out_at(row: u32, column: u32) -> u32 { return select(NOWHERE, slot * p.n + column, column < p.n); }
-fn terms(at: u32, column: u32) -> vec2<f32> {
-    if (expert < p.experts) { return vec2<f32>(get_bias(expert * p.n + column), 0.0f); }
-    return vec2<f32>();
-}
-fn with_terms(sum: f32, terms: vec2<f32>) -> f32 {
-    if (HAS_BIAS) { if (expert < p.experts) { return sum + terms.x; } }
+fn terms(at: u32, column: u32) -> Terms { return bias_of_expert(column); }
+fn with_terms(sum: f32, terms: Terms) -> f32 {
+    if (HAS_BIAS) { if (expert < p.experts) { return sum + terms; } }
     return sum;
 }
 fn finished(at: u32, column: u32, sum: f32) -> f32 { return with_terms(sum, terms(at, column)); }

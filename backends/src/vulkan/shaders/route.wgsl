@@ -1,5 +1,5 @@
 // The choice of experts, and what the statistics need of a workgroup's tokens; if it has ALL of them, the statistics. `parts` has two
-// numbers of each workgroup, then one of each expert; `choices` two of each expert. GROUPS (0: none), KEEP and TOP2 describe groups of
+// numbers of each of `parts_count` workgroups, then one of each expert; `choices` two of each expert. GROUPS (0: none), KEEP and TOP2 describe groups of
 // experts. LATER says that noise is for the choices after the first.
 
 const GROUP_SCORES: u32 = max(GROUPS, 1u);
@@ -9,7 +9,7 @@ var<workgroup> scores: array<f32, ALL_SCORES>;
 
 // Chosen, or in a group that is left out: bit i is the lane's i-th expert. What the choice goes by for those.
 var<private> closed: u32;
-var<private> ranks: array<f32, OWN>;
+var<private> ranks: array<f32, OWN_EXPERTS>;
 var<private> finite: bool;
 
 fn value_of(l: f32) -> f32 {
@@ -21,7 +21,7 @@ fn value_of(l: f32) -> f32 {
 fn rank(e: u32, l: f32, noisy: bool) -> f32 {
     var r = 0.0f;
     if (noisy) { r = l + get_noise(row + e); } else { r = value_of(l); }
-    if (HAS_BIAS) { r += get_bias(e); }
+    if (HAS_SELECTION_BIAS) { r += get_selection_bias(e); }
     // -0 and 0 are equal, and a NaN comes last.
     return select(r + 0.0f, -inf(), is_nan(r));
 }
@@ -29,7 +29,7 @@ fn rank(e: u32, l: f32, noisy: bool) -> f32 {
 fn best_open_of_lanes(thread: u32) -> u32 {
     var best = -inf();
     var at = p.experts;
-    for (var i = 0u; i < OWN; i++) {
+    for (var i = 0u; i < OWN_EXPERTS; i++) {
         if (has(i) && (closed >> i & 1u) == 0u && (at == p.experts || ranks[i] > best)) {
             best = ranks[i];
             at = expert(i);
@@ -53,7 +53,7 @@ fn close_groups_by_lanes(noisy: bool) {
         scores[of_token + g] = select(score + 0.0f, -inf(), is_nan(score));
     }
     workgroupBarrier();
-    for (var i = 0u; i < OWN; i++) {
+    for (var i = 0u; i < OWN_EXPERTS; i++) {
         if (!has(i)) { continue; }
         let g = expert(i) / size;
         let score = scores[of_token + g];
@@ -70,7 +70,7 @@ fn probabilities_by_lanes(thread: u32, there: bool) {
     if (NORMALISED) { sum = lanes_sum_of_values(thread); }
     let log_total = ln(total);
     var entropy = 0.0f;
-    for (var i = 0u; i < OWN; i++) {
+    for (var i = 0u; i < OWN_EXPERTS; i++) {
         if (!has(i)) { continue; }
         var prob = softmax(own[i]);
         if (NORMALISED && finite) { prob = select(divide(own_value(own[i]), sum), divide(1.0f, f32(p.experts)), sum < TINY); }
@@ -104,7 +104,7 @@ fn note(at: u32, j: u32, x: i32, there: bool) {
         } else {
             gate = value_of(l);
         }
-        for (var o = 0u; o < OWN; o++) {
+        for (var o = 0u; o < OWN_EXPERTS; o++) {
             if (there && o == i) {
                 all_of[o]++;
                 if (j < p.counted) { counted_of[o]++; }
@@ -124,11 +124,11 @@ fn choose_by_lanes(thread: u32, t: u32, there: bool) {
     if (HAS_USED) { used = get_used(t) != 0u; }
     let noisy = HAS_NOISE && !LATER;
     if (GROUPS > 0u && !HAS_GIVEN) { close_groups_by_lanes(noisy); }
-    for (var j = 0u; j < p.k; j++) {
+    for (var j = 0u; j < p.chosen; j++) {
         var best = 0u;
         if (!HAS_GIVEN) {
             if (j == 0u || (j == 1u && HAS_NOISE && LATER)) {
-                for (var i = 0u; i < OWN; i++) {
+                for (var i = 0u; i < OWN_EXPERTS; i++) {
                     if (has(i)) { ranks[i] = rank(expert(i), own[i], noisy || (HAS_NOISE && LATER && j > 0u)); }
                 }
             }
@@ -137,7 +137,7 @@ fn choose_by_lanes(thread: u32, t: u32, there: bool) {
         var x = -1;
         if (used) {
             if (HAS_GIVEN) {
-                x = get_given(t * p.k + j);
+                x = get_given(t * p.chosen + j);
                 if (x < 0 || x >= i32(p.experts)) { x = -1; }
             } else if (finite) {
                 x = i32(best);
@@ -147,17 +147,17 @@ fn choose_by_lanes(thread: u32, t: u32, there: bool) {
         }
         if (SCORE == 4u) { look_at_mixer_by_lanes(thread); }
         // The lane whose expert it is notes the choice; the first one, that there is none.
-        if (u32(max(x, 0)) % LANES == lane) { note(t * p.k + j, j, x, there); }
+        if (u32(max(x, 0)) % LANES == lane) { note(t * p.chosen + j, j, x, there); }
     }
 }
 
 // The workgroup's part of the statistics.
-fn leave(group: u32, thread: u32) {
+fn leave_parts(group: u32, thread: u32) {
     if (thread >= LANES) { return; }
-    for (var i = 0u; i < OWN; i++) {
+    for (var i = 0u; i < OWN_EXPERTS; i++) {
         if (has(i)) {
             let at = group * p.experts + expert(i);
-            set_parts(2u * p.groups + at, of_experts[i]);
+            set_parts(2u * p.parts_count + at, of_experts[i]);
             set_choices(2u * at, all_of[i]);
             set_choices(2u * at + 1u, counted_of[i]);
         }
@@ -168,17 +168,17 @@ fn leave(group: u32, thread: u32) {
     }
 }
 
-fn kernel(group: u32, thread: u32) {
+fn route_tokens(group: u32, thread: u32) {
     begin(thread);
     for (var round = 0u; round < p.rounds; round++) {
         // Threads without a token work on the last one, for nothing.
         let nth = (group * p.rounds + round) * TOKENS + thread / LANES;
-        let t = min(nth, p.n - 1u);
+        let t = min(nth, p.tokens - 1u);
         look_at_by_lanes(thread, t);
         finite = all_finite();
-        probabilities_by_lanes(thread, nth < p.n);
-        choose_by_lanes(thread, t, nth < p.n);
+        probabilities_by_lanes(thread, nth < p.tokens);
+        choose_by_lanes(thread, t, nth < p.tokens);
     }
     together_by_lanes(thread);
-    if (ALL) { end_by_lanes(thread); } else { leave(group, thread); }
+    if (ALL) { end_by_lanes(thread); } else { leave_parts(group, thread); }
 }

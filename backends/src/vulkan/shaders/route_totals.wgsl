@@ -3,7 +3,7 @@
 fn kernel(group: u32, thread: u32) {
     begin(thread);
     for (var part = thread / LANES; part < p.parts_count; part += TOKENS) {
-        for (var i = 0u; i < OWN; i++) {
+        for (var i = 0u; i < OWN_EXPERTS; i++) {
             if (has(i)) {
                 let at = part * p.experts + expert(i);
                 of_experts[i] += get_parts(2u * p.parts_count + at);

@@ -1,4 +1,4 @@
-// What routing knows of one token: LANES threads work on it, of which each has the experts lane, lane + LANES and so on, up to OWN of
+// What routing knows of one token: LANES threads work on it, of which each has the experts lane, lane + LANES and so on, up to OWN_EXPERTS of
 // them; a workgroup has TOKENS tokens at a time. The order of a sum depends on the number of experts alone. SCORE: 0 softmax, 1 sigmoid,
 // 2 square root of softplus, 3 identity, 4 SparseMixer, the last with `jitter()`, twice its epsilon.
 //
@@ -8,14 +8,14 @@
 const NORMALISED: bool = SCORE == 1u || SCORE == 2u;
 const TINY: f32 = 1.17549435e-38f;
 
-var<workgroup> room: array<f32, THREADS>;
-var<workgroup> room_of_counts: array<i32, THREADS>;
+var<workgroup> room_of_tokens: array<f32, THREADS>;
+var<workgroup> room_of_choices: array<i32, THREADS>;
 
 var<private> lane: u32;
 // The first thread of the token, and where its logits begin; those of the lane; the largest of all, and the sum of e^(l - largest).
 var<private> first: u32;
 var<private> row: u32;
-var<private> own: array<f32, OWN>;
+var<private> own: array<f32, OWN_EXPERTS>;
 var<private> greatest: f32;
 var<private> total: f32;
 
@@ -26,18 +26,18 @@ fn has(i: u32) -> bool { return i * LANES + lane < p.experts; }
 
 // Over the same lane of all tokens of the workgroup.
 fn tokens_sum_of_lanes(thread: u32, x: f32) -> f32 {
-    room[thread] = x;
+    room_of_tokens[thread] = x;
     workgroupBarrier();
     var sum = 0.0f;
-    for (var s = 0u; s < TOKENS; s++) { sum += room[s * LANES + lane]; }
+    for (var s = 0u; s < TOKENS; s++) { sum += room_of_tokens[s * LANES + lane]; }
     workgroupBarrier();
     return sum;
 }
 fn tokens_count_of_lanes(thread: u32, x: i32) -> i32 {
-    room_of_counts[thread] = x;
+    room_of_choices[thread] = x;
     workgroupBarrier();
     var sum = 0;
-    for (var s = 0u; s < TOKENS; s++) { sum += room_of_counts[s * LANES + lane]; }
+    for (var s = 0u; s < TOKENS; s++) { sum += room_of_choices[s * LANES + lane]; }
     workgroupBarrier();
     return sum;
 }
@@ -49,7 +49,7 @@ fn begin(thread: u32) {
 fn look_at_by_lanes(thread: u32, t: u32) {
     row = t * p.experts;
     var most = -inf();
-    for (var i = 0u; i < OWN; i++) {
+    for (var i = 0u; i < OWN_EXPERTS; i++) {
         if (has(i)) {
             own[i] = logit(expert(i));
             most = max_nan(most, own[i]);
@@ -57,7 +57,7 @@ fn look_at_by_lanes(thread: u32, t: u32) {
     }
     greatest = lanes_max(thread, most);
     var sum = 0.0f;
-    for (var i = 0u; i < OWN; i++) { if (has(i)) { sum += e_to(own[i] - greatest); } }
+    for (var i = 0u; i < OWN_EXPERTS; i++) { if (has(i)) { sum += e_to(own[i] - greatest); } }
     total = lanes_sum(thread, sum);
 }
 // No NaN, and the largest logit is finite.
@@ -83,7 +83,7 @@ fn own_slope(l: f32, value: f32) -> f32 {
 }
 fn lanes_sum_of_values(thread: u32) -> f32 {
     var sum = 0.0f;
-    for (var i = 0u; i < OWN; i++) { if (has(i)) { sum += own_value(own[i]); } }
+    for (var i = 0u; i < OWN_EXPERTS; i++) { if (has(i)) { sum += own_value(own[i]); } }
     return lanes_sum(thread, sum);
 }
 
@@ -103,9 +103,9 @@ fn mixer_weight(l: f32) -> f32 {
 fn mixer_share(l: f32) -> f32 { return select(0.0f, mixer_weight(l) / mixer_sum, mixer_sum > 0.0f); }
 fn look_at_mixer_by_lanes(thread: u32) {
     var most = -inf();
-    for (var i = 0u; i < OWN; i++) { if (has(i)) { most = max_nan(most, left_of(i)); } }
+    for (var i = 0u; i < OWN_EXPERTS; i++) { if (has(i)) { most = max_nan(most, left_of(i)); } }
     mixer_best = lanes_max(thread, most);
     var sum = 0.0f;
-    for (var i = 0u; i < OWN; i++) { if (has(i)) { sum += mixer_weight(left_of(i)); } }
+    for (var i = 0u; i < OWN_EXPERTS; i++) { if (has(i)) { sum += mixer_weight(left_of(i)); } }
     mixer_sum = lanes_sum(thread, sum);
 }

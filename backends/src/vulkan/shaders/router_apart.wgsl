@@ -8,11 +8,11 @@ var<workgroup> room_of_places: array<u32, THREADS>;
 var<workgroup> room_of_few_places: array<u32, THREADS>;
 
 fn lanes_sum(thread: u32, x: f32) -> f32 {
-    room[thread] = x;
+    room_of_tokens[thread] = x;
     workgroupBarrier();
     if (lane < FEW) {
-        var some = room[thread];
-        for (var i = 1u; i < IN_TURN; i++) { some += room[thread + i * FEW]; }
+        var some = room_of_tokens[thread];
+        for (var i = 1u; i < IN_TURN; i++) { some += room_of_tokens[thread + i * FEW]; }
         room_of_few[thread] = some;
     }
     workgroupBarrier();
@@ -22,11 +22,11 @@ fn lanes_sum(thread: u32, x: f32) -> f32 {
 }
 // The largest; NaN if any is.
 fn lanes_max(thread: u32, x: f32) -> f32 {
-    room[thread] = x;
+    room_of_tokens[thread] = x;
     workgroupBarrier();
     if (lane < FEW) {
-        var some = room[thread];
-        for (var i = 1u; i < IN_TURN; i++) { some = max_nan(some, room[thread + i * FEW]); }
+        var some = room_of_tokens[thread];
+        for (var i = 1u; i < IN_TURN; i++) { some = max_nan(some, room_of_tokens[thread + i * FEW]); }
         room_of_few[thread] = some;
     }
     workgroupBarrier();
@@ -38,12 +38,12 @@ fn lanes_max(thread: u32, x: f32) -> f32 {
 fn best_of_lanes(thread: u32, own_best: f32, own_at: u32) -> u32 {
     var best = own_best;
     var at = own_at;
-    room[thread] = best;
+    room_of_tokens[thread] = best;
     room_of_places[thread] = at;
     workgroupBarrier();
     if (lane < FEW) {
         for (var i = 1u; i < IN_TURN; i++) {
-            let r = room[thread + i * FEW];
+            let r = room_of_tokens[thread + i * FEW];
             let e = room_of_places[thread + i * FEW];
             if (r > best || (r == best && e < at)) {
                 best = r;

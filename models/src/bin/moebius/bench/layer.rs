@@ -205,9 +205,7 @@ fn kept(graph: &Graph, case: &Case, dtype: DType) -> Kept {
 fn time(session: &mut Session, program: &mut Program, wait: &str) -> Result<f64, Failure> {
     let mut round = |runs: usize| -> Result<f64, Failure> {
         let begun = Instant::now();
-        for _ in 0..runs {
-            session.run(program)?;
-        }
+        session.run_times(program, runs)?;
         program.output_bytes(wait)?;
         Ok(begun.elapsed().as_secs_f64() / runs as f64)
     };
