@@ -18,15 +18,17 @@ const MOST_LED: usize = 8;
 const MOST_CHOICES: usize = 64;
 
 /// The nodes whose work is done by the kernels of another. That one's operands and results are followed by those of the node behind it,
-/// these by those of the one before, of the assign, of the twin and of the node behind that, of the combine and of the node behind that.
+/// these by those of the one before, of the route before that and of the assign, of the twin and of the node behind that, of the combine and of the node behind that.
 #[cfg(any(feature = "cuda", feature = "vulkan"))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Beside {
     /// The norm or dispatch right before it, as [`led`] says.
     pub(crate) before: Option<NodeId>,
+    /// The route right before that dispatch, with an assign between them, as [`chosen`] says.
+    pub(crate) route: Option<NodeId>,
     /// The chain, assign or norm right behind it, as [`follower`] says, or the route, as [`routed`] says.
     pub(crate) behind: Option<NodeId>,
-    /// The assign behind that route.
+    /// The assign behind either route.
     pub(crate) assigned: Option<NodeId>,
     /// The product of another branch, as [`twin`] says, and the chain behind that.
     pub(crate) twin: Option<NodeId>,
@@ -43,14 +45,23 @@ impl Beside {
         let op = |id: NodeId| &plan.graph().node(id).op;
         let leads = |id: &NodeId| is_lead(op(*id)) && plan.joined(*id).is_some();
         let is_of_experts = |id: NodeId| matches!(op(id), Op::ExpertMatmul(_));
+        // A dispatch that no product does leaves the route and the assign before it alone too.
+        let chooses = |id: NodeId| {
+            let [assign, dispatch] = [plan.joined(id)?, plan.joined(plan.joined(id)?)?];
+            let all = matches!(op(id), Op::Route(_)) && matches!(op(dispatch), Op::Dispatch(_)) && leads(&dispatch);
+            all.then_some(assign)
+        };
         // A twin that the plan has apart from its product of experts is a product as others are, which no combine is done with.
         let mut ahead = std::iter::successors(plan.joined_onto(id), |id| plan.joined_onto(*id));
         let alone = is_combine(op(id)) && !ahead.any(is_of_experts);
+        let alone = alone || matches!(op(id), Op::Dispatch(_)) && !leads(&id);
         let onto = plan.joined_onto(id).filter(|_| !alone);
         let before = onto.filter(leads);
-        if leads(&id) || onto != before {
+        if leads(&id) || onto != before || chooses(id).is_some() {
             return None;
         }
+        let route = before.and_then(|dispatch| plan.joined_onto(plan.joined_onto(dispatch)?));
+        let route = route.filter(|&route| chooses(route).is_some());
         let is_product = |op: &Op| matches!(op, Op::Matmul(_));
         let is_behind = |op: &Op| !is_product(op) && !is_combine(op);
         let mut next = plan.joined(id);
@@ -60,11 +71,12 @@ impl Beside {
             Some(taken)
         };
         let (behind, assigned) = (take(&is_behind), take(&|op| matches!(op, Op::Assign(_))));
+        let assigned = assigned.or_else(|| route.and_then(chooses));
         let twin = take(&is_product);
         let behind_twin = twin.and_then(|_| take(&is_behind));
         let combined = if is_of_experts(id) { take(&is_combine) } else { None };
         let behind_combined = combined.and_then(|_| take(&is_behind));
-        Some(Beside { before, behind, assigned, twin, behind_twin, combined, behind_combined })
+        Some(Beside { before, route, behind, assigned, twin, behind_twin, combined, behind_combined })
     }
 
     /// Bytes of scratch memory in a node's step: what it needs `by_itself`, or as it is `lowered` with others beside it, or none if it is
@@ -84,8 +96,8 @@ impl Beside {
 
     /// The nodes, in the order of their operands and results behind those of the node itself.
     pub(crate) fn nodes(self) -> impl Iterator<Item = NodeId> {
-        let Beside { before, behind, assigned, twin, behind_twin, combined, behind_combined } = self;
-        [behind, before, assigned, twin, behind_twin, combined, behind_combined].into_iter().flatten()
+        let Beside { before, route, behind, assigned, twin, behind_twin, combined, behind_combined } = self;
+        [behind, before, route, assigned, twin, behind_twin, combined, behind_combined].into_iter().flatten()
     }
 
     /// Which of all operands, and of all results, is the first of `node` beside node `id`.
@@ -224,6 +236,24 @@ pub(crate) fn routed(graph: &Graph, id: NodeId) -> Option<NodeId> {
         routes && !node.operands[1..].iter().any(reads) && few(node.results[1])
     };
     graph.nodes_with_ids().skip(id.index() + 1).find(|(_, node)| of_these(node)).map(|(id, _)| id)
+}
+
+/// The assign, the dispatch and the product behind a route of one token that has one choice: the kernel of the product can choose the
+/// expert itself, so that nothing waits for the rest of the routing.
+#[cfg(feature = "vulkan")]
+pub(crate) fn chosen(graph: &Graph, route: NodeId) -> Option<[NodeId; 3]> {
+    let node = graph.node(route);
+    if !matches!(node.op, Op::Route(_)) || graph.ty(node.results[1]).elements() != 1 {
+        return None;
+    }
+    let assign = follower(graph, route)?;
+    let slot_choice = graph.node(assign).results[0];
+    let dispatches = |node: &Node| {
+        let reads = |v: &&Value| base(graph, **v) == slot_choice;
+        matches!(node.op, Op::Dispatch(_)) && node.operands.len() == 3 && node.operands.get(1).filter(reads).is_some()
+    };
+    let (dispatch, _) = graph.nodes_with_ids().skip(assign.index() + 1).find(|(_, node)| dispatches(node))?;
+    Some([assign, dispatch, led(graph, dispatch)?])
 }
 
 /// Whether a chain reads nothing that a lead makes: blocks that are done would read what others have yet to store.

@@ -190,7 +190,8 @@ impl VulkanExecutable {
                     let bytes = bytes_of(&plan, node, beside);
                     let [lead, own] = [beside.before.filter(|_| lead), Some(node).filter(|_| own)];
                     let combined = beside.combined.filter(|_| combined);
-                    let stored = [lead, own, beside.behind, beside.assigned, combined, beside.behind_combined];
+                    let Beside { behind, route, assigned, behind_combined, .. } = beside;
+                    let stored = [lead, route, own, behind, assigned, combined, behind_combined];
                     let stored = stored.into_iter().flatten().collect();
                     let launched = Launched { node, stored, number, places, rejects, actions, bytes };
                     Some(Work::Launch(Box::new(launched)))

@@ -197,6 +197,19 @@ impl<'a> Lane<'a> {
                     self.set(w[1], value);
                 }
                 62 => self.store(memory, w[0], w[1])?,
+                // Atomic ones: lanes run one after another.
+                227 => {
+                    let value = self.load(memory, w[2])?;
+                    self.set(w[1], value);
+                }
+                228 => self.store(memory, w[0], w[3])?,
+                234 => {
+                    let (old, more) = (self.load(memory, w[2])?, self.word(w[5])?);
+                    let Value::Word(before) = old else { return Err("a sum of what is no number".into()) };
+                    self.set(w[1], Value::Word(before.wrapping_add(more)));
+                    self.store(memory, w[2], w[1])?;
+                    self.set(w[1], old);
+                }
                 65 | 66 => {
                     let value = self.part_of(w)?;
                     self.set(w[1], value);

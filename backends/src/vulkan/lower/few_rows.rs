@@ -143,39 +143,38 @@ impl Few {
     fn across_text(&self) -> String {
         let across = self.across;
         let mut s = self.begin();
-        let _ = writeln!(s, "    let column = column0 + thread % {across}u * 8u;\n    let step = right_step();");
+        // A column behind the last is read as the last ones, and not stored; a thread that has nothing of k reads what nobody takes. So loads
+        // stand under no condition, which compilers do not take out of their way.
+        let _ = writeln!(s, "    let column = min(column0 + thread % {across}u * 8u, p.n - 8u);");
+        let _ = writeln!(s, "    let step = right_step();\n    var k = thread / {across}u * 8u;");
+        s.push_str("    let begin = right_at(k, column);\n    var at = select(begin, 0u, begin == NOWHERE);\n");
         for r in 0..self.rows {
             let _ = writeln!(s, "    var even{r} = vec4<f32>();\n    var odd{r} = vec4<f32>();");
         }
-        let _ = writeln!(s, "    var k = thread / {across}u * 8u;\n    var at = right_at(k, column);");
-        let load = |s: &mut String| {
-            s.push_str("    if (at != NOWHERE) {\n");
-            for i in 0..EIGHT {
-                let _ = writeln!(s, "        b{i} = raw_b(at + {i}u * step);");
-            }
-            s.push_str("    }\n");
-        };
         for i in 0..EIGHT {
-            let _ = writeln!(s, "    var b{i}: Raw_b;");
+            let _ = writeln!(s, "    var b{i} = raw_b(at + {i}u * step);");
         }
         // Nothing of the right matrix waits for what makes the rows.
-        load(&mut s);
-        s.push_str("    prepare(group, thread);\n    while (at != NOWHERE) {\n");
+        s.push_str("    prepare(group, thread);\n    if (begin != NOWHERE) {\n        loop {\n");
         for r in 0..self.rows {
-            let _ = writeln!(s, "        let x{r} = left_eight({r}u, k);");
+            let _ = writeln!(s, "            let x{r} = left_eight({r}u, k);");
         }
         for i in 0..EIGHT {
             let of_x = format!("{}.{}", if i % 2 == 0 { "even" } else { "odd" }, ["x", "y", "z", "w"][i / 2]);
-            let _ = writeln!(s, "        let f{i} = of_raw_b(b{i});");
+            let _ = writeln!(s, "            let f{i} = of_raw_b(b{i});");
             for r in 0..self.rows {
                 for part in ["even", "odd"] {
-                    let _ = writeln!(s, "        {part}{r} = fma(vec4<f32>(x{r}.{of_x}), f{i}.{part}, {part}{r});");
+                    let _ = writeln!(s, "            {part}{r} = fma(vec4<f32>(x{r}.{of_x}), f{i}.{part}, {part}{r});");
                 }
             }
         }
-        let _ = writeln!(s, "        k += {}u;\n        at = right_at(k, column);", self.step());
-        load(&mut s);
-        s.push_str("    }\n");
+        let step = self.step();
+        let _ = writeln!(s, "            k += {step}u;\n            at += {step}u * step;");
+        s.push_str("            if (k >= depth) { break; }\n");
+        for i in 0..EIGHT {
+            let _ = writeln!(s, "            b{i} = raw_b(at + {i}u * step);");
+        }
+        s.push_str("        }\n    }\n");
         let sums = self.sums();
         for r in 0..self.rows {
             let base = format!("thread / {LANES}u * {sums}u + {}u", r * self.columns());

@@ -120,8 +120,6 @@ struct Out<'a> {
     first: usize,
     n: usize,
     joined: Option<&'a Joined<'a>>,
-    /// Whether the kernel of few rows goes on behind it.
-    goes_on: bool,
 }
 
 impl Out<'_> {
@@ -133,7 +131,8 @@ impl Out<'_> {
 
 /// A kernel of a file that says which product a workgroup has, with what computes it and stores it, and the rows and columns of a tile.
 /// Its factors are `a` and `b`; a result of 16-bit floats is to be stored eight at a time where that can be. `k`: the length of the sums,
-/// where it is known. `lead` makes few rows.
+/// where it is known. `lead` makes few rows; of these, read by eights, the kernel has `product(group, thread)` and lacks
+/// `kernel(group, thread)`.
 #[expect(clippy::too_many_arguments, reason = "each is a thing of its own")]
 fn product(
     limits: Limits,
@@ -165,10 +164,7 @@ fn product(
             out.of(shader.parts("a", a.1).parts("b", b.1), eights)
         }
         Way::Narrow => by_eight(narrow::kernel(limits, name)),
-        Way::Eights(few) => {
-            let shader = by_eight(few.kernel(limits, name, lead));
-            if out.goes_on { shader } else { shader.declare(PRODUCT_ALONE) }
-        }
+        Way::Eights(few) => by_eight(few.kernel(limits, name, lead)),
         Way::Plain(tile) => by_one(sized(tiled(limits, name, tile, along_k)).with("gemm_plain")),
     };
     (shader, [rows, columns])
@@ -187,6 +183,7 @@ pub(super) fn stored(columns: usize, transpose: bool) -> Strides {
 }
 
 /// A batch of products of m rows, n columns and sums of k; counts in elements.
+#[derive(Clone, Copy)]
 pub(super) struct Product {
     pub(super) a: Strides,
     pub(super) a_batch: usize,
@@ -260,7 +257,7 @@ fn gemm_in_parts(
     }
     let total = p.batch * p.m * p.n;
     let sums = scratch.take(4 * parts.count * total);
-    let out = Out { dtype: types[2], at: places.c, first: 0, n: p.n, joined: places.joined, goes_on: false };
+    let out = Out { dtype: types[2], at: places.c, first: 0, n: p.n, joined: places.joined };
     let of_parts = Places { bias: (At::Null, DType::F32), c: sums, joined: None, lead: None, routed: None, ..*places };
     Ok(vec![
         kernel(limits, way, [types[0], types[1], DType::F32], p, &of_parts, parts)?,
@@ -297,8 +294,7 @@ fn kernel(
         ("total", if parts.count == 1 { 0 } else { p.batch * p.m * p.n }),
     ];
     let factors = [(types[0], places.a), (types[1], places.b)];
-    let goes_on = places.routed.is_some();
-    let out = Out { dtype: types[2], at: places.c, first: p.c_at, n: p.n, joined: places.joined, goes_on };
+    let out = Out { dtype: types[2], at: places.c, first: p.c_at, n: p.n, joined: places.joined };
     // A part is a multiple of every block: the last one ends as k does.
     let (shader, [rows, columns]) =
         product(limits, "gemm", way, [p.a.column == 1, p.b.row == 1], factors, &out, Some(p.k), places.lead);
@@ -306,6 +302,7 @@ fn kernel(
     let shader = shader.buffer("bias", places.bias.1, places.bias.0).buffer("add", DType::F32, places.add);
     let groups = [p.n.div_ceil(columns), p.m.div_ceil(rows), p.batch * parts.count];
     let shader = match (places.routed, way) {
+        (None, Way::Eights(_)) => shader.declare(PRODUCT_ALONE),
         (None, _) => shader,
         (Some(routed), Way::Eights(few)) if types[2] == DType::F32 => {
             let shader = shader.with("routed").declare(LOGITS).constant("ARRIVALS", groups.iter().product());
@@ -368,45 +365,69 @@ pub(super) fn lower_expert_matmul(
     let types = [ty, dtype(graph, node, 1)];
     // The rows of one expert begin anywhere; a row is whole.
     let of_all = Product { b_batch: k * n, ..Product::of(stored(k, false), w, slots, n, k) };
+    let with_weights = |shader: Shader| {
+        let shader = shader.number("n", n).number("k", k).number("w_row", w.row).number("w_column", w.column);
+        shader.buffer("bias", of_bias, at)
+    };
+    if slots <= MOST_FEW {
+        return by_slot(types, &of_all, [slots, experts], around, limits, with_weights);
+    }
+    if around.routed.is_some() || around.combined.is_some() {
+        return Err(format!("at most {MOST_FEW} slots, not {slots}"));
+    }
     let tiles = |rows: usize, columns: usize| slots.div_ceil(rows) * n.div_ceil(columns);
     let tile = cooperative::tile(limits, types, &of_all, slots, tiles);
-    let of_b = (types[1], At::Operand(1));
-    let combined = around.combined.as_ref();
-    let (out_dtype, at_of_out) = combined.map_or((ty, At::Result(0)), Combined::result);
-    let joined = combined.map_or(around.joined.as_ref(), |combined| combined.joined.as_ref());
-    let out = Out { dtype: out_dtype, at: at_of_out, first: 0, n, joined, goes_on: false };
+    let way = tile.map_or_else(|| Way::plain(limits, slots, n), Way::Cooperative);
+    let out = Out { dtype: ty, at: At::Result(0), first: 0, n, joined: around.joined.as_ref() };
+    let factors = [(types[0], At::Operand(0)), (types[1], At::Operand(1))];
     let along_k = [true, w.row == 1];
-    // Slots rarely share an expert.
-    let few = if slots <= MOST_FEW { Few::of(limits, &of_all, 1, slots) } else { None };
+    let (shader, [rows, columns]) = product(limits, "gemm_m_grouped", way, along_k, factors, &out, Some(k), None);
+    let shader = shader.constant("MOST_EXPERTS", MOST_EXPERTS).number("slots", slots).number("experts", experts);
+    let shader = with_weights(shader).buffer("offsets", DType::I32, At::Operand(2));
+    Ok(Launch::of(vec![shader.grid([n.div_ceil(columns), most_tiles(slots, experts, rows), 1])?]))
+}
+
+/// The product of experts with few slots, which rarely share an expert: each row by itself, its expert found or chosen in the kernel, and
+/// combined there if asked.
+fn by_slot(
+    types: [DType; 2],
+    of_all: &Product,
+    [slots, experts]: [usize; 2],
+    around: &Around<'_>,
+    limits: Limits,
+    with_weights: impl Fn(Shader) -> Shader,
+) -> Lowered {
+    let (Product { n, k, .. }, few) = (*of_all, Few::of(limits, of_all, 1, slots));
     let lead = around.lead.as_ref().filter(|lead| few.is_some_and(|few| lead.fits(&few, [1, k], types[0])));
-    let factors = [(types[0], lead.map_or(At::Operand(0), Lead::rows)), of_b];
-    let (shader, columns, down) = if slots <= MOST_FEW {
-        let way = few.map_or(Way::FewRows(1), Way::Eights);
-        let name = if combined.is_some() { "gemm_by_token" } else { "gemm_by_slot" };
-        let (shader, [_, columns]) = product(limits, name, way, along_k, factors, &out, Some(k), lead);
-        let shader = shader.with("gemm_slot");
-        match (combined, few) {
-            (None, _) => (shader, columns, slots),
-            (Some(combined), Some(_)) => (combined.add(shader), columns, combined.tokens),
-            (Some(_), None) => return Err("rows of which eight elements lie together".into()),
+    let (routed, combined) = (around.routed.as_ref(), around.combined.as_ref());
+    let (dtype, at) = combined.map_or((types[0], At::Result(0)), Combined::result);
+    let joined = combined.map_or(around.joined.as_ref(), |combined| combined.joined.as_ref());
+    let out = Out { dtype, at, first: 0, n, joined };
+    let factors = [(types[0], lead.map_or(At::Operand(0), Lead::rows)), (types[1], At::Operand(1))];
+    let name = if combined.is_some() { "gemm_by_token" } else { "gemm_by_slot" };
+    let (way, along_k) = (few.map_or(Way::FewRows(1), Way::Eights), [true, of_all.b.row == 1]);
+    let (shader, [_, columns]) = product(limits, name, way, along_k, factors, &out, Some(k), lead);
+    let shader = with_weights(shader.with("gemm_slot"));
+    let shader = if few.is_some() { shader.declare(PRODUCT_ALONE) } else { shader };
+    let across = n.div_ceil(columns);
+    let (shader, across) = match (routed, few, lead) {
+        (None, _, _) => {
+            let shader = shader.with("slot_by_offsets").number("experts", experts);
+            (shader.buffer("offsets", DType::I32, At::Operand(2)), across)
         }
-    } else if combined.is_some() {
-        return Err(format!("at most {MOST_FEW} slots, not {slots}"));
-    } else {
-        let way = tile.map_or_else(|| Way::plain(limits, slots, n), Way::Cooperative);
-        let (shader, [rows, columns]) = product(limits, "gemm_m_grouped", way, along_k, factors, &out, Some(k), None);
-        let shader = shader.constant("MOST_EXPERTS", MOST_EXPERTS).number("slots", slots);
-        (shader, columns, most_tiles(slots, experts, rows))
+        (Some(routed), Some(few), Some(_)) if slots == 1 && combined.is_none() => {
+            let shader = shader.with("slot_by_choice").constant("ACROSS_ALL", across);
+            let shader = shader.buffer("logits", DType::F32, routed.logits());
+            (routed.add(shader, limits, few.threads())?, across + 1)
+        }
+        (Some(_), _, _) => return Err("the row of one token".into()),
     };
-    let shader = shader
-        .number("experts", experts)
-        .number("n", n)
-        .number("k", k)
-        .number("w_row", w.row)
-        .number("w_column", w.column)
-        .buffer("offsets", DType::I32, At::Operand(2))
-        .buffer("bias", of_bias, at);
-    let launch = Launch::of(vec![shader.grid([n.div_ceil(columns), down, 1])?]);
+    let (shader, down) = match (combined, few) {
+        (None, _) => (shader, slots),
+        (Some(combined), Some(_)) => (combined.add(shader), combined.tokens),
+        (Some(_), None) => return Err("rows of which eight elements lie together".into()),
+    };
+    let launch = Launch::of(vec![shader.grid([across, down, 1])?]);
     Ok(launch.leading(lead.map(|l| l.kept)).combining(combined.map(Combined::kept)))
 }
 
@@ -419,7 +440,7 @@ pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node, limits: Limi
     let tiles = |rows: usize, columns: usize| experts * m.div_ceil(rows) * n.div_ceil(columns);
     let tile = cooperative::tile(limits, types, &of_all, m, tiles);
     let dtype = super::dtype_of_result(graph, node, 0);
-    let out = Out { dtype, at: At::Result(0), first: 0, n, joined: None, goes_on: false };
+    let out = Out { dtype, at: At::Result(0), first: 0, n, joined: None };
     let factors = [(types[0], At::Operand(0)), (types[1], At::Operand(1))];
     let way = tile.map_or_else(|| Way::plain(limits, m, n), Way::Cooperative);
     let (shader, [rows, columns]) = product(limits, "gemm_k_grouped", way, [false, false], factors, &out, None, None);

@@ -17,6 +17,8 @@ enum Making {
     Norm { layer: bool, width: usize, eps: f32 },
     /// A dispatch: the choices of all tokens, and of each.
     Dispatch { choices: [usize; 2], gate: bool },
+    /// A dispatch of one token, whose only choice the kernel makes itself.
+    Token,
 }
 
 /// A norm or a dispatch before a product.
@@ -41,6 +43,8 @@ impl Lead {
             Making::Norm { layer: true, width: width(), eps: op.eps }
         } else if let Op::RmsNorm(op) = &node.op {
             Making::Norm { layer: false, width: width(), eps: op.eps }
+        } else if let (Op::Dispatch(_), Some(_)) = (&node.op, beside.route) {
+            Making::Token
         } else if let Op::Dispatch(_) = node.op {
             let shape = &graph.ty(node.operands[2]).shape;
             Making::Dispatch { choices: [shape.elements(), shape[1]], gate: node.operands.len() > 3 }
@@ -57,7 +61,7 @@ impl Lead {
             Making::Norm { width, .. } => {
                 width == k && rows == few.rows && norm::by_eight(width) && 4 * rows * width <= MOST_BYTES
             }
-            Making::Dispatch { .. } => few.rows == 1,
+            Making::Dispatch { .. } | Making::Token => few.rows == 1,
         };
         makes && few.takes_lead() && self.dtypes[0] == dtype
     }
@@ -66,7 +70,7 @@ impl Lead {
     pub(super) fn rows(&self) -> At {
         match self.making {
             Making::Norm { .. } => At::Null,
-            Making::Dispatch { .. } => At::Operand(self.first[0]),
+            Making::Dispatch { .. } | Making::Token => At::Operand(self.first[0]),
         }
     }
 
@@ -80,6 +84,7 @@ impl Lead {
         };
         let shader = shader.declare(&format!("fn as_stored(v: Eight) -> Eight {{ return {as_stored}; }}"));
         match self.making {
+            Making::Token => shader.with("lead_token"),
             Making::Dispatch { choices: [all, each], gate } => {
                 let gate = if gate { (self.dtypes[3], operand(3)) } else { (DType::F32, At::Null) };
                 let shader = shader.with("lead_dispatch").number("choices", all).number("choices_each", each);

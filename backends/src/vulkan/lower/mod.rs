@@ -53,6 +53,9 @@ struct Around<'a> {
 /// The node that is to be joined onto a node on a device with such limits: one that the node's kernels can do, or a product whose kernel
 /// can do the node.
 pub(crate) fn joined(graph: &Graph, id: NodeId, limits: Limits) -> Option<NodeId> {
+    if let Some(dispatch) = chosen(graph, id, limits) {
+        return Some(dispatch);
+    }
     if let Some(product) = shared::led(graph, id) {
         let beside = Beside { before: Some(id), ..behind(graph, product, limits) };
         let apart = beside.behind.is_none_or(|chain| shared::apart(graph, id, chain));
@@ -63,10 +66,26 @@ pub(crate) fn joined(graph: &Graph, id: NodeId, limits: Limits) -> Option<NodeId
     next.behind.or(next.combined)
 }
 
+/// The dispatch behind an assign, if a product can do both, and the route before them.
+fn chosen(graph: &Graph, assign: NodeId, limits: Limits) -> Option<NodeId> {
+    let node = graph.node(assign);
+    let route =
+        graph.producer(shared::base(graph, *node.operands.first().filter(|_| matches!(node.op, Op::Assign(_)))?));
+    chooses(graph, route, limits)
+}
+
+/// The dispatch behind the assign behind a route, if a product can do all three.
+fn chooses(graph: &Graph, route: NodeId, limits: Limits) -> Option<NodeId> {
+    let [assign, dispatch, product] = shared::chosen(graph, route)?;
+    let around = Beside { before: Some(dispatch), route: Some(route), assigned: Some(assign), ..Beside::default() };
+    let beside = Beside { behind: behind(graph, product, limits).behind, ..around };
+    lower(graph, product, beside, limits).is_ok_and(|l| l.lead.is_some()).then_some(dispatch)
+}
+
 /// What a node's kernels can do of the nodes behind it.
 fn behind(graph: &Graph, id: NodeId, limits: Limits) -> Beside {
     let does = |beside: Beside| lower(graph, id, beside, limits).is_ok();
-    if let Some(route) = shared::routed(graph, id) {
+    if let Some(route) = shared::routed(graph, id).filter(|&route| chooses(graph, route, limits).is_none()) {
         let assigned = behind(graph, route, limits).behind;
         let beside = Beside { behind: Some(route), assigned, ..Beside::default() };
         if does(beside) {

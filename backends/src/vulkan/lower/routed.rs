@@ -21,13 +21,13 @@ pub(super) struct Routed<'a> {
 }
 
 impl<'a> Routed<'a> {
-    /// Those of node `id` and the nodes beside it, if a route is among them.
+    /// Those of node `id` and the nodes beside it, if a route is among them: the node, one behind it, or one before it.
     pub(super) fn new(graph: &'a Graph, id: NodeId, beside: Beside) -> Option<Routed<'a>> {
         let is_route = |id: &NodeId| matches!(graph.node(*id).op, Op::Route(_));
         let (route, first, assigned) = if is_route(&id) {
             (id, [0, 0], beside.behind)
         } else {
-            let route = beside.behind.filter(is_route)?;
+            let route = beside.behind.filter(is_route).or(beside.route)?;
             (route, beside.first(graph, id, route), beside.assigned)
         };
         let Op::Route(op) = &graph.node(route).op else { return None };
@@ -36,6 +36,12 @@ impl<'a> Routed<'a> {
             Some((graph.node(assign), op, beside.first(graph, id, assign)))
         });
         Some(Routed { graph, route: (graph.node(route), op, first), assign })
+    }
+
+    /// The logits.
+    pub(super) fn logits(&self) -> At {
+        let (_, _, [operand, _]) = self.route;
+        At::Operand(operand)
     }
 
     /// A kernel of so many threads with `tail(thread)`, which routes and assigns all tokens, with the bits of the kernels of their own. It

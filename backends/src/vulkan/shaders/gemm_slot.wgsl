@@ -1,18 +1,12 @@
-// The row of one slot times the weights of the expert whose segment it is in; 0 behind the last segment, and where there is no slot.
+// The row of one slot times the weights of the expert whose segment it is in; 0 behind the last segment, and where there is no slot. Which
+// expert that is, is found by `find_expert(thread)`; `apart(group, thread)` is true for a workgroup that has something else to do.
 
 var<private> slot: u32;
 var<private> expert: u32;
-var<workgroup> of_slot: u32;
 
 fn place_slot(group: vec3<u32>, thread: u32, nth: u32) {
     slot = nth;
-    if (thread == 0u) { of_slot = p.experts; }
-    workgroupBarrier();
-    for (var e = thread; e < p.experts; e += THREADS) {
-        if (u32(get_offsets(e)) <= slot && slot < u32(get_offsets(e + 1u))) { of_slot = e; }
-    }
-    workgroupBarrier();
-    expert = of_slot;
+    expert = find_expert(thread);
     row0 = 0u;
     column0 = group.x * TILE_COLUMNS;
     depth = select(0u, p.k, expert < p.experts);

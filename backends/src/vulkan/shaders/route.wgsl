@@ -11,16 +11,22 @@ var<workgroup> scores: array<f32, ALL_SCORES>;
 var<private> closed: u32;
 var<private> ranks: array<f32, OWN_EXPERTS>;
 var<private> finite: bool;
+// The last choice of the token.
+var<private> choice: i32;
 
 fn value_of(l: f32) -> f32 {
     if (!finite) { return nan(); }
     if (SCORE == 0u) { return softmax(l); }
     return own_value(l);
 }
+fn own_value_of(i: u32) -> f32 {
+    if (SCORE == 0u && finite) { return own_softmax(i); }
+    return value_of(own[i]);
+}
 // What the choice goes by: the score values, or logits + noise, plus the bias.
-fn rank(e: u32, l: f32, noisy: bool) -> f32 {
-    var r = 0.0f;
-    if (noisy) { r = l + get_noise(row + e); } else { r = value_of(l); }
+fn rank(e: u32, l: f32, value: f32, noisy: bool) -> f32 {
+    var r = value;
+    if (noisy) { r = l + get_noise(row + e); }
     if (HAS_SELECTION_BIAS) { r += get_selection_bias(e); }
     // -0 and 0 are equal, and a NaN comes last.
     return select(r + 0.0f, -inf(), is_nan(r));
@@ -32,7 +38,7 @@ fn best_open_of_lanes(thread: u32) -> u32 {
     for (var i = 0u; i < OWN_EXPERTS; i++) {
         if (has(i) && (closed >> i & 1u) == 0u && (at == p.experts || ranks[i] > best)) {
             best = ranks[i];
-            at = expert(i);
+            at = expert_of_lane(i);
         }
     }
     return best_of_lanes(thread, best, at);
@@ -45,7 +51,7 @@ fn close_groups_by_lanes(noisy: bool) {
         var most = -inf();
         var second = -inf();
         for (var e = g * size; e < (g + 1u) * size; e++) {
-            let r = rank(e, logit(e), noisy);
+            let r = rank(e, logit(e), value_of(logit(e)), noisy);
             second = max(second, min(most, r));
             most = max(most, r);
         }
@@ -55,7 +61,7 @@ fn close_groups_by_lanes(noisy: bool) {
     workgroupBarrier();
     for (var i = 0u; i < OWN_EXPERTS; i++) {
         if (!has(i)) { continue; }
-        let g = expert(i) / size;
+        let g = expert_of_lane(i) / size;
         let score = scores[of_token + g];
         var better = 0u;
         for (var other = 0u; other < GROUPS; other++) {
@@ -72,7 +78,7 @@ fn probabilities_by_lanes(thread: u32, there: bool) {
     var entropy = 0.0f;
     for (var i = 0u; i < OWN_EXPERTS; i++) {
         if (!has(i)) { continue; }
-        var prob = softmax(own[i]);
+        var prob = own_softmax(i);
         if (NORMALISED && finite) { prob = select(divide(own_value(own[i]), sum), divide(1.0f, f32(p.experts)), sum < TINY); }
         if (there) { of_experts[i] += prob; }
         if (!(prob == 0.0f)) {
@@ -97,19 +103,14 @@ fn note(at: u32, j: u32, x: i32, there: bool) {
     if (x >= 0) {
         let i = u32(x) / LANES;
         closed |= 1u << i;
-        let l = logit(u32(x));
-        if (SCORE == 4u && finite) {
-            gate = mixer_share(select(l, -inf(), (taken >> i & 1u) == 1u));
-            taken |= 1u << i;
-        } else {
-            gate = value_of(l);
-        }
         for (var o = 0u; o < OWN_EXPERTS; o++) {
             if (there && o == i) {
+                if (SCORE == 4u && finite) { gate = mixer_share(left_of(o)); } else { gate = own_value_of(o); }
                 all_of[o]++;
                 if (j < p.counted) { counted_of[o]++; }
             }
         }
+        if (SCORE == 4u && finite) { taken |= 1u << i; }
     }
     if (there) {
         set_gate(at, gate);
@@ -129,7 +130,8 @@ fn choose_by_lanes(thread: u32, t: u32, there: bool) {
         if (!HAS_GIVEN) {
             if (j == 0u || (j == 1u && HAS_NOISE && LATER)) {
                 for (var i = 0u; i < OWN_EXPERTS; i++) {
-                    if (has(i)) { ranks[i] = rank(expert(i), own[i], noisy || (HAS_NOISE && LATER && j > 0u)); }
+                    let with_noise = noisy || (HAS_NOISE && LATER && j > 0u);
+                    if (has(i)) { ranks[i] = rank(expert_of_lane(i), own[i], own_value_of(i), with_noise); }
                 }
             }
             best = best_open_of_lanes(thread);
@@ -145,10 +147,37 @@ fn choose_by_lanes(thread: u32, t: u32, there: bool) {
                 x = i32(j);
             }
         }
+        choice = x;
         if (SCORE == 4u) { look_at_mixer_by_lanes(thread); }
         // The lane whose expert it is notes the choice; the first one, that there is none.
         if (u32(max(x, 0)) % LANES == lane) { note(t * p.chosen + j, j, x, there); }
     }
+}
+
+// The choice of the first token, if it has one alone, for every thread and without leaving anything.
+//
+// By softmax it is the largest logit, unless another is so near that the quotients may be equal: e^-TOO_NEAR differs from 1 by 80 times what
+// rounding does.
+const TOO_NEAR: f32 = 1e-5f;
+const BY_SOFTMAX_ALONE: bool = SCORE == 0u && GROUPS == 0u && !HAS_SELECTION_BIAS && !HAS_NOISE && !HAS_USED && !HAS_GIVEN;
+// More than any number of an expert; sums of as many as there are experts are exact.
+const ONE_NEAR: f32 = 4096.0f;
+
+fn choice_of_first(thread: u32) -> i32 {
+    begin(thread);
+    if (BY_SOFTMAX_ALONE) {
+        look_for_greatest_by_lanes(thread, 0u);
+        var near = 0.0f;
+        for (var i = 0u; i < OWN_EXPERTS; i++) {
+            if (has(i) && own[i] >= greatest - TOO_NEAR) { near += ONE_NEAR + f32(expert_of_lane(i)); }
+        }
+        near = lanes_sum(thread, near);
+        if (is_finite(greatest) && near < 2.0f * ONE_NEAR) { return i32(near - ONE_NEAR); }
+    }
+    look_at_by_lanes(thread, 0u);
+    finite = all_finite();
+    choose_by_lanes(thread, 0u, false);
+    return choice;
 }
 
 // The workgroup's part of the statistics.
@@ -156,7 +185,7 @@ fn leave_parts(group: u32, thread: u32) {
     if (thread >= LANES) { return; }
     for (var i = 0u; i < OWN_EXPERTS; i++) {
         if (has(i)) {
-            let at = group * p.experts + expert(i);
+            let at = group * p.experts + expert_of_lane(i);
             set_parts(2u * p.parts_count + at, of_experts[i]);
             set_choices(2u * at, all_of[i]);
             set_choices(2u * at + 1u, counted_of[i]);

@@ -24,7 +24,7 @@ fn end_by_lanes(thread: u32) {
     for (var i = 0u; i < OWN_EXPERTS; i++) {
         // Without tokens there is no loss.
         if (has(i) && p.tokens > 0u) { loss += (of_experts[i] / n) * (f32(counted_of[i]) / (n * f32(p.counted))); }
-        if (has(i) && thread < LANES) { set_counts(expert(i), all_of[i]); }
+        if (has(i) && thread < LANES) { set_counts(expert_of_lane(i), all_of[i]); }
     }
     loss = lanes_sum(thread, loss);
     if (thread == 0u) {

@@ -8,7 +8,7 @@ fn count_by_lanes(thread: u32) {
         var count = 0;
         if (has(i)) {
             for (var chunk = thread / LANES; chunk < p.chunks; chunk += TOKENS) {
-                count += get_counts(chunk * p.experts + expert(i));
+                count += get_counts(chunk * p.experts + expert_of_lane(i));
             }
         }
         counts_of[i] = f32(tokens_count_of_lanes(thread, count));
@@ -27,7 +27,7 @@ fn token_by_lanes(thread: u32, t: u32, there: bool) {
     var dot = 0.0f;
     for (var i = 0u; i < OWN_EXPERTS; i++) {
         if (!has(i)) { continue; }
-        var prob = softmax(own[i]);
+        var prob = own_softmax(i);
         if (NORMALISED) { prob = select(own_value(own[i]) / sum, 1.0f / f32(p.experts), flat); }
         dot += prob * (by_count * counts_of[i]);
     }
@@ -36,7 +36,7 @@ fn token_by_lanes(thread: u32, t: u32, there: bool) {
     for (var i = 0u; i < OWN_EXPERTS; i++) {
         if (!has(i)) { continue; }
         // p times the derivative of ln p, up to what all experts share.
-        let soft = softmax(own[i]);
+        let soft = own_softmax(i);
         var weight = soft;
         if (NORMALISED) { weight = select(own_slope(own[i], own_value(own[i])) / sum, 0.0f, flat); }
         var d = weight * (by_count * counts_of[i] - dot) + of_z * soft;
@@ -46,8 +46,8 @@ fn token_by_lanes(thread: u32, t: u32, there: bool) {
             let g = get_d_gate(t * p.chosen + j);
             if (SCORE == 0u) {
                 let of_x = softmax(logit(u32(x)));
-                d += g * of_x * (select(0.0f, 1.0f, u32(x) == expert(i)) - soft);
-            } else if (u32(x) == expert(i)) {
+                d += g * of_x * (select(0.0f, 1.0f, u32(x) == expert_of_lane(i)) - soft);
+            } else if (u32(x) == expert_of_lane(i)) {
                 d += g * own_slope(own[i], own_value(own[i]));
             }
         }
@@ -68,7 +68,7 @@ fn token_by_lanes(thread: u32, t: u32, there: bool) {
             let g = get_d_gate(t * p.chosen + j);
             for (var o = 0u; o < OWN_EXPERTS; o++) {
                 if (real && has(o)) {
-                    let one = select(0.0f, 1.0f, u32(x) == expert(o));
+                    let one = select(0.0f, 1.0f, u32(x) == expert_of_lane(o));
                     d_of[o] += g * of_x * (one - mixer_share(left_of(o)));
                 }
             }
@@ -76,7 +76,7 @@ fn token_by_lanes(thread: u32, t: u32, there: bool) {
         }
     }
     if (!there) { return; }
-    for (var i = 0u; i < OWN_EXPERTS; i++) { if (has(i)) { set_d(row + expert(i), select(nan(), d_of[i], finite)); } }
+    for (var i = 0u; i < OWN_EXPERTS; i++) { if (has(i)) { set_d(row + expert_of_lane(i), select(nan(), d_of[i], finite)); } }
 }
 
 fn kernel(group: u32, thread: u32) {

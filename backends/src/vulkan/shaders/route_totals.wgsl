@@ -5,7 +5,7 @@ fn kernel(group: u32, thread: u32) {
     for (var part = thread / LANES; part < p.parts_count; part += TOKENS) {
         for (var i = 0u; i < OWN_EXPERTS; i++) {
             if (has(i)) {
-                let at = part * p.experts + expert(i);
+                let at = part * p.experts + expert_of_lane(i);
                 of_experts[i] += get_parts(2u * p.parts_count + at);
                 all_of[i] += get_choices(2u * at);
                 counted_of[i] += get_choices(2u * at + 1u);

@@ -12,16 +12,18 @@ var<workgroup> room_of_tokens: array<f32, THREADS>;
 var<workgroup> room_of_choices: array<i32, THREADS>;
 
 var<private> lane: u32;
-// The first thread of the token, and where its logits begin; those of the lane; the largest of all, and the sum of e^(l - largest).
+// The first thread of the token, and where its logits begin; those of the lane, and e^(l - largest) of them; the largest of all, and the
+// sum of e^(l - largest).
 var<private> first: u32;
 var<private> row: u32;
 var<private> own: array<f32, OWN_EXPERTS>;
+var<private> weights: array<f32, OWN_EXPERTS>;
 var<private> greatest: f32;
 var<private> total: f32;
 
 fn logit(e: u32) -> f32 { return get_logits(row + e); }
 // The lane's i-th expert, and whether there is one.
-fn expert(i: u32) -> u32 { return i * LANES + lane; }
+fn expert_of_lane(i: u32) -> u32 { return i * LANES + lane; }
 fn has(i: u32) -> bool { return i * LANES + lane < p.experts; }
 
 // Over the same lane of all tokens of the workgroup.
@@ -46,23 +48,33 @@ fn begin(thread: u32) {
     lane = thread % LANES;
     first = thread - lane;
 }
-fn look_at_by_lanes(thread: u32, t: u32) {
+fn look_for_greatest_by_lanes(thread: u32, t: u32) {
     row = t * p.experts;
     var most = -inf();
     for (var i = 0u; i < OWN_EXPERTS; i++) {
         if (has(i)) {
-            own[i] = logit(expert(i));
+            own[i] = logit(expert_of_lane(i));
             most = max_nan(most, own[i]);
         }
     }
     greatest = lanes_max(thread, most);
+}
+fn look_at_by_lanes(thread: u32, t: u32) {
+    look_for_greatest_by_lanes(thread, t);
     var sum = 0.0f;
-    for (var i = 0u; i < OWN_EXPERTS; i++) { if (has(i)) { sum += e_to(own[i] - greatest); } }
+    for (var i = 0u; i < OWN_EXPERTS; i++) {
+        if (has(i)) {
+            weights[i] = e_to(own[i] - greatest);
+            sum += weights[i];
+        }
+    }
     total = lanes_sum(thread, sum);
 }
 // No NaN, and the largest logit is finite.
 fn all_finite() -> bool { return !is_nan(total); }
 fn softmax(l: f32) -> f32 { return divide(e_to(l - greatest), total); }
+// Of the lane's i-th expert.
+fn own_softmax(i: u32) -> f32 { return divide(weights[i], total); }
 
 fn sigmoid(x: f32) -> f32 {
     let e = e_to(-abs(x));
