@@ -31,7 +31,7 @@ const RECORD: usize = 8;
 /// Stagings of a feed that are used in turn: the host writes into one while the copy out of another waits behind a run.
 const STAGINGS: usize = 2;
 
-/// Runs that are submitted together: one that follows another in a submission need not wait for that to be told.
+/// Runs that are one sequence of commands where many are asked for: the device need not be told of each.
 const RUNS_TOGETHER: usize = 16;
 
 /// A feed on its way to the device.
@@ -63,9 +63,9 @@ pub(super) struct VulkanInstance {
     sets: Option<Sets>,
     /// Owns all command buffers.
     _commands: Commands,
-    /// The plan, if it is recorded with the present addresses.
-    recorded: bool,
-    whole: vk::CommandBuffer,
+    /// The plan once, and [`RUNS_TOGETHER`] times; whether they are recorded with the present addresses.
+    once: (vk::CommandBuffer, bool),
+    together: (vk::CommandBuffer, bool),
     staging: BTreeMap<String, FeedStaging>,
     program: Arc<Program>,
     arena: Memory,
@@ -108,13 +108,13 @@ impl VulkanInstance {
             }
         }
         let states = vec![arena.region(); program.states.len()];
-        let whole = commands.take(|| "a whole plan".into())?;
-        let (sets, recorded) = (None, false);
+        let once = (commands.take(|| "a whole plan".into())?, false);
+        let together = (commands.take(|| "a whole plan several times".into())?, false);
         Ok(VulkanInstance {
-            sets,
+            sets: None,
             _commands: commands,
-            recorded,
-            whole,
+            once,
+            together,
             staging,
             program,
             arena,
@@ -144,7 +144,7 @@ impl VulkanInstance {
         }
         // What was recorded before may still run.
         self.program.device.wait_all()?;
-        (self.sets, self.recorded) = (None, false);
+        (self.sets, self.once.1, self.together.1) = (None, false, false);
         let located = tensors.located(self.program.plan.graph(), &self.program.states);
         for (slot, memory) in self.states.iter_mut().zip(located) {
             *slot = memory?.region();
@@ -192,6 +192,21 @@ impl VulkanInstance {
             }
         }
         self.keep(commands, &mut hazards);
+    }
+
+    /// Records so many runs of the plan, one after another.
+    fn record_runs(&self, commands: vk::CommandBuffer, runs: usize) -> Result<()> {
+        let device = &self.program.device;
+        let again = vk::CommandBufferUsageFlags::SIMULTANEOUS_USE;
+        device.record(commands, again, |commands| {
+            for run in 0..runs {
+                if run > 0 {
+                    device.barrier(commands, Barrier::All);
+                }
+                self.record_all(commands, |_| false);
+            }
+        })?;
+        Ok(())
     }
 
     /// Runs every step once, one by one, waiting for each; with checks on, what a step may not rely on is filled with NaN before it,
@@ -246,8 +261,8 @@ impl VulkanInstance {
     }
 
     /// Submits the copies of all feeds that were written since the last run, with `then` behind them.
-    fn bring_feeds(&mut self, queue: &mut Queue, then: &[vk::CommandBuffer]) -> Result<()> {
-        let mut commands = Vec::with_capacity(self.staging.len() + then.len());
+    fn bring_feeds(&mut self, queue: &mut Queue, then: Option<vk::CommandBuffer>) -> Result<()> {
+        let mut commands = Vec::with_capacity(self.staging.len() + 1);
         commands.extend(self.staging.values().filter_map(|feed| Some(feed.stagings[feed.written?].commands)));
         commands.extend(then);
         let number = self.program.device.submit(queue, &commands)?;
@@ -297,17 +312,21 @@ impl Instance for VulkanInstance {
         let mut queue = device.hold();
         self.locate(store)?;
         if program.checks {
-            self.bring_feeds(&mut queue, &[])?;
+            self.bring_feeds(&mut queue, None)?;
             (0..times).try_for_each(|_| self.run_steps(&mut queue, |_, _| Ok(true)))?;
         } else {
-            if !self.recorded {
-                let again = vk::CommandBufferUsageFlags::SIMULTANEOUS_USE;
-                device.record(self.whole, again, |commands| self.record_all(commands, |_| false))?;
-                self.recorded = true;
+            let [many, rest] = [times / RUNS_TOGETHER, times % RUNS_TOGETHER];
+            if many > 0 && !self.together.1 {
+                self.record_runs(self.together.0, RUNS_TOGETHER)?;
+                self.together.1 = true;
             }
-            let whole = [self.whole; RUNS_TOGETHER];
-            for from in (0..times).step_by(RUNS_TOGETHER) {
-                self.bring_feeds(&mut queue, &whole[..RUNS_TOGETHER.min(times - from)])?;
+            if rest > 0 && !self.once.1 {
+                self.record_runs(self.once.0, 1)?;
+                self.once.1 = true;
+            }
+            let [together, once] = [self.together.0, self.once.0];
+            for commands in std::iter::repeat_n(together, many).chain(std::iter::repeat_n(once, rest)) {
+                self.bring_feeds(&mut queue, Some(commands))?;
             }
         }
         Ok(device.validated()?)
@@ -332,7 +351,7 @@ impl Instance for VulkanInstance {
         let program = Arc::clone(&self.program);
         let mut queue = program.device.hold();
         self.locate(store)?;
-        self.bring_feeds(&mut queue, &[])?;
+        self.bring_feeds(&mut queue, None)?;
         let mut found = None;
         let graph = program.plan.graph();
         self.run_steps(&mut queue, |queue, step| {
@@ -358,7 +377,7 @@ impl Instance for VulkanInstance {
         let device = &program.device;
         let mut queue = device.hold();
         self.locate(store)?;
-        self.bring_feeds(&mut queue, &[])?;
+        self.bring_feeds(&mut queue, None)?;
         let nodes: Vec<NodeId> = program.launches().map(|l| l.node).collect();
         let Some(tick) = device.clock else {
             // By the host's clock, which counts the waiting for each step too.

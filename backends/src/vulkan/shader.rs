@@ -52,6 +52,8 @@ texts! {
     "attention_grad_query",
     "cache_places",
     "cache_rows",
+    "choice_by_route",
+    "choice_by_softmax",
     "combine",
     "combine_eight",
     "count_choices",

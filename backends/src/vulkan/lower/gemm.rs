@@ -409,16 +409,17 @@ fn by_slot(
     let (shader, [_, columns]) = product(limits, name, way, along_k, factors, &out, Some(k), lead);
     let shader = with_weights(shader.with("gemm_slot"));
     let shader = if few.is_some() { shader.declare(PRODUCT_ALONE) } else { shader };
-    let across = n.div_ceil(columns);
-    let (shader, across) = match (routed, few, lead) {
+    let mut beside = None;
+    let shader = match (routed, few, lead) {
         (None, _, _) => {
             let shader = shader.with("slot_by_offsets").number("experts", experts);
-            (shader.buffer("offsets", DType::I32, At::Operand(2)), across)
+            shader.buffer("offsets", DType::I32, At::Operand(2))
         }
         (Some(routed), Some(few), Some(_)) if slots == 1 && combined.is_none() => {
-            let shader = shader.with("slot_by_choice").constant("ACROSS_ALL", across);
-            let shader = shader.buffer("logits", DType::F32, routed.logits());
-            (routed.add(shader, limits, few.threads())?, across + 1)
+            // What the routing leaves is made beside the product, which does not wait for it.
+            beside = Some(routed.alone(limits)?);
+            let shader = shader.with("slot_by_choice").buffer("logits", DType::F32, routed.logits());
+            routed.choosing(shader, limits, few.threads())?
         }
         (Some(_), _, _) => return Err("the row of one token".into()),
     };
@@ -427,8 +428,10 @@ fn by_slot(
         (Some(combined), Some(_)) => (combined.add(shader), combined.tokens),
         (Some(_), None) => return Err("rows of which eight elements lie together".into()),
     };
-    let launch = Launch::of(vec![shader.grid([across, down, 1])?]);
-    Ok(launch.leading(lead.map(|l| l.kept)).combining(combined.map(Combined::kept)))
+    let actions = [Some(shader.grid([n.div_ceil(columns), down, 1])?), beside];
+    Ok(Launch::of(actions.into_iter().flatten().collect())
+        .leading(lead.map(|l| l.kept))
+        .combining(combined.map(Combined::kept)))
 }
 
 pub(super) fn lower_expert_matmul_wgrad(graph: &Graph, node: &Node, limits: Limits) -> Lowered {

@@ -1,14 +1,18 @@
 //! What routes and assigns few tokens behind what makes their logits, as the work of one workgroup: on its own, or of the one that is the
 //! last to end of a product.
 
-use moebius_ir::ops::{Assign, Route};
-use moebius_ir::{Graph, Node, NodeId, Op};
+use moebius_ir::ops::{Assign, Route, Score};
+use moebius_ir::{DType, Graph, Node, NodeId, Op};
 
 use super::router::{self, Shares};
 use crate::joined::Beside;
-use crate::vulkan::launch::At;
+use crate::vulkan::launch::{Action, At};
 use crate::vulkan::limits::Limits;
 use crate::vulkan::shader::Shader;
+
+/// Threads of a workgroup that does nothing else: 32 for each token, as far as these go.
+const LEAST_THREADS: usize = 64;
+const MOST_THREADS: usize = 256;
 
 /// A node, its op, and the first of its operands and of its results among those of the kernel.
 type Of<'a, T> = (&'a Node, &'a T, [usize; 2]);
@@ -44,16 +48,49 @@ impl<'a> Routed<'a> {
         At::Operand(operand)
     }
 
+    /// The kernel that does nothing else, as one workgroup.
+    ///
+    /// # Errors
+    /// What is wanted instead.
+    pub(super) fn alone(&self, limits: Limits) -> Result<Action, String> {
+        let (node, _, _) = self.route;
+        let threads =
+            (32 * self.graph.shape(node.operands[0])[0].next_power_of_two()).clamp(LEAST_THREADS, MOST_THREADS);
+        let body = "fn kernel(group: u32, thread: u32) { tail(thread); }";
+        let shader = Shader::new(limits, "route", body, threads).buffer("logits", DType::F32, self.logits());
+        self.add(shader, limits, threads)?.line(1)
+    }
+
+    /// A kernel of so many threads with `choice_of_first(thread)`, the only choice of the only token, as the routing makes it. It has the
+    /// buffer `logits`.
+    ///
+    /// # Errors
+    /// What is wanted instead.
+    pub(super) fn choosing(&self, shader: Shader, limits: Limits, threads: usize) -> Result<Shader, String> {
+        let (node, op, [operand, _]) = self.route;
+        let experts = self.graph.shape(node.operands[0])[1];
+        let (r, of) = (op.router, op.operands());
+        let shares = Shares::of_one(limits, [1, experts, r.groups.map_or(0, |g| g.count)], threads)?;
+        let beside = [of.selection_bias, of.noise, of.used, of.choices];
+        if r.score == Score::Softmax && r.groups.is_none() && beside.iter().all(Option::is_none) {
+            let shader = shares.add(shader, limits, [1, experts, 1], r.score, r.balance);
+            return Ok(shader.with("choice_by_softmax"));
+        }
+        let shader = shares.route(shader, limits, self.graph, (node, op), (operand, None), [At::Null; 2]);
+        Ok(shader.with("route").with("choice_by_route"))
+    }
+
     /// A kernel of so many threads with `tail(thread)`, which routes and assigns all tokens, with the bits of the kernels of their own. It
     /// has the buffer `logits`, or `get_logits(nth)`.
     ///
     /// # Errors
     /// What is wanted instead.
     pub(super) fn add(&self, shader: Shader, limits: Limits, threads: usize) -> Result<Shader, String> {
-        let (node, op, first) = self.route;
+        let (node, op, [operand, result]) = self.route;
         let [n, experts] = [0, 1].map(|axis| self.graph.shape(node.operands[0])[axis]);
         let shares = Shares::of_one(limits, [n, experts, op.router.groups.map_or(0, |g| g.count)], threads)?;
-        let shader = shares.route(shader, limits, self.graph, (node, op), first, [At::Null; 2]).with("route");
+        let shader = shares.route(shader, limits, self.graph, (node, op), (operand, Some(result)), [At::Null; 2]);
+        let shader = shader.with("route");
         let Some((assign, op, first)) = self.assign else {
             return Ok(shader.declare("fn tail(thread: u32) { route_tokens(0u, thread); }"));
         };

@@ -71,7 +71,7 @@ impl Shares {
     }
 
     /// What kernels of the router have, added for its extents and score; they also have the logits.
-    fn add(
+    pub(super) fn add(
         &self,
         shader: Shader,
         limits: Limits,
@@ -102,15 +102,15 @@ impl Shares {
             .number("rounds", self.rounds)
     }
 
-    /// What the kernels of a route have, whose first operand and result are these; they also have the logits. `parts` and `choices` are
-    /// what the workgroups leave of the statistics, if there is more than one.
+    /// What the kernels of a route have, whose first operand is this, and whose first result, if they leave any; they also have the logits.
+    /// `parts` and `choices` are what the workgroups leave of the statistics, if there is more than one.
     pub(super) fn route(
         &self,
         shader: Shader,
         limits: Limits,
         graph: &Graph,
         (node, op): (&Node, &Route),
-        [operand, result]: [usize; 2],
+        (operand, result): (usize, Option<usize>),
         parts: [At; 2],
     ) -> Shader {
         let ((n, e), r) = (extents(graph, node), op.router);
@@ -128,22 +128,27 @@ impl Shares {
             .buffer("noise", DType::F32, optional(at.noise))
             .buffer("used", DType::Bool, optional(at.used))
             .buffer("given", DType::I32, optional(at.choices))
-            .buffer("gate", DType::F32, At::Result(result))
-            .buffer("index", DType::I32, At::Result(result + 1))
+            .buffer("gate", DType::F32, left(result, 0))
+            .buffer("index", DType::I32, left(result, 1))
     }
 
-    /// With the statistics of all tokens, which follow this result of the route.
-    fn ending(&self, shader: Shader, result: usize, [parts, choices]: [At; 2]) -> Shader {
+    /// With the statistics of all tokens.
+    fn ending(&self, shader: Shader, result: Option<usize>, [parts, choices]: [At; 2]) -> Shader {
         shader
             .with("route_end")
             .number("parts_count", self.groups)
-            .buffer("balance", DType::F32, At::Result(result + 2))
-            .buffer("z", DType::F32, At::Result(result + 3))
-            .buffer("counts", DType::I32, At::Result(result + 4))
-            .buffer("entropy", DType::F32, At::Result(result + 5))
+            .buffer("balance", DType::F32, left(result, 2))
+            .buffer("z", DType::F32, left(result, 3))
+            .buffer("counts", DType::I32, left(result, 4))
+            .buffer("entropy", DType::F32, left(result, 5))
             .buffer("parts", DType::F32, parts)
             .buffer("choices", DType::I32, choices)
     }
+}
+
+/// A result of a route whose first is this, if it leaves any.
+fn left(first: Option<usize>, nth: usize) -> At {
+    first.map_or(At::Null, |first| At::Result(first + nth))
 }
 
 fn lanes(experts: usize) -> Result<usize, String> {
@@ -167,9 +172,7 @@ pub(super) fn lower_route(
 ) -> Lowered {
     let logits = |shader: Shader| shader.buffer("logits", DType::F32, At::Operand(0));
     if let Some(routed) = with_assign {
-        let body = "fn kernel(group: u32, thread: u32) { tail(thread); }";
-        let shader = logits(Shader::new(limits, "route", body, THREADS));
-        return Ok(Launch::of(vec![routed.add(shader, limits, THREADS)?.line(1)?]));
+        return Ok(Launch::of(vec![routed.alone(limits)?]));
     }
     let (n, e) = extents(graph, node);
     let shares = Shares::of(n, e, op.router.groups.map_or(0, |g| g.count))?;
@@ -179,14 +182,14 @@ pub(super) fn lower_route(
     let parts = [of_groups(2 + e), of_groups(2 * e)];
     let of_tokens = Shader::file(limits, "route", shares.threads());
     let of_tokens = of_tokens.declare("fn kernel(group: u32, thread: u32) { route_tokens(group, thread); }");
-    let of_tokens = logits(shares.route(of_tokens, limits, graph, (node, op), [0, 0], parts));
+    let of_tokens = logits(shares.route(of_tokens, limits, graph, (node, op), (0, Some(0)), parts));
     let mut actions = vec![of_tokens.line(shares.groups)?];
     if !all {
         let whole = Shares { tokens: THREADS / shares.lanes, ..shares };
         let r = op.router;
         let totals = Shader::file(limits, "route_totals", whole.threads());
         let totals = whole.add(totals, limits, [n, e, r.k], r.score, r.balance);
-        actions.push(logits(whole.ending(totals, 0, parts)).line(1)?);
+        actions.push(logits(whole.ending(totals, Some(0), parts)).line(1)?);
     }
     Ok(Launch::of(actions).with_scratch(&scratch))
 }

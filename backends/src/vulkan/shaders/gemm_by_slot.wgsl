@@ -3,7 +3,6 @@
 alias Terms = f32;
 
 fn place(group: vec3<u32>, thread: u32) -> bool {
-    if (apart(group, thread)) { return false; }
     place_slot(group, thread, group.y);
     return true;
 }

@@ -1,5 +1,5 @@
 // The row of one slot times the weights of the expert whose segment it is in; 0 behind the last segment, and where there is no slot. Which
-// expert that is, is found by `find_expert(thread)`; `apart(group, thread)` is true for a workgroup that has something else to do.
+// expert that is, `find_expert(thread)` says; p.experts if there is none.
 
 var<private> slot: u32;
 var<private> expert: u32;

@@ -154,32 +154,6 @@ fn choose_by_lanes(thread: u32, t: u32, there: bool) {
     }
 }
 
-// The choice of the first token, if it has one alone, for every thread and without leaving anything.
-//
-// By softmax it is the largest logit, unless another is so near that the quotients may be equal: e^-TOO_NEAR differs from 1 by 80 times what
-// rounding does.
-const TOO_NEAR: f32 = 1e-5f;
-const BY_SOFTMAX_ALONE: bool = SCORE == 0u && GROUPS == 0u && !HAS_SELECTION_BIAS && !HAS_NOISE && !HAS_USED && !HAS_GIVEN;
-// More than any number of an expert; sums of as many as there are experts are exact.
-const ONE_NEAR: f32 = 4096.0f;
-
-fn choice_of_first(thread: u32) -> i32 {
-    begin(thread);
-    if (BY_SOFTMAX_ALONE) {
-        look_for_greatest_by_lanes(thread, 0u);
-        var near = 0.0f;
-        for (var i = 0u; i < OWN_EXPERTS; i++) {
-            if (has(i) && own[i] >= greatest - TOO_NEAR) { near += ONE_NEAR + f32(expert_of_lane(i)); }
-        }
-        near = lanes_sum(thread, near);
-        if (is_finite(greatest) && near < 2.0f * ONE_NEAR) { return i32(near - ONE_NEAR); }
-    }
-    look_at_by_lanes(thread, 0u);
-    finite = all_finite();
-    choose_by_lanes(thread, 0u, false);
-    return choice;
-}
-
 // The workgroup's part of the statistics.
 fn leave_parts(group: u32, thread: u32) {
     if (thread >= LANES) { return; }

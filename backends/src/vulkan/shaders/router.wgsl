@@ -59,8 +59,7 @@ fn look_for_greatest_by_lanes(thread: u32, t: u32) {
     }
     greatest = lanes_max(thread, most);
 }
-fn look_at_by_lanes(thread: u32, t: u32) {
-    look_for_greatest_by_lanes(thread, t);
+fn weigh_by_lanes(thread: u32) {
     var sum = 0.0f;
     for (var i = 0u; i < OWN_EXPERTS; i++) {
         if (has(i)) {
@@ -69,6 +68,10 @@ fn look_at_by_lanes(thread: u32, t: u32) {
         }
     }
     total = lanes_sum(thread, sum);
+}
+fn look_at_by_lanes(thread: u32, t: u32) {
+    look_for_greatest_by_lanes(thread, t);
+    weigh_by_lanes(thread);
 }
 // No NaN, and the largest logit is finite.
 fn all_finite() -> bool { return !is_nan(total); }

@@ -2,7 +2,6 @@
 
 var<workgroup> of_slot: u32;
 
-fn apart(group: vec3<u32>, thread: u32) -> bool { return false; }
 fn find_expert(thread: u32) -> u32 {
     // What is asked for before the barrier is not waited for behind it.
     var found = p.experts;

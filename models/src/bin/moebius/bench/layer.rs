@@ -209,8 +209,7 @@ fn time(session: &mut Session, program: &mut Program, wait: &str) -> Result<f64,
         program.output_bytes(wait)?;
         Ok(begun.elapsed().as_secs_f64() / runs as f64)
     };
-    // The first rounds warm up.
-    round(RUNS)?;
+    super::warm_up(|_| round(RUNS))?;
     let runs = RUNS.max((ROUND_SECONDS / round(RUNS)?) as usize);
     let times = (0..ROUNDS).map(|_| round(runs)).collect::<Result<Vec<f64>, Failure>>()?;
     Ok(median(times))
