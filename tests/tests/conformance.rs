@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use moebius_ir::ops::{Balance, Order, RouteInputs, Router, Score};
-use moebius_ir::{DType, Op, Tensor, TensorType, Value, passes};
+use moebius_ir::{DType, Graph, Op, Tensor, TensorType, Value, passes};
 use moebius_tests::Sketch;
 use moebius_tests::cases::{self, Case};
 use moebius_tests::conformance;
@@ -370,6 +370,28 @@ fn a_norm_before_a_product_has_the_bits_of_the_norm_by_itself() {
             let y = second.fixed(TensorType::new(dtype, [m, k]), run(&first).data).unwrap();
             product(&mut second, y).unwrap();
             assert!(run(&both).to_bytes() == run(&second).to_bytes(), "{what}");
+        }
+    }
+}
+
+/// Runs that are asked for together are as many runs, one after another, each with what the one before left; the feed is that of the time.
+#[test]
+fn runs_that_are_asked_for_together_follow_one_another() {
+    for device in devices() {
+        let mut graph = Graph::new();
+        let (x, step) =
+            (graph.state("x", TensorType::f32([5])).unwrap(), graph.feed("step", TensorType::f32([5])).unwrap());
+        let next = graph.add(x, step).unwrap();
+        graph.update(x, next).unwrap();
+        graph.output("y", next).unwrap();
+        let mut live = Live::new(device.backend.as_ref(), &graph).unwrap();
+        let (instance, store) = live.instance();
+        let mut wanted = 0.0f32;
+        for (step, times) in [(1.0f32, 1), (0.5, 0), (2.0, 3), (0.25, 131), (4.0, 64), (1.0, 7)] {
+            instance.write("step", &[step.to_le_bytes(); 5].concat()).unwrap();
+            instance.run_times(store, times).unwrap();
+            wanted += step * times as f32;
+            assert!(*store.bytes("x").unwrap() == [wanted.to_le_bytes(); 5].concat(), "{}: {times} runs", device.name);
         }
     }
 }

@@ -31,8 +31,10 @@ const RECORD: usize = 8;
 /// Stagings of a feed that are used in turn: the host writes into one while the copy out of another waits behind a run.
 const STAGINGS: usize = 2;
 
-/// Runs that are one sequence of commands where many are asked for: the device need not be told of each.
-const RUNS_TOGETHER: usize = 16;
+/// The most runs that are one sequence of commands where many are asked for, and the most kernels of such a sequence: the device need not
+/// be told of each run, and what is recorded stays small.
+const MOST_RUNS: usize = 64;
+const MOST_KERNELS: usize = 1024;
 
 /// A feed on its way to the device.
 struct FeedStaging {
@@ -63,7 +65,7 @@ pub(super) struct VulkanInstance {
     sets: Option<Sets>,
     /// Owns all command buffers.
     _commands: Commands,
-    /// The plan once, and [`RUNS_TOGETHER`] times; whether they are recorded with the present addresses.
+    /// The plan once, and several times; whether they are recorded with the present addresses.
     once: (vk::CommandBuffer, bool),
     together: (vk::CommandBuffer, bool),
     staging: BTreeMap<String, FeedStaging>,
@@ -315,9 +317,10 @@ impl Instance for VulkanInstance {
             self.bring_feeds(&mut queue, None)?;
             (0..times).try_for_each(|_| self.run_steps(&mut queue, |_, _| Ok(true)))?;
         } else {
-            let [many, rest] = [times / RUNS_TOGETHER, times % RUNS_TOGETHER];
+            let runs = (MOST_KERNELS / program.kernels().0.max(1)).clamp(1, MOST_RUNS);
+            let [many, rest] = if runs > 1 { [times / runs, times % runs] } else { [0, times] };
             if many > 0 && !self.together.1 {
-                self.record_runs(self.together.0, RUNS_TOGETHER)?;
+                self.record_runs(self.together.0, runs)?;
                 self.together.1 = true;
             }
             if rest > 0 && !self.once.1 {
