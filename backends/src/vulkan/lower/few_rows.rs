@@ -58,7 +58,7 @@ impl Few {
             let ahead = (loads / across).min(p.k / (EIGHT * LANES)).max(1);
             // Few columns keep more of the device busy in small workgroups, which yet have 32 threads for each row.
             let mut threads = THREADS;
-            while groups(threads / LANES * across) < ENOUGH[0] && threads > LANES * rows.next_power_of_two().max(2) {
+            while groups(threads / LANES * across) < ENOUGH[0] && threads > LANES * rows.next_power_of_two() {
                 threads /= 2;
             }
             return Some(Few { rows, along_k, across, threads, ahead });
