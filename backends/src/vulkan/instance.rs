@@ -31,9 +31,9 @@ const RECORD: usize = 8;
 /// Stagings of a feed that are used in turn: the host writes into one while the copy out of another waits behind a run.
 const STAGINGS: usize = 2;
 
-/// The most runs that are one sequence of commands where many are asked for, and the most kernels of such a sequence: the device need not
-/// be told of each run, and what is recorded stays small.
-const MOST_RUNS: usize = 64;
+/// How many runs are one sequence of commands where as many are asked for, and the most kernels of more than one: the device need not be told
+/// of each run, and what is recorded stays small.
+const RUNS: [usize; 3] = [64, 8, 1];
 const MOST_KERNELS: usize = 1024;
 
 /// A feed on its way to the device.
@@ -65,9 +65,8 @@ pub(super) struct VulkanInstance {
     sets: Option<Sets>,
     /// Owns all command buffers.
     _commands: Commands,
-    /// The plan once, and several times; whether they are recorded with the present addresses.
-    once: (vk::CommandBuffer, bool),
-    together: (vk::CommandBuffer, bool),
+    /// The plan as often as [`RUNS`] says, and whether that is recorded with the present addresses.
+    runs: [(vk::CommandBuffer, bool); RUNS.len()],
     staging: BTreeMap<String, FeedStaging>,
     program: Arc<Program>,
     arena: Memory,
@@ -110,13 +109,14 @@ impl VulkanInstance {
             }
         }
         let states = vec![arena.region(); program.states.len()];
-        let once = (commands.take(|| "a whole plan".into())?, false);
-        let together = (commands.take(|| "a whole plan several times".into())?, false);
+        let mut runs = [(vk::CommandBuffer::null(), false); RUNS.len()];
+        for ((taken, _), times) in runs.iter_mut().zip(RUNS) {
+            *taken = commands.take(|| format!("a whole plan, {times} times"))?;
+        }
         Ok(VulkanInstance {
             sets: None,
             _commands: commands,
-            once,
-            together,
+            runs,
             staging,
             program,
             arena,
@@ -146,7 +146,8 @@ impl VulkanInstance {
         }
         // What was recorded before may still run.
         self.program.device.wait_all()?;
-        (self.sets, self.once.1, self.together.1) = (None, false, false);
+        self.sets = None;
+        self.runs.iter_mut().for_each(|(_, recorded)| *recorded = false);
         let located = tensors.located(self.program.plan.graph(), &self.program.states);
         for (slot, memory) in self.states.iter_mut().zip(located) {
             *slot = memory?.region();
@@ -317,19 +318,20 @@ impl Instance for VulkanInstance {
             self.bring_feeds(&mut queue, None)?;
             (0..times).try_for_each(|_| self.run_steps(&mut queue, |_, _| Ok(true)))?;
         } else {
-            let runs = (MOST_KERNELS / program.kernels().0.max(1)).clamp(1, MOST_RUNS);
-            let [many, rest] = if runs > 1 { [times / runs, times % runs] } else { [0, times] };
-            if many > 0 && !self.together.1 {
-                self.record_runs(self.together.0, runs)?;
-                self.together.1 = true;
-            }
-            if rest > 0 && !self.once.1 {
-                self.record_runs(self.once.0, 1)?;
-                self.once.1 = true;
-            }
-            let [together, once] = [self.together.0, self.once.0];
-            for commands in std::iter::repeat_n(together, many).chain(std::iter::repeat_n(once, rest)) {
-                self.bring_feeds(&mut queue, Some(commands))?;
+            let mut left = times;
+            for (at, runs) in RUNS.into_iter().enumerate() {
+                if left < runs || runs > 1 && runs * program.kernels().0 > MOST_KERNELS {
+                    continue;
+                }
+                while left >= runs {
+                    let (commands, recorded) = self.runs[at];
+                    if !recorded {
+                        self.record_runs(commands, runs)?;
+                        self.runs[at].1 = true;
+                    }
+                    self.bring_feeds(&mut queue, Some(commands))?;
+                    left -= runs;
+                }
             }
         }
         Ok(device.validated()?)
