@@ -88,7 +88,7 @@ impl Lead {
             Making::Dispatch { choices: [all, each], gate } => {
                 let gate = if gate { (self.dtypes[3], operand(3)) } else { (DType::F32, At::Null) };
                 let shader = shader.with("lead_dispatch").number("choices", all).number("choices_each", each);
-                shader.buffer("slot_choice", DType::I32, operand(1)).buffer("gate", gate.0, gate.1)
+                shader.buffer("slot_choice", DType::I32, operand(1)).buffer("dispatch_gate", gate.0, gate.1)
             }
             Making::Norm { layer, width, eps } => {
                 let result = |i| if self.kept { At::Result(self.first[1] + i) } else { At::Null };
