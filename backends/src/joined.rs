@@ -18,7 +18,8 @@ const MOST_LED: usize = 8;
 const MOST_CHOICES: usize = 64;
 
 /// The nodes whose work is done by the kernels of another. That one's operands and results are followed by those of the node behind it,
-/// these by those of the one before, of the route before that and of the assign, of the twin and of the node behind that, of the combine and of the node behind that.
+/// these by those of the one before, of the route before that and of the assign, of the twin and of the node behind that, of the combine
+/// and of the node behind that.
 #[cfg(any(feature = "cuda", feature = "vulkan"))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Beside {

@@ -364,3 +364,31 @@ fn rows_are_combined_in_their_product() {
         }
     }
 }
+
+/// Where one product is all that an expert does, its kernel finds the slot's expert and combines, and the route is done before it.
+#[test]
+fn one_product_of_one_token_is_combined_behind_its_route() {
+    let (experts, k, n) = (6, 64, 40);
+    let mut graph = Graph::new();
+    let g = &mut graph;
+    let logits = g.feed("logits", TensorType::f32([1, experts])).unwrap();
+    let (x, w) =
+        (g.feed("x", TensorType::f32([1, k])).unwrap(), g.feed("w", TensorType::f32([experts, k, n])).unwrap());
+    let [gate, index, ..] = g.route(logits, 1, Balance::AllChoices).unwrap();
+    let [slot_choice, choice_slot, offsets, _] = g.assign(index, None, experts, None, Order::TokenMajor).unwrap();
+    let rows = g.dispatch(x, slot_choice, choice_slot, None).unwrap();
+    let rows = g.expert_matmul(rows, w, offsets, None, false).unwrap();
+    let y = g.combine(rows, slot_choice, choice_slot, Some(gate)).unwrap();
+    g.output("y", y).unwrap();
+    for limits in [CARD, APART] {
+        let plan = planned(passes::optimise(&graph).unwrap(), limits, Fences::Off).unwrap();
+        let made = launches(plan.graph(), |id| Beside::of(&plan, id), limits).unwrap();
+        let kernels: Vec<Action> = made.into_iter().flat_map(|l| l.actions).collect();
+        // The route with the assign, and the product with the dispatch before it and the combine behind it.
+        assert_eq!(kernels.len(), 2);
+        for kernel in kernels {
+            let Action::Kernel(kernel) = kernel else { panic!("no kernel") };
+            spirv::compile(&kernel.source.text, None, true).unwrap();
+        }
+    }
+}

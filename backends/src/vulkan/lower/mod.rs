@@ -77,8 +77,8 @@ fn chosen(graph: &Graph, assign: NodeId, limits: Limits) -> Option<NodeId> {
 /// The dispatch behind the assign behind a route, if a product can do all three.
 fn chooses(graph: &Graph, route: NodeId, limits: Limits) -> Option<NodeId> {
     let [assign, dispatch, product] = shared::chosen(graph, route)?;
-    let around = Beside { before: Some(dispatch), route: Some(route), assigned: Some(assign), ..Beside::default() };
-    let beside = Beside { behind: behind(graph, product, limits).behind, ..around };
+    let with = behind(graph, product, limits);
+    let beside = Beside { before: Some(dispatch), route: Some(route), assigned: Some(assign), ..with };
     lower(graph, product, beside, limits).is_ok_and(|l| l.lead.is_some()).then_some(dispatch)
 }
 

@@ -42,6 +42,13 @@ impl<'a> Routed<'a> {
         Some(Routed { graph, route: (graph.node(route), op, first), assign })
     }
 
+    /// How a workgroup of so many threads shares out all tokens.
+    fn shares(&self, limits: Limits, threads: usize) -> Result<Shares, String> {
+        let (node, op, _) = self.route;
+        let [n, experts] = [0, 1].map(|axis| self.graph.shape(node.operands[0])[axis]);
+        Shares::of_one(limits, [n, experts, op.router.groups.map_or(0, |g| g.count)], threads)
+    }
+
     /// The logits.
     pub(super) fn logits(&self) -> At {
         let (_, _, [operand, _]) = self.route;
@@ -70,7 +77,7 @@ impl<'a> Routed<'a> {
         let (node, op, [operand, _]) = self.route;
         let experts = self.graph.shape(node.operands[0])[1];
         let (r, of) = (op.router, op.operands());
-        let shares = Shares::of_one(limits, [1, experts, r.groups.map_or(0, |g| g.count)], threads)?;
+        let shares = self.shares(limits, threads)?;
         let beside = [of.selection_bias, of.noise, of.used, of.choices];
         if r.score == Score::Softmax && r.groups.is_none() && beside.iter().all(Option::is_none) {
             let shader = shares.add(shader, limits, [1, experts, 1], r.score, r.balance);
@@ -87,8 +94,7 @@ impl<'a> Routed<'a> {
     /// What is wanted instead.
     pub(super) fn add(&self, shader: Shader, limits: Limits, threads: usize) -> Result<Shader, String> {
         let (node, op, [operand, result]) = self.route;
-        let [n, experts] = [0, 1].map(|axis| self.graph.shape(node.operands[0])[axis]);
-        let shares = Shares::of_one(limits, [n, experts, op.router.groups.map_or(0, |g| g.count)], threads)?;
+        let shares = self.shares(limits, threads)?;
         let shader = shares.route(shader, limits, self.graph, (node, op), (operand, Some(result)), [At::Null; 2]);
         let shader = shader.with("route");
         let Some((assign, op, first)) = self.assign else {

@@ -238,6 +238,10 @@ pub(super) fn lower_route_grad(graph: &Graph, node: &Node, op: &RouteGrad, limit
     Ok(Launch::of(actions).with_scratch(&scratch))
 }
 
+fn choice_major(op: &Assign, k: usize) -> bool {
+    op.order == Order::ChoiceMajor && k > 1
+}
+
 /// How the slots of a node are given: the choices of a chunk of them, where slots are in the order of the choices and so is who is
 /// dropped; and the capacity, if an expert can reach it.
 fn assigning(graph: &Graph, node: &Node, op: &Assign) -> Result<(Option<usize>, Option<usize>), String> {
@@ -247,8 +251,7 @@ fn assigning(graph: &Graph, node: &Node, op: &Assign) -> Result<(Option<usize>, 
     }
     // A capacity that no expert can reach is none.
     let capacity = op.capacity.filter(|&c| c < n * k);
-    let choice_major = op.order == Order::ChoiceMajor && k > 1;
-    let in_order = capacity.is_none() || (node.operands.len() == 1 && !choice_major);
+    let in_order = capacity.is_none() || (node.operands.len() == 1 && !choice_major(op, k));
     let chunk = (n * k).div_ceil(MOST_CHUNKS).next_multiple_of(LEAST_CHUNK).max(LEAST_CHUNK);
     Ok((in_order.then_some(chunk), capacity))
 }
@@ -303,7 +306,7 @@ pub(super) fn lower_assign(graph: &Graph, node: &Node, op: &Assign, limits: Limi
         let priority = if node.operands.len() > 1 { At::Operand(1) } else { At::Null };
         let shader = assign(shader("assign"), graph, node, capacity, 0);
         let shader = shader.constant("MOST_EXPERTS", MOST_EXPERTS);
-        let shader = shader.flag("CHOICE_MAJOR", op.order == Order::ChoiceMajor && k > 1);
+        let shader = shader.flag("CHOICE_MAJOR", choice_major(op, k));
         let shader = shader.number("n", n).number("k", k).number("experts", op.experts);
         let shader = shader.buffer("priority", DType::F32, priority).buffer("kept", DType::U32, kept);
         actions.push(shader.line(op.experts)?);
