@@ -72,6 +72,14 @@ pub enum Error {
         /// Bytes that can be allocated.
         free: u64,
     },
+    /// An instruction set that the processor does not have.
+    #[error("MOEBIUS_CPU: wanted an instruction set of this machine ({}), found {found:?}", there.join(", "))]
+    InstructionSet {
+        /// What the variable holds.
+        found: String,
+        /// The names of those there are.
+        there: Vec<&'static str>,
+    },
     /// A name that is not there.
     #[error("no {what} is named {name:?}; there are: {}", there.join(", "))]
     NoSuch {

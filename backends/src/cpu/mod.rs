@@ -26,6 +26,7 @@ const BACKEND: &str = "cpu";
 pub struct Cpu {
     crew: Arc<Crew>,
     checks: bool,
+    instruction_set: &'static str,
 }
 
 impl Cpu {
@@ -33,11 +34,13 @@ impl Cpu {
     /// checked as by [`Cpu::with_checks`].
     ///
     /// # Errors
-    /// [`Error::Threads`] if the threads cannot be started.
+    /// [`Error::Threads`] if the threads cannot be started; [`Error::InstructionSet`] if `MOEBIUS_CPU` names one that the
+    /// machine does not have.
     pub fn new(threads: Option<usize>) -> Result<Cpu> {
+        let instruction_set = gemm::instruction_set()?;
         let wanted = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
         let crew = Crew::new(wanted).map_err(|source| Error::Threads { wanted, source })?;
-        Ok(Cpu { crew: Arc::new(crew), checks: cfg!(debug_assertions) })
+        Ok(Cpu { crew: Arc::new(crew), checks: cfg!(debug_assertions), instruction_set })
     }
 
     /// Whether every buffer gets a fence that is looked at after each step, and is filled with NaN before it is written.
@@ -64,7 +67,7 @@ impl Backend for Cpu {
     }
 
     fn describe(&self) -> String {
-        format!("{} threads, {}", self.threads(), gemm::instruction_set())
+        format!("{} threads, {}", self.threads(), self.instruction_set)
     }
 
     fn plan(&self, graph: Graph) -> Result<Plan> {
@@ -91,6 +94,6 @@ impl Backend for Cpu {
     }
 
     fn checked(&self) -> Option<Arc<dyn Backend>> {
-        Some(Arc::new(Cpu { crew: Arc::clone(&self.crew), checks: true }))
+        Some(Arc::new(Cpu { crew: Arc::clone(&self.crew), checks: true, ..*self }))
     }
 }

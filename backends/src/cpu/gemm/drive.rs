@@ -1,10 +1,11 @@
 //! Blocking: the batch becomes tasks (blocks of C), threads draw tasks, a task runs tiles.
 
 use super::kernel::{Isa, KC, MAX_TILE, ROW};
+use super::matrix::{self, MAX_PARTS, Matrix, SIDE, SplitB, parts};
 use super::pack::{ArgsB, GROUP, STAGE};
 use super::problem;
 use super::task::{Packed, Task};
-use super::{Batch, Gemm, GemmError, Storage};
+use super::{Batch, Gemm, GemmError, Mat, Storage};
 use crate::cpu::crew::{share, share_with};
 
 /// Alignment of everything in the workspace: a cache line, and a vector of AVX-512.
@@ -13,6 +14,8 @@ pub(super) const ALIGN: usize = 64;
 const MAX_ROWS: usize = 256;
 /// Columns of C in the largest task. A packed block of B (256 KiB) stays in L2.
 const MAX_COLS: usize = 256;
+/// The same on a matrix unit, which is so fast that splitting A for each block of columns would count (768 KiB of parts).
+const MATRIX_COLS: usize = 512;
 /// Blocks are not cut below this: packing would cost more than balance gains, and a wide kernel needs the columns.
 const MIN_ROWS: usize = 64;
 const MIN_COLS: usize = 128;
@@ -33,6 +36,8 @@ const GROUP_ROWS: usize = 56;
 const WHOLE_B: usize = 256 * 1024;
 /// Rows of a task over a whole B, with all columns: two groups, each of which is packed once.
 const WHOLE_ROWS: usize = 2 * GROUP_ROWS;
+/// The same on a matrix unit.
+const MATRIX_WHOLE_ROWS: usize = 4 * SIDE;
 /// Tasks per thread to aim at over a whole B. More than else, as a task packs nothing that others pack too.
 const WHOLE_TASKS_PER_THREAD: usize = 4;
 /// Columns of a whole B that are packed at once.
@@ -57,7 +62,7 @@ pub(super) struct Scratch {
 /// Steps of k per packed block: equal parts of at most KC.
 pub(super) fn chunks(k: usize) -> (usize, usize) {
     let count = k.div_ceil(KC).max(1);
-    let step = k.div_ceil(count).next_multiple_of(16);
+    let step = k.div_ceil(count).next_multiple_of(matrix::STEP);
     (k.div_ceil(step.max(1)).max(1), step)
 }
 
@@ -83,21 +88,32 @@ fn strip_a(rows: usize, k: usize) -> usize {
     chunks(k).0 * rows * ROW
 }
 
-/// Floats of a B that is packed whole; `None` if it is packed block by block, because it is large or few rows use it.
-fn whole_b(isa: &Isa, m: usize, n: usize, k: usize) -> Option<usize> {
-    let (count, step) = chunks(k);
-    let floats = count * n.div_ceil(isa.nr()) * panel_step(isa, step);
-    (k > 0 && m >= 2 * WHOLE_ROWS && n.saturating_mul(k) <= WHOLE_B).then_some(floats)
+/// The matrix unit for calls of this static shape, if the instruction set has one and it is worth it.
+fn unit(isa: &Isa, m: usize, n: usize, k: usize) -> Option<&'static Matrix> {
+    isa.matrix.filter(|_| matrix::suits(m, n, k, isa.mr()))
+}
+
+/// Bytes from one packed panel of B to the next, for blocks of `k` steps.
+fn panel_bytes(isa: &Isa, unit: bool, k: usize) -> usize {
+    if unit { matrix::panel_bytes(k.min(KC), MAX_PARTS) } else { panel_step(isa, k) * size_of::<f32>() }
 }
 
 /// Bytes of workspace for `threads` threads and problems of at most this size.
 pub(super) fn workspace_bytes(isa: &Isa, m: usize, n: usize, k: usize, c: Storage, threads: usize) -> usize {
-    whole_bytes(isa, m, n, k) + Scratch::new(isa, m, n, k, c).bytes * threads.max(1) + ALIGN
+    let bytes =
+        |unit| whole_bytes(isa, unit, m, n, k) + Scratch::new(isa, unit, m, n, k, c).bytes * threads.max(1) + ALIGN;
+    // A smaller problem may run without the unit.
+    if unit(isa, m, n, k).is_some() { bytes(true).max(bytes(false)) } else { bytes(false) }
 }
 
-/// Bytes of the workspace before the threads' parts: those of a whole B.
-fn whole_bytes(isa: &Isa, m: usize, n: usize, k: usize) -> usize {
-    whole_b(isa, m, n, k).map_or(0, |floats| (floats * 4).next_multiple_of(ALIGN))
+/// Bytes of the workspace before the threads' parts: those of a B that is packed whole; 0 if it is packed block by block,
+/// because it is large or few rows use it.
+fn whole_bytes(isa: &Isa, unit: bool, m: usize, n: usize, k: usize) -> usize {
+    if k == 0 || m < 2 * WHOLE_ROWS || n.saturating_mul(k) > WHOLE_B {
+        return 0;
+    }
+    let (count, step) = chunks(k);
+    (count * n.div_ceil(isa.nr()) * panel_bytes(isa, unit, step)).next_multiple_of(ALIGN)
 }
 
 /// Whether sums must be kept aside between blocks of k, because C cannot hold them exactly.
@@ -106,22 +122,29 @@ pub(super) fn sums_aside(c: Storage, k: usize) -> bool {
 }
 
 impl Scratch {
-    /// The layout for problems of at most this size.
-    pub(super) fn new(isa: &Isa, m: usize, n: usize, k: usize, c: Storage) -> Self {
+    /// The layout for problems of at most this size, on the matrix unit or not.
+    pub(super) fn new(isa: &Isa, unit: bool, m: usize, n: usize, k: usize, c: Storage) -> Self {
         let padded = n.next_multiple_of(isa.nr());
-        let cols = padded.min(MAX_COLS);
-        let a = strip_a(m.min(isa.mr()), k).min(STRIP_A).max(group_tiles(isa, m) * tile_step(isa));
-        let strip_sums = m.min(isa.mr()) * padded.min(STRIP_COLS);
-        let sums = if sums_aside(c, k) { m.min(MAX_ROWS) * cols } else { 0 };
+        let cols = padded.min(if unit { MATRIX_COLS } else { MAX_COLS });
         let mut end = 0;
-        let mut part = |floats: usize| {
+        let mut part = |bytes: usize| {
             let start = end;
-            end += (floats * 4).next_multiple_of(ALIGN);
+            end += bytes.next_multiple_of(ALIGN);
             start
         };
-        part(a);
-        let b = part(cols / isa.nr() * panel_step(isa, k));
-        let (sums, tile, stage) = (part(sums.max(strip_sums)), part(MAX_TILE), part(STAGE));
+        let float = size_of::<f32>();
+        let strip_sums = if unit { 0 } else { m.min(isa.mr()) * padded.min(STRIP_COLS) };
+        if unit {
+            part(matrix::panel_bytes(k.min(KC), MAX_PARTS));
+        } else {
+            let strip = strip_a(m.min(isa.mr()), k).min(STRIP_A);
+            part(strip.max(group_tiles(isa, m) * tile_step(isa)) * float);
+        }
+        let b = part(cols / isa.nr() * panel_bytes(isa, unit, k));
+        let sums = if sums_aside(c, k) { m.min(MAX_ROWS) * cols } else { 0 };
+        let (sums, tile) = (part(sums.max(strip_sums) * float), part(MAX_TILE * float));
+        // For the unit, a panel of B in f32 follows.
+        let stage = part((STAGE + if unit { panel_step(isa, k) } else { 0 }) * float);
         Scratch { b, sums, tile, stage, bytes: end }
     }
 }
@@ -129,12 +152,14 @@ impl Scratch {
 /// What all threads share.
 struct Shared<'a> {
     isa: &'static Isa,
+    /// The matrix unit, if the call runs on it.
+    unit: Option<&'static Matrix>,
     gemm: &'a Gemm<'a>,
     layout: Scratch,
     workspace: *mut u8,
     cut: Cut,
     /// Where B is packed whole, if it is.
-    whole: Option<*mut f32>,
+    whole: Option<*mut u8>,
 }
 
 // SAFETY: the pointers are read only, but for C and the workspace: tasks write disjoint blocks of C (each is drawn
@@ -223,11 +248,13 @@ pub(super) unsafe fn run(
     threads: usize,
 ) -> Result<(), GemmError> {
     problem::check(gemm)?;
-    let layout = Scratch::new(isa, gemm.m, gemm.n, gemm.k, gemm.c.storage);
+    // A sum that is not finite is computed again on the unit, so C must not hold what it is added to.
+    let unit = unit(isa, gemm.m, gemm.n, gemm.k).filter(|_| !gemm.accumulate);
+    let layout = Scratch::new(isa, unit.is_some(), gemm.m, gemm.n, gemm.k, gemm.c.storage);
     let skip = workspace.as_ptr().align_offset(ALIGN);
     let parts = |before: usize| workspace.len().saturating_sub(before) / layout.bytes;
     let whole = match gemm.batch {
-        Batch::One => whole_bytes(isa, gemm.m, gemm.n, gemm.k),
+        Batch::One => whole_bytes(isa, unit.is_some(), gemm.m, gemm.n, gemm.k),
         Batch::Strided { .. } | Batch::MGrouped { .. } | Batch::KGrouped { .. } => 0,
     };
     // Threads come first where the workspace is that of another problem.
@@ -244,12 +271,17 @@ pub(super) unsafe fn run(
         threads = 1;
     }
     let strip = isa.mr().min(STRIP_A / strip_a(1, gemm.k));
-    let mut cut = Cut { strip, rows: MAX_ROWS, cols: MAX_COLS, strip_cols: STRIP_COLS };
+    let (cols, whole_rows) = if unit.is_some() { (MATRIX_COLS, MATRIX_WHOLE_ROWS) } else { (MAX_COLS, WHOLE_ROWS) };
+    // The unit has no strips: it packs B for few rows too, so that a row's bits do not depend on how many there are.
+    let strip = if unit.is_some() { 0 } else { strip };
+    let mut cut = Cut { strip, rows: MAX_ROWS, cols, strip_cols: STRIP_COLS };
     if whole > 0 {
         let aside = sums_aside(gemm.c.storage, gemm.k);
         // As many blocks for each thread: one more for one of them is the time of a block that all others wait.
-        cut.rows = gemm.m.div_ceil(gemm.m.div_ceil(WHOLE_ROWS).next_multiple_of(threads));
-        cut.cols = if aside { MAX_COLS } else { gemm.n.next_multiple_of(isa.nr()) };
+        cut.rows = gemm.m.div_ceil(gemm.m.div_ceil(whole_rows).next_multiple_of(threads));
+        if !aside {
+            cut.cols = gemm.n.next_multiple_of(isa.nr());
+        }
     }
     let mut tasks = cut.all(gemm);
     let enough = |tasks: usize| {
@@ -270,8 +302,8 @@ pub(super) unsafe fn run(
     let threads = threads.min(tasks).max(1);
     // SAFETY: both lie within the workspace, as there is room after them.
     let (start, workspace) = unsafe { (workspace.as_mut_ptr().add(skip), workspace.as_mut_ptr().add(skip + whole)) };
-    let whole = (whole > 0).then_some(start.cast());
-    let shared = Shared { isa, gemm, layout, workspace, cut, whole };
+    let whole = (whole > 0).then_some(start);
+    let shared = Shared { isa, unit, gemm, layout, workspace, cut, whole };
     if let Some(whole) = shared.whole {
         shared.pack_whole(whole, threads);
     }
@@ -280,8 +312,8 @@ pub(super) unsafe fn run(
 }
 
 impl Shared<'_> {
-    /// Packs all of B: for each block of k its panels, [`panel_step`] of the longest block apart.
-    fn pack_whole(&self, whole: *mut f32, threads: usize) {
+    /// Packs all of B: for each block of k its panels, as far apart as those of the longest block.
+    fn pack_whole(&self, whole: *mut u8, threads: usize) {
         let count = chunks(self.gemm.k).0;
         let across = self.gemm.n.div_ceil(WHOLE_COLS);
         let to = Whole(whole);
@@ -298,21 +330,60 @@ impl Shared<'_> {
     unsafe fn pack_cols(&self, to: &Whole, worker: usize, q: usize, col: usize) {
         let Gemm { n, k, b, .. } = *self.gemm;
         let step = chunks(k).1;
-        let (panels, panel_step) = (n.div_ceil(self.isa.nr()), panel_step(self.isa, step));
-        let b = b.from((q * step) as isize, col as isize);
+        let panel = whole_panel(self.isa, self.unit, self.gemm);
+        let first = q * n.div_ceil(self.isa.nr()) + col / self.isa.nr();
+        let (b, cols) = (b.from((q * step) as isize, col as isize), WHOLE_COLS.min(n - col));
         // SAFETY: the caller's contract; the panels before these are those of the blocks before and of the columns before,
         // as WHOLE_COLS fill whole panels.
         unsafe {
             let stage = self.workspace.add(worker * self.layout.bytes + self.layout.stage).cast();
-            let to = to.0.add((q * panels + col / self.isa.nr()) * panel_step);
-            let args = ArgsB { b, k: step.min(k - q * step), n: WHOLE_COLS.min(n - col), panel_step, stage };
-            (self.isa.pack_b)(&args, to);
+            pack_panels(self.isa, self.unit, b, [step.min(k - q * step), cols], panel, stage, to.0.add(first * panel));
+        }
+    }
+}
+
+/// Bytes from panel to panel of a B that is packed whole.
+pub(super) fn whole_panel(isa: &Isa, unit: Option<&Matrix>, gemm: &Gemm<'_>) -> usize {
+    let step = chunks(gemm.k).1;
+    match unit {
+        Some(_) => matrix::panel_bytes(step, parts(gemm.b.storage)),
+        None => panel_bytes(isa, false, step),
+    }
+}
+
+/// Packs `[k, n]` of B into panels `panel` bytes apart, through the stage that [`Scratch`] sets aside.
+///
+/// # Safety
+/// [`super::gemm`]'s contract; nobody else uses the stage and the panels.
+pub(super) unsafe fn pack_panels(
+    isa: &Isa,
+    unit: Option<&Matrix>,
+    b: Mat,
+    [k, n]: [usize; 2],
+    panel: usize,
+    stage: *mut f32,
+    to: *mut u8,
+) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let Some(unit) = unit else {
+            return (isa.pack_b)(&ArgsB { b, k, n, panel_step: panel / size_of::<f32>(), stage }, to.cast());
+        };
+        let whole = if b.col_stride == 1 { n / SIDE * SIDE } else { 0 };
+        (unit.split_b)(&SplitB { b, k, n: whole, panel_bytes: panel, in_place: true }, to);
+        for col in (whole..n).step_by(SIDE) {
+            let staged = stage.add(STAGE);
+            let (from, n) = (b.from(0, col as isize), SIDE.min(n - col));
+            (isa.pack_b)(&ArgsB { b: from, k, n, panel_step: panel_step(isa, k), stage }, staged);
+            let b = Mat { data: staged.cast(), row_stride: SIDE as isize, col_stride: 1, ..b };
+            let panels = SplitB { b, k, n: SIDE, panel_bytes: panel, in_place: false };
+            (unit.split_b)(&panels, to.add(col / SIDE * panel));
         }
     }
 }
 
 /// Where a whole B is packed, for all threads.
-struct Whole(*mut f32);
+struct Whole(*mut u8);
 
 // SAFETY: threads write disjoint panels.
 unsafe impl Sync for Whole {}
@@ -336,7 +407,7 @@ impl<'a> Worker<'a> {
     }
 
     fn run(&mut self, drawn: usize) {
-        let &Shared { isa, gemm, ref layout, cut, whole, .. } = self.shared;
+        let &Shared { isa, unit, gemm, ref layout, cut, whole, .. } = self.shared;
         if drawn < self.first {
             (self.problem, self.first) = (0, 0);
         }
@@ -352,12 +423,13 @@ impl<'a> Worker<'a> {
         let cols = cut.cols(m);
         let task = Task {
             isa,
+            unit,
             gemm,
             layout,
             scratch: self.scratch,
             problem: problem::get(gemm, self.problem),
             strip: m <= cut.strip,
-            whole: whole.map(<*mut f32>::cast_const),
+            whole: whole.map(<*mut u8>::cast_const),
             rows: (m * i / down, m * (i + 1) / down),
             cols: (j * cols, ((j + 1) * cols).min(gemm.n)),
         };

@@ -6,6 +6,7 @@ use half::{bf16, f16};
 
 use super::ahead::{Ahead, FETCH_STEPS};
 use super::finish::{AddBias, LoadTile, StoreTile};
+use super::matrix::{Matrix, SIDE};
 use super::pack::{PackA, PackB};
 use super::{Storage, Stored};
 
@@ -13,8 +14,8 @@ use super::{Storage, Stored};
 pub(super) const KC: usize = 256;
 /// Floats between the rows of a row-wise panel of A. Not a multiple of 4 KiB, else all rows would share one L1 set.
 pub(super) const ROW: usize = KC + 16;
-/// Most values in one tile, wide or not.
-pub(super) const MAX_TILE: usize = 14 * 32;
+/// Most values in one tile, wide or of a matrix unit.
+pub(super) const MAX_TILE: usize = SIDE * SIDE;
 
 /// One instruction set's f32 vectors.
 pub(super) trait Simd: Copy {
@@ -330,6 +331,7 @@ pub(super) struct Wide {
 }
 
 /// Everything compiled for one instruction set.
+#[derive(Clone, Copy)]
 pub(super) struct Isa {
     pub(super) name: &'static str,
     pub(super) lanes: usize,
@@ -352,6 +354,8 @@ pub(super) struct Isa {
     pub(super) load_tile: LoadTile,
     pub(super) store_tile: StoreTile,
     pub(super) add_bias: AddBias,
+    /// The matrix unit for products of many rows, where there is one.
+    pub(super) matrix: Option<&'static Matrix>,
 }
 
 /// Columns of a panel of B, for vectors of so many lanes.
@@ -496,6 +500,7 @@ macro_rules! isa {
                 load_tile,
                 store_tile,
                 add_bias,
+                matrix: None,
             };
         }
         pub(super) use table::ISA;
@@ -524,15 +529,24 @@ pub(super) fn available() -> impl Iterator<Item = &'static Isa> {
     #[cfg(target_arch = "x86_64")]
     let special = x86::available();
     #[cfg(not(target_arch = "x86_64"))]
-    let special = [None, None];
+    let special = [None; 3];
     special.into_iter().flatten().chain([&super::portable::ISA])
 }
 
 #[cfg(target_arch = "x86_64")]
 use super::x86;
 
-/// The best instruction set of this machine, found once.
+/// The instruction set asked for, else the best of this machine; `Err` has the names of all there are.
+pub(super) fn choose(asked: Option<&str>) -> Result<&'static Isa, Vec<&'static str>> {
+    let found = available().find(|isa| asked.is_none_or(|asked| asked == isa.name));
+    found.ok_or_else(|| available().map(|isa| isa.name).collect())
+}
+
+/// What this process uses, chosen once. Where `MOEBIUS_CPU` asks for what is not there, no device was opened.
 pub(super) fn best() -> &'static Isa {
     static BEST: OnceLock<&'static Isa> = OnceLock::new();
-    BEST.get_or_init(|| available().next().expect("the portable kernels are always there"))
+    BEST.get_or_init(|| {
+        let asked = std::env::var("MOEBIUS_CPU").ok();
+        choose(asked.as_deref()).unwrap_or(&super::portable::ISA)
+    })
 }

@@ -8,11 +8,15 @@
 //! once. It depends on K alone: not on M, N, the row's place in a segment, the strides, the number of threads or the
 //! kernel that ran. So a token's result does not depend on its batch. (Without FMA hardware the chain multiplies and
 //! adds with two roundings; still one order, but not the bits of a machine with FMA.)
+//!
+//! On a processor with a [`matrix`] unit calls of more than a few rows run there, with an order of their own that depends on K
+//! alone likewise. Which of the two orders it is depends on the static shape of the call, never on how many rows are in use.
 
 mod ahead;
 mod drive;
 mod finish;
 mod kernel;
+mod matrix;
 mod pack;
 mod portable;
 mod problem;
@@ -295,7 +299,15 @@ pub unsafe fn gemm_seq(gemm: &Gemm<'_>, workspace: &mut [u8]) -> Result<(), Gemm
     unsafe { drive::run(kernel::best(), gemm, workspace, 1) }
 }
 
-/// The instruction set the kernels use on this machine: `avx512`, `avx2` or `portable`.
-pub fn instruction_set() -> &'static str {
-    kernel::best().name
+/// The instruction set of products in this process: `amx` (with AVX-512), `avx512`, `avx2` or `portable`. The first that the
+/// machine has, or the one that the variable `MOEBIUS_CPU` names: all but `amx` give the same bits on machines with fused
+/// multiply-add.
+///
+/// # Errors
+/// [`Error::InstructionSet`](crate::Error::InstructionSet) if the machine has none of that name.
+pub fn instruction_set() -> crate::Result<&'static str> {
+    let asked = std::env::var("MOEBIUS_CPU").ok();
+    let chosen = kernel::choose(asked.as_deref());
+    let wrong = |there| crate::Error::InstructionSet { found: asked.clone().unwrap_or_default(), there };
+    chosen.map(|isa| isa.name).map_err(wrong)
 }

@@ -55,7 +55,7 @@ pub(super) unsafe fn pack_a<S: Simd>(args: &ArgsA<'_>, dst: *mut f32) {
 
 /// Where index `i` lies: through the list if there is one, `None` for zeros.
 #[inline(always)]
-fn place(list: Option<&[i32]>, i: usize) -> Option<isize> {
+pub(super) fn place(list: Option<&[i32]>, i: usize) -> Option<isize> {
     match list {
         None => Some(i as isize),
         Some(list) => (list[i] >= 0).then_some(list[i] as isize),

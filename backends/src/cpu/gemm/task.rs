@@ -1,18 +1,22 @@
 //! One task: a block of C of one problem, computed by one thread.
 
+mod matrix;
 mod strips;
 
 use super::ahead::{Ahead, Region};
-use super::drive::{Scratch, chunks, group_tiles, panel_step, sums_aside, tile_step};
+use super::drive::{Scratch, chunks, group_tiles, pack_panels, panel_step, sums_aside, tile_step, whole_panel};
 use super::finish::Spot;
 use super::kernel::{Isa, MAX_TILE};
-use super::pack::{ArgsA, ArgsB, edge};
+use super::matrix::Matrix;
+use super::pack::{ArgsA, edge};
 use super::problem::{self, Problem};
 use super::{Gemm, MatMut, Part, Storage};
 
 /// A block of C: `rows` and `cols` (from, to) of one problem.
 pub(super) struct Task<'t, 'a> {
     pub(super) isa: &'static Isa,
+    /// The matrix unit, if the task runs on it.
+    pub(super) unit: Option<&'static Matrix>,
     pub(super) gemm: &'t Gemm<'a>,
     pub(super) layout: &'t Scratch,
     /// This thread's part of the workspace.
@@ -21,7 +25,7 @@ pub(super) struct Task<'t, 'a> {
     /// Few enough rows to run as a strip.
     pub(super) strip: bool,
     /// All of B packed, as [`super::drive`] does; else blocks of it are packed here.
-    pub(super) whole: Option<*const f32>,
+    pub(super) whole: Option<*const u8>,
     pub(super) rows: (usize, usize),
     pub(super) cols: (usize, usize),
 }
@@ -66,6 +70,8 @@ impl Task<'_, '_> {
             if self.strip {
                 *packed = None;
                 self.strips();
+            } else if let Some(unit) = self.unit.filter(|_| self.problem.k > 0) {
+                self.matrix(unit, packed);
             } else {
                 self.block(packed);
             }
@@ -145,12 +151,12 @@ impl Task<'_, '_> {
         }
     }
 
-    /// Packs rows of A for one chunk, shared out among tiles.
-    unsafe fn pack_a(&self, row: usize, rows: usize, tiles: usize, chunk: Chunk, by_col: bool, to: *mut f32) {
+    /// Rows of A for one chunk, shared out among tiles.
+    fn rows_of_a(&self, row: usize, rows: usize, tiles: usize, chunk: Chunk, by_col: bool) -> ArgsA<'_> {
         let Problem { a, row_list, k_list, .. } = self.problem;
         let i = if row_list.is_none() { row as isize } else { 0 };
         let p = if k_list.is_none() { chunk.k as isize } else { 0 };
-        let args = ArgsA {
+        ArgsA {
             a: a.from(i, p),
             rows,
             tiles,
@@ -159,17 +165,37 @@ impl Task<'_, '_> {
             row_list: row_list.map(|list| &list[row..row + rows]),
             k_list: k_list.map(|list| &list[chunk.k..chunk.k + chunk.len]),
             by_col,
-        };
-        // SAFETY: the caller's contract.
-        unsafe { (self.isa.pack_a)(&args, to) }
+        }
     }
 
-    /// Packs columns of B for one chunk.
-    unsafe fn pack_b(&self, chunk: Chunk, col: usize, cols: usize) {
-        let b = self.problem.b.from(chunk.k as isize, col as isize);
-        let args = ArgsB { b, k: chunk.len, n: cols, panel_step: panel_step(self.isa, chunk.len), stage: self.stage() };
+    /// Packs rows of A for one chunk, shared out among tiles.
+    unsafe fn pack_a(&self, row: usize, rows: usize, tiles: usize, chunk: Chunk, by_col: bool, to: *mut f32) {
         // SAFETY: the caller's contract.
-        unsafe { (self.isa.pack_b)(&args, self.b()) }
+        unsafe { (self.isa.pack_a)(&self.rows_of_a(row, rows, tiles, chunk, by_col), to) }
+    }
+
+    /// Packs columns of B for one chunk, into panels so many bytes apart.
+    unsafe fn pack_b(&self, chunk: Chunk, (col, cols): (usize, usize), panel: usize) {
+        let b = self.problem.b.from(chunk.k as isize, col as isize);
+        // SAFETY: the caller's contract.
+        unsafe { pack_panels(self.isa, self.unit, b, [chunk.len, cols], panel, self.stage(), self.b().cast()) }
+    }
+
+    /// The block of B for one chunk, packed, and the bytes from panel to panel.
+    unsafe fn block_of_b(&self, q: usize, chunk: Chunk, panel: usize, packed: &mut Packed) -> (*const u8, usize) {
+        let nr = self.isa.nr();
+        if let Some(whole) = self.whole {
+            let panel = whole_panel(self.isa, self.unit, self.gemm);
+            return (whole.wrapping_add((q * self.gemm.n.div_ceil(nr) + self.cols.0 / nr) * panel), panel);
+        }
+        // Blocks of the same columns come one after another, so a B of one chunk often is there already.
+        let this = (self.problem.index, self.cols.0);
+        if *packed != Some(this) {
+            // SAFETY: the caller's contract.
+            unsafe { self.pack_b(chunk, (self.cols.0, self.cols.1 - self.cols.0), panel) };
+        }
+        *packed = (chunk.first && chunk.last).then_some(this);
+        (self.b().cast_const().cast(), panel)
     }
 
     fn c(&self, at: At) -> MatMut {
@@ -228,7 +254,7 @@ impl Task<'_, '_> {
 
     /// Many rows: a block of B is packed once and used by every tile of rows.
     unsafe fn block(&self, packed: &mut Packed) {
-        let (isa, problem, gemm) = (self.isa, &self.problem, self.gemm);
+        let (isa, problem) = (self.isa, &self.problem);
         let (nr, (first_col, last_col)) = (isa.nr(), self.cols);
         let by_col = problem.a.row_stride == 1 && problem.a.col_stride != 1 && problem.row_list.is_none();
         let kernels = if by_col { isa.by_col } else { isa.by_row };
@@ -240,21 +266,8 @@ impl Task<'_, '_> {
         // SAFETY: the caller's contract; the scratch has room for the block (`Scratch::new`).
         unsafe {
             for (q, chunk) in self.chunks().enumerate() {
-                let (block, panel_step) = match self.whole {
-                    Some(whole) => {
-                        let (panels, step) = (gemm.n.div_ceil(nr), panel_step(isa, chunks(problem.k).1));
-                        (whole.add((q * panels + first_col / nr) * step), step)
-                    }
-                    None => {
-                        // Blocks of the same columns come one after another, so a B of one chunk often is there already.
-                        let this = (problem.index, first_col);
-                        if *packed != Some(this) {
-                            self.pack_b(chunk, first_col, last_col - first_col);
-                        }
-                        *packed = (chunk.first && chunk.last).then_some(this);
-                        (self.b().cast_const(), panel_step(isa, chunk.len))
-                    }
-                };
+                let panel = panel_step(isa, chunk.len) * size_of::<f32>();
+                let (block, panel_bytes) = self.block_of_b(q, chunk, panel, packed);
                 let mut b_after = self.b_after(chunk);
                 for i in 0..self.groups() {
                     let (group, height) = self.group(i);
@@ -279,11 +292,11 @@ impl Task<'_, '_> {
                                 (self.tile(), nr)
                             };
                             let sums = self.place(at, aside, in_c);
-                            let load = !chunk.first || gemm.accumulate;
+                            let load = !chunk.first || self.gemm.accumulate;
                             if !sums.in_c && load && (chunk.first || !keep) {
                                 (isa.load_tile)(&self.c(at), rows, cols, sums.at, sums.stride);
                             }
-                            let b = block.add(panel * panel_step);
+                            let b = block.add(panel * panel_bytes).cast();
                             let next = match sums.in_c && chunk.first {
                                 true => self.after(row + rows, at).cast_const().cast(),
                                 false => sums.at,

@@ -1,15 +1,22 @@
-//! AVX-512 and AVX2 vectors.
+//! AVX-512 and AVX2 vectors, and AVX-512 with a matrix unit.
+
+use std::sync::OnceLock;
 
 use super::kernel::Isa;
+use super::matrix::amx;
+
+pub(super) use avx512::Avx512;
 
 /// The x86 instruction sets this machine has, best first.
-pub(super) fn available() -> [Option<&'static Isa>; 2] {
+pub(super) fn available() -> [Option<&'static Isa>; 3] {
     let avx512 = is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512vl")
         && is_x86_feature_detected!("avx512dq");
     let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
-    [avx512.then_some(&avx512::ISA), avx2.then_some(&avx2::ISA)]
+    static AMX: OnceLock<Option<Isa>> = OnceLock::new();
+    let amx = || AMX.get_or_init(|| Some(Isa { name: "amx", matrix: Some(amx::detect()?), ..avx512::ISA })).as_ref();
+    [avx512.then(amx).flatten(), avx512.then_some(&avx512::ISA), avx2.then_some(&avx2::ISA)]
 }
 
 mod avx512 {
@@ -22,7 +29,7 @@ mod avx512 {
 
     /// 512-bit vectors.
     #[derive(Clone, Copy)]
-    pub(super) struct Avx512;
+    pub(in crate::cpu::gemm) struct Avx512;
 
     // SAFETY (all of it): called only from functions compiled for, and after detection of, these features; pointers are
     // valid by the trait's contract.

@@ -3,6 +3,7 @@
 use super::{At, Chunk, Task};
 use crate::cpu::gemm::Storage;
 use crate::cpu::gemm::ahead::Ahead;
+use crate::cpu::gemm::drive::panel_step;
 use crate::cpu::gemm::kernel::{ROW, Wide, WideFn};
 
 /// Wide kernels side by side that read B from top to bottom faster than its rows are read one after another.
@@ -100,7 +101,7 @@ impl Task<'_, '_> {
                                 let kernel = isa.in_place[rows - 1][vectors - 1];
                                 kernel(len, a, from, ldb, sums.at, sums.stride, load);
                             } else {
-                                self.pack_b(part, col, cols);
+                                self.pack_b(part, (col, cols), panel_step(isa, part.len) * size_of::<f32>());
                                 let kernel = isa.by_row[rows - 1][vectors - 1];
                                 kernel(len, a, self.b(), sums.at, sums.stride, load, &Ahead::only(sums.at));
                             }
@@ -147,7 +148,7 @@ impl Task<'_, '_> {
                         let from = b.from(chunk.k as isize, col as isize).data;
                         columns(chunk.len, a, from, b.col_stride, sums.at, sums.stride, load);
                     } else {
-                        self.pack_b(chunk, col, cols);
+                        self.pack_b(chunk, (col, cols), panel_step(isa, chunk.len) * size_of::<f32>());
                         let kernel = isa.by_row[rows - 1][cols.div_ceil(isa.lanes) - 1];
                         kernel(chunk.len, a, self.b(), sums.at, sums.stride, load, &Ahead::only(sums.at));
                     }
