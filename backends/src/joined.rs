@@ -6,6 +6,8 @@
 #[cfg(feature = "cuda")]
 use std::collections::HashSet;
 
+#[cfg(feature = "cuda")]
+use moebius_ir::DType;
 use moebius_ir::{Graph, NodeId, Op, Value};
 #[cfg(any(feature = "cuda", feature = "vulkan"))]
 use moebius_ir::{Node, Plan};
@@ -18,8 +20,8 @@ const MOST_LED: usize = 8;
 const MOST_CHOICES: usize = 64;
 
 /// The nodes whose work is done by the kernels of another. That one's operands and results are followed by those of the node behind it,
-/// these by those of the one before, of the route before that and of the assign, of the twin and of the node behind that, of the combine
-/// and of the node behind that.
+/// these by those of the one before, of the route before that and of the assign, of the twin and of the node behind that, of the softmax, of
+/// the combine and of the node behind that.
 #[cfg(any(feature = "cuda", feature = "vulkan"))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Beside {
@@ -34,6 +36,8 @@ pub(crate) struct Beside {
     /// The product of another branch, as [`twin`] says, and the chain behind that.
     pub(crate) twin: Option<NodeId>,
     pub(crate) behind_twin: Option<NodeId>,
+    /// The softmax of the coefficients of that combine, as [`weighed`] says.
+    pub(crate) weighed: Option<NodeId>,
     /// The combine behind a product of experts, as [`combined`] says, and the chain behind that.
     pub(crate) combined: Option<NodeId>,
     pub(crate) behind_combined: Option<NodeId>,
@@ -54,8 +58,9 @@ impl Beside {
         };
         // A twin that the plan has apart from its product of experts is a product as others are, which no combine is done with.
         let mut ahead = std::iter::successors(plan.joined_onto(id), |id| plan.joined_onto(*id));
-        let alone = is_combine(op(id)) && !ahead.any(is_of_experts);
-        let alone = alone || matches!(op(id), Op::Dispatch(_)) && !leads(&id);
+        let weighs = |id| is_softmax(op(id)) && plan.joined(id).is_some_and(|next| is_combine(op(next)));
+        let alone = (is_combine(op(id)) || is_softmax(op(id))) && !ahead.any(is_of_experts);
+        let alone = alone || is_softmax(op(id)) && !weighs(id) || matches!(op(id), Op::Dispatch(_)) && !leads(&id);
         let onto = plan.joined_onto(id).filter(|_| !alone);
         let before = onto.filter(leads);
         if leads(&id) || onto != before || chooses(id).is_some() {
@@ -64,7 +69,7 @@ impl Beside {
         let route = before.and_then(|dispatch| plan.joined_onto(plan.joined_onto(dispatch)?));
         let route = route.filter(|&route| chooses(route).is_some());
         let is_product = |op: &Op| matches!(op, Op::Matmul(_));
-        let is_behind = |op: &Op| !is_product(op) && !is_combine(op);
+        let is_behind = |op: &Op| !is_product(op) && !is_combine(op) && !is_softmax(op);
         let mut next = plan.joined(id);
         let mut take = |is: &dyn Fn(&Op) -> bool| {
             let taken = next.filter(|id| is(op(*id)))?;
@@ -75,9 +80,12 @@ impl Beside {
         let assigned = assigned.or_else(|| route.and_then(chooses));
         let twin = take(&is_product);
         let behind_twin = twin.and_then(|_| take(&is_behind));
-        let combined = if is_of_experts(id) { take(&is_combine) } else { None };
-        let behind_combined = combined.and_then(|_| take(&is_behind));
-        Some(Beside { before, route, behind, assigned, twin, behind_twin, combined, behind_combined })
+        let weighed = next.filter(|&softmax| is_of_experts(id) && weighs(softmax));
+        next = weighed.map_or(next, |softmax| plan.joined(softmax));
+        let combined = next.filter(|&combine| is_of_experts(id) && is_combine(op(combine)));
+        next = combined.map_or(next, |combine| plan.joined(combine));
+        let behind_combined = next.filter(|&chain| combined.is_some() && is_behind(op(chain)));
+        Some(Beside { before, route, behind, assigned, twin, behind_twin, weighed, combined, behind_combined })
     }
 
     /// Bytes of scratch memory in a node's step: what it needs `by_itself`, or as it is `lowered` with others beside it, or none if it is
@@ -97,8 +105,8 @@ impl Beside {
 
     /// The nodes, in the order of their operands and results behind those of the node itself.
     pub(crate) fn nodes(self) -> impl Iterator<Item = NodeId> {
-        let Beside { before, route, behind, assigned, twin, behind_twin, combined, behind_combined } = self;
-        [behind, before, route, assigned, twin, behind_twin, combined, behind_combined].into_iter().flatten()
+        let Beside { before, route, behind, assigned, twin, behind_twin, weighed, combined, behind_combined } = self;
+        [behind, before, route, assigned, twin, behind_twin, weighed, combined, behind_combined].into_iter().flatten()
     }
 
     /// Which of all operands, and of all results, is the first of `node` beside node `id`.
@@ -111,6 +119,11 @@ impl Beside {
 #[cfg(any(feature = "cuda", feature = "vulkan"))]
 fn is_combine(op: &Op) -> bool {
     matches!(op, Op::Combine(_))
+}
+
+#[cfg(any(feature = "cuda", feature = "vulkan"))]
+fn is_softmax(op: &Op) -> bool {
+    matches!(op, Op::Softmax(_))
 }
 
 /// Whether a node that another is joined onto is done by that one.
@@ -214,6 +227,17 @@ pub(crate) fn combined(graph: &Graph, id: NodeId, beside: Beside) -> Option<Node
     (few && apart && !is_kept(graph, rows, combine)).then_some(combine)
 }
 
+/// The softmax of a combine's coefficients that nothing else reads: its two numbers for a token are as soon made as read.
+#[cfg(feature = "cuda")]
+pub(crate) fn weighed(graph: &Graph, combine: NodeId) -> Option<NodeId> {
+    let node = graph.node(combine);
+    let Op::Combine(op) = &node.op else { return None };
+    let coefficient = node.operands[op.operands()[2]?];
+    let softmax = graph.producer(coefficient);
+    let wide = is_softmax(&graph.node(softmax).op) && graph.ty(coefficient).dtype == DType::F32;
+    (wide && !is_kept(graph, coefficient, combine)).then_some(softmax)
+}
+
 /// The product of experts that a node ends, which is itself or the chain behind it.
 #[cfg(feature = "cuda")]
 pub(crate) fn ended(graph: &Graph, id: NodeId) -> Option<NodeId> {
@@ -241,7 +265,7 @@ pub(crate) fn routed(graph: &Graph, id: NodeId) -> Option<NodeId> {
 
 /// The assign, the dispatch and the product behind a route of one token that has one choice: the kernel of the product can choose the
 /// expert itself, so that nothing waits for the rest of the routing.
-#[cfg(feature = "vulkan")]
+#[cfg(any(feature = "cuda", feature = "vulkan"))]
 pub(crate) fn chosen(graph: &Graph, route: NodeId) -> Option<[NodeId; 3]> {
     let node = graph.node(route);
     if !matches!(node.op, Op::Route(_)) || graph.ty(node.results[1]).elements() != 1 {

@@ -370,8 +370,9 @@ impl Plan {
 }
 
 /// Node order with every op that works in place after all other readers of what it overwrites, and the nodes that are
-/// joined right behind those they are joined onto: those of `joined` that are ready then. A node that computes the update of a stored tensor
-/// comes as soon as its operands are there, which need not be kept then. Otherwise nodes keep the order in which they were made.
+/// joined right behind those they are joined onto, for which they are held back: those of `joined` that are ready then. A node that computes
+/// the update of a stored tensor comes as soon as its operands are there, which need not be kept then. Otherwise nodes keep the order in which
+/// they were made.
 fn order(graph: &Graph, mut joined: Vec<Option<NodeId>>) -> Result<(Vec<NodeId>, Vec<Option<NodeId>>)> {
     let nodes = graph.nodes();
     let mut readers: Vec<Vec<NodeId>> = vec![Vec::new(); graph.value_count()];
@@ -437,8 +438,29 @@ fn order(graph: &Graph, mut joined: Vec<Option<NodeId>>) -> Result<(Vec<NodeId>,
     let mut order = Vec::with_capacity(nodes.len());
     // The node that was taken last, if another is to follow it.
     let mut followed: Option<NodeId> = None;
-    while let Some(Reverse((busy, _, i))) = ready.pop() {
+    // For each node, the one that it is to follow; and those that are ready before that one is taken.
+    let mut onto: Vec<Option<usize>> = vec![None; nodes.len()];
+    for (i, next) in joined.iter().enumerate() {
+        next.iter().for_each(|next| onto[next.index()] = Some(i));
+    }
+    let mut held = Vec::new();
+    loop {
+        let Some(Reverse((busy, _, i))) = ready.pop() else {
+            if held.is_empty() {
+                break;
+            }
+            // Nothing else is left: whatever they would have followed waits for them.
+            for i in held.drain(..) {
+                onto[i] = None;
+                ready.push(key(i));
+            }
+            continue;
+        };
         if taken[i] {
+            continue;
+        }
+        if onto[i].is_some_and(|before| !taken[before]) {
+            held.push(i);
             continue;
         }
         let mut now = i;
@@ -448,9 +470,17 @@ fn order(graph: &Graph, mut joined: Vec<Option<NodeId>>) -> Result<(Vec<NodeId>,
                     ready.push(key(i));
                     now = next;
                 }
-                Some(_) | None => joined[node.index()] = None,
+                Some(next) => {
+                    joined[node.index()] = None;
+                    onto[next] = None;
+                    if let Some(at) = held.iter().position(|&held| held == next) {
+                        ready.push(key(held.swap_remove(at)));
+                    }
+                }
+                None => {}
             }
         }
+        held.retain(|&held| held != now);
         taken[now] = true;
         order.push(NodeId(now as u32));
         if joined[now].is_some() {

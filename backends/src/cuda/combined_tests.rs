@@ -87,12 +87,17 @@ fn combine(graph: &Graph) -> NodeId {
     nodes(graph, |op| matches!(op, Op::Combine(_)))[0]
 }
 
+fn of_op(graph: &Graph, name: &str) -> NodeId {
+    let found = graph.nodes_with_ids().find(|(_, node)| node.op.name() == name);
+    found.map(|(id, _)| id).unwrap()
+}
+
 fn kernels(launches: &[Launch]) -> usize {
     launches.iter().flat_map(|l| &l.actions).filter(|action| matches!(action, Action::Kernel(_))).count()
 }
 
 #[test]
-fn a_token_of_one_expert_takes_four_kernels() {
+fn a_token_of_one_expert_takes_three_kernels() {
     for chip in [Chip::AMPERE, Chip::HOPPER] {
         for added in [false, true] {
             let (plan, launches) = made(Layer { added, ..ONE }, chip);
@@ -101,13 +106,34 @@ fn a_token_of_one_expert_takes_four_kernels() {
             let beside = Beside::of(&plan, product).unwrap();
             assert_eq!((beside.combined, beside.behind_combined.is_some()), (Some(combine), added));
             assert_eq!(Beside::of(&plan, combine), None);
-            // The router's logits, route with assign, and the two products.
-            assert_eq!(kernels(&launches), 4, "{chip:?}");
+            // The router's logits, and the two products, the first of which chooses the expert.
+            assert_eq!(kernels(&launches), 3, "{chip:?}");
+            let [first, route, assign] = [experts(graph)[0], of_op(graph, "route"), of_op(graph, "assign")];
+            let chooses = Beside::of(&plan, first).unwrap();
+            assert_eq!((chooses.route, chooses.assigned), (Some(route), Some(assign)));
+            assert_eq!(chooses.before, Some(of_op(graph, "dispatch")));
             let launch = &launches[product.index()];
             // One block has all of a column: its rows are stored nowhere, and nothing is counted.
             assert_eq!((launch.combined, launch.counters), (Joint::Unstored, 0));
             assert_eq!(launch.behind_combined, if added { Joint::Unstored } else { Joint::None });
         }
+    }
+}
+
+/// Beside the twin of a residual layer, and only for one token.
+#[test]
+fn a_product_chooses_with_a_twin_beside_it_and_for_one_token_only() {
+    for chip in [Chip::AMPERE, Chip::HOPPER] {
+        let (plan, _) = made(Layer { residual: true, added: true, ..ONE }, chip);
+        let graph = plan.graph();
+        let beside = Beside::of(&plan, experts(graph)[0]).unwrap();
+        assert!(
+            beside.route.is_some() && beside.twin.is_some() && beside.behind_twin.is_some(),
+            "{chip:?}: {beside:?}"
+        );
+        let (plan, launches) = made(Layer { tokens: 2, ..ONE }, chip);
+        assert_eq!(Beside::of(&plan, experts(plan.graph())[0]).unwrap().route, None);
+        assert_eq!(kernels(&launches), 4);
     }
 }
 
@@ -138,10 +164,11 @@ fn the_second_products_of_a_residual_layer_are_combined_where_they_are_made() {
             let chain = beside.behind_combined.unwrap();
             assert!(matches!(graph.node(chain).op, Op::Elementwise(_)));
             // In the order of the operands and results that the kernel is given.
-            assert_eq!(beside.nodes().collect::<Vec<_>>(), [side, combine, chain]);
+            let softmax = of_op(graph, "softmax");
+            assert_eq!(beside.nodes().collect::<Vec<_>>(), [side, softmax, combine, chain]);
             let group = std::iter::successors(Some(product), |id| plan.joined(*id));
-            assert_eq!(group.collect::<Vec<_>>(), [product, side, combine, chain]);
-            for done in [side, combine, chain] {
+            assert_eq!(group.collect::<Vec<_>>(), [product, side, softmax, combine, chain]);
+            for done in [side, softmax, combine, chain] {
                 assert_eq!(Beside::of(&plan, done), None);
                 assert!(launches[done.index()].actions.is_empty());
             }

@@ -267,8 +267,9 @@ impl CudaExecutable {
                 let own = [launch.behind, launch.combined].iter().all(|joint| *joint != Joint::Unstored);
                 let twin = beside.twin.filter(|_| launch.twin != Joint::Unstored);
                 let combined = beside.combined.filter(|_| launch.behind_combined != Joint::Unstored);
+                let chosen = [beside.route, beside.assigned];
                 let nodes = [before, own.then_some(node), beside.behind, twin, beside.behind_twin, combined];
-                let stored = nodes.into_iter().chain([beside.behind_combined]).flatten().collect();
+                let stored = chosen.into_iter().chain(nodes).chain([beside.behind_combined]).flatten().collect();
                 let (rejects, counters) = (launch.rejects, counter_bytes);
                 counter_bytes += 4 * launch.counters;
                 let launched =

@@ -126,9 +126,14 @@ impl Cuda {
                 launch::Action::Tasks(_) | launch::Action::Clear { .. } => None,
             });
             let (ty, kernels) = (graph.ty(node.results[0]), kernels.collect::<Vec<_>>().join(" + "));
-            let Beside { before, behind, twin, combined, behind_combined, .. } =
+            let Beside { before, route, behind, twin, combined, behind_combined, .. } =
                 Beside::of(&plan, id).unwrap_or_default();
-            let of = before.map_or_else(String::new, |id| format!("; with the {} before it", graph.node(id).op.name()));
+            let name = |id| graph.node(id).op.name();
+            let of = match (before, route) {
+                (None, _) => String::new(),
+                (Some(before), None) => format!("; with the {} before it", name(before)),
+                (Some(before), Some(route)) => format!("; with the {} and the {} before it", name(route), name(before)),
+            };
             let chain = match behind.map(|id| &graph.node(id).op) {
                 None => "",
                 Some(Op::GlobalNorm(_)) => "; with the norm behind it",

@@ -34,6 +34,7 @@ header!(FUNCTIONS, "functions.cuh");
 header!(ROUTER, "router.cuh");
 header!(ROUTE, "route.cuh");
 header!(ORDER, "order.cuh");
+header!(ROUTING, "routing.cuh");
 header!(HEADS, "heads.cuh");
 header!(TILES, "tiles.cuh");
 header!(VECTORS, "vectors.cuh");

@@ -3,7 +3,8 @@
 //
 // Every block that ends elements of a tile counts, when they are stored; the last one combines them. ALONE: one block ends them all, of
 // the one slot there is: it has that row in shared memory, and nothing is counted. SIDE says what comes beside the rows: NO_SIDE,
-// SIDE_BEFORE, rows that were made before the kernel, or SIDE_OF_TWIN, those of the twin. There are at most TOKENS tokens, which have
+// SIDE_BEFORE, rows that were made before the kernel, or SIDE_OF_TWIN, those of the twin. WEIGHS: a token's two coefficients are the softmax
+// of what is given for them. There are at most TOKENS tokens, which have
 // CHOICES choices together.
 
 #if COMBINES
@@ -35,6 +36,19 @@ template <typename Half> __device__ __forceinline__ Half shared_element(const Ha
     return x;
 }
 
+/// A token's coefficient: the number itself, or as the softmax of rows of two makes it, term by term as in softmax.cu.
+__device__ __forceinline__ float coefficient_of(const float* given, int i) {
+    float own = given[i];
+#if WEIGHS
+    float other = given[i ^ 1];
+    float greatest = fmaxf(fmaxf(-INF_F, own), fmaxf(-INF_F, other));
+    own = expf(own - greatest);
+    return own / (own + expf(other - greatest));
+#else
+    return own;
+#endif
+}
+
 /// The work on the block's tile of TILE columns. A thread's j-th element is the (threadIdx.x + j THREADS)-th in rows of TILE.
 template <int TILE> struct Combined {
     static constexpr int COUNT = TOKENS * TILE > THREADS ? TOKENS * TILE / THREADS : 1;
@@ -53,7 +67,7 @@ template <int TILE> struct Combined {
         int i = threadIdx.x;
         place = i < to.tokens * to.k ? to.choice_slot[i] : -1;
         gate = to.gate && i < to.tokens * to.k ? to.gate[i] : 1.0f;
-        coefficient = to.coefficient && i < 2 * to.tokens ? to.coefficient[i] : 1.0f;
+        coefficient = to.coefficient && i < 2 * to.tokens ? coefficient_of(to.coefficient, i) : 1.0f;
 #pragma unroll
         for (int j = 0; j < COUNT; j++) {
             if (token(j) >= to.tokens || column(j) >= d) continue;

@@ -1,4 +1,4 @@
-// Products c = a b + bias of few rows, where reading b is the work: dense and batched, or M-grouped by `offsets` if EXPERTS. Every
+// Products c = a b + bias of few rows, where reading b is the work: dense and batched, or M-grouped by `offsets` if GROUPED. Every
 // element of b is read once for each MOST rows, 16 bytes at a time where ALIGNED; plain f32 arithmetic.
 //
 // T is b's type, TA that of a and TC that of c. b is stored [k, n], or [n, k] if TRANSPOSED. MOST is 1, 2, 4 or 8. k is cut into
@@ -8,6 +8,8 @@
 // number of rows. A block has THREADS threads. What becomes of an element is up to `put` of chain.cuh, what a is to lead.cuh.
 //
 // TWIN: the last blocks along z of a product of experts do a dense one of as many columns over as long a k, of at most MOST rows.
+// CHOOSES: the route of one token with one choice, the assign and the dispatch before a product of experts are done by it. Every block chooses
+// the token's expert for itself, so that nothing waits for the rest, which one more block does: the first of those that are last along x.
 // COMBINES: the kernel ends with the combine behind a product of experts, as combined.cuh says; the chain is then behind that.
 //
 // A kernel's time is mostly that of waiting: so all that a thread loads is on its way before it waits for any of it, and what no kernel
@@ -21,7 +23,7 @@
 #else
 // Those of experts mostly have a row or two, for which 80 registers are enough: what is spilled for more of them costs less than half
 // as many blocks at a time.
-#define FEW_KERNEL extern "C" __global__ void __launch_bounds__(THREADS, EXPERTS ? 3 : 1)
+#define FEW_KERNEL extern "C" __global__ void __launch_bounds__(THREADS, GROUPED ? 3 : 1)
 #endif
 
 #if TRANSPOSED
@@ -55,7 +57,7 @@ struct Few {
 template <typename Element> using Elements = Vector<Element, VECTOR>;
 
 /// Whether b streams past the multiprocessor's own cache: with several experts a sixth less time, with one row a twentieth more.
-#define STREAMS (EXPERTS && MOST > 1)
+#define STREAMS (GROUPED && MOST > 1)
 
 /// The first `count` elements from here on, the others 0; where ALIGNED all are there, or `count` is not positive. ONCE: no other thread of
 /// the multiprocessor reads them.
@@ -338,7 +340,7 @@ struct Fetched {
     }
 };
 
-#if EXPERTS
+#if GROUPED
 /// The work of a block on rows of an expert.
 template <int ROWS>
 __device__ __forceinline__ void of_expert(float* room, float* sums, const TA* a, const T* b, const void* bias, const Few& p, i64 expert,
@@ -355,21 +357,42 @@ __device__ __forceinline__ void of_expert(float* room, float* sums, const TA* a,
 }
 #endif
 
-#if EXPERTS
+#if CHOOSES
+#define CHOICE_PARAMETERS , ROUTING_PARAMETERS
+#define CHOOSING ROUTING
+#else
+#define CHOICE_PARAMETERS
+struct Routing {};
+#define CHOOSING Routing()
+#endif
+
+#if GROUPED
+/// The expert of a slot, -1 of an unused one.
+__device__ __forceinline__ int expert_of(int slot, const int* offsets, const Few& p, const Routing& routing) {
+    __shared__ int of_slot;
+#if CHOOSES
+    __shared__ Desk desk;
+    if (threadIdx.x < 32) {
+        int expert = slot == 0 ? expert_of_token(routing, desk) : -1;
+        if (threadIdx.x == 0) of_slot = expert;
+    }
+#else
+    if (threadIdx.x == 0) of_slot = -1;
+    __syncthreads();
+    for (int e = threadIdx.x; e < p.experts; e += THREADS)
+        if (offsets[e] <= slot && slot < offsets[e + 1]) of_slot = e;
+#endif
+    __syncthreads();
+    return of_slot;
+}
+
 /// The work of a block of a product of experts: on the slot of its number along z, or, if `twin_rows` is not negative, on the twin.
 __device__ __forceinline__ void of_block(float* room, float* sums, const TA* a, const T* b, const int* offsets, const void* bias,
-                                         float* partial, TC* c, const Few& p, const Lead& lead, int twin_rows, const Chain& chain) {
-    __shared__ int of_slot;
+                                         float* partial, TC* c, const Few& p, const Lead& lead, const Routing& routing,
+                                         int twin_rows, const Chain& chain) {
     bool is_twin = twin_rows >= 0;
     int row0 = is_twin ? 0 : blockIdx.z, expert = 0, rows = twin_rows;
-    if (!is_twin) {
-        if (threadIdx.x == 0) of_slot = -1;
-        __syncthreads();
-        for (int e = threadIdx.x; e < p.experts; e += THREADS)
-            if (offsets[e] <= row0 && row0 < offsets[e + 1]) of_slot = e;
-        __syncthreads();
-        expert = of_slot;
-    }
+    if (!is_twin) expert = expert_of(row0, offsets, p, routing);
     if (expert < 0) {
         // Of an unused slot one block ends each column, or each chunk's where they are added up later; c_batch is 0.
         Ends<1> ends;
@@ -378,10 +401,14 @@ __device__ __forceinline__ void of_block(float* room, float* sums, const TA* a, 
         if (blockIdx.y == 0 || partial) ends.end(0, 0.0f, false, partial, p.total, c, chain);
         return;
     }
+#if CHOOSES
+    if (!is_twin) rows = 1;
+#else
     if (!is_twin) {
         rows = min(MOST, offsets[expert + 1] - row0);
         if ((row0 - offsets[expert]) % MOST != 0) return;
     }
+#endif
 #if CLUSTER > 1
     cluster_arrive();
 #endif
@@ -417,18 +444,24 @@ __device__ __forceinline__ void bring_near(const T* b, const Few& p) {
 #define TWIN_PARAMETERS
 #endif
 
-/// Blocks along z: for each product of a batch, groups of MOST rows; if EXPERTS one for each slot, of which only those at the start of
+/// Blocks along z: for each product of a batch, groups of MOST rows; if GROUPED one for each slot, of which only those at the start of
 /// MOST rows of an expert have work, and those of unused slots, which become 0.
 FEW_KERNEL few_rows(const TA* a, const T* b, const int* offsets, const void* bias, float* partial, TC* c, Few p LEAD_PARAMETERS
-                        COMBINE_PARAMETERS CHAIN_PARAMETERS TWIN_PARAMETERS) {
+                        CHOICE_PARAMETERS COMBINE_PARAMETERS CHAIN_PARAMETERS TWIN_PARAMETERS) {
     Fetched fetched;
     if (EARLY) fetched.load(b, bias, p, LEADING);
 #if TWIN
     bring_near(twin_b, p);
 #endif
     begin();
+#if CHOOSES
+    if (blockIdx.x + 1 == gridDim.x) {
+        if (blockIdx.y == 0 && blockIdx.z == 0 && threadIdx.x < 32 * ROUTING_WARPS) route_and_assign(ROUTING);
+        return;
+    }
+#endif
     __shared__ float room[SHARES * MOST * COLUMNS], sums[SUMS];
-#if EXPERTS
+#if GROUPED
     TC* to = c;
 #if COMBINES
     Combined<COLUMNS> tail;
@@ -450,7 +483,7 @@ FEW_KERNEL few_rows(const TA* a, const T* b, const int* offsets, const void* bia
 #else
     const Chain chain = CHAIN;
 #endif
-    of_block(room, sums, a, b, offsets, bias, partial, to, p, LEADING, of_twin, chain);
+    of_block(room, sums, a, b, offsets, bias, partial, to, p, LEADING, CHOOSING, of_twin, chain);
 #if COMBINES
     tail.end(COMBINING, ALONE ? to : c, p.m, p.n, chain);
 #endif

@@ -1,18 +1,18 @@
 // The choice of experts for every token, and the statistics of their load: one kernel for the tokens, one that joins the
 // statistics of its blocks in order.
 
-#define THREADS (32 * WARPS)
+#define THREADS (32 * ROUTING_WARPS)
 /// Tokens of one block.
-#define TOKENS (4 * WARPS)
+#define TOKENS (4 * ROUTING_WARPS)
 
 /// Optional operands are null where there are none. partial_p [blocks, EXPERTS], partial_counts [blocks, 2, EXPERTS] (all
 /// choices, counted ones), partial_sums [blocks, 2] (lse squared, entropy).
 KERNEL route(const float* all_logits, const float* bias, const float* all_noise, const u8* used, const int* given, int n,
              float* gate, int* index, float* partial_p, int* partial_counts, float* partial_sums) {
     begin();
-    __shared__ Desk desks[WARPS];
+    __shared__ Desk desks[ROUTING_WARPS];
     __shared__ int counts[2][EXPERTS];
-    __shared__ float sums[WARPS][2];
+    __shared__ float sums[ROUTING_WARPS][2];
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     Desk& desk = desks[warp];
     clear(desk, counts);
@@ -20,24 +20,24 @@ KERNEL route(const float* all_logits, const float* bias, const float* all_noise,
     Found found{0.0f, 0.0f};
     __syncthreads();
 
-    const int each = TOKENS / WARPS;
+    const int each = TOKENS / ROUTING_WARPS;
     int first = blockIdx.x * TOKENS + warp * each, last = min(first + each, n);
     for (int t = first; t < last; t++) {
-        choose(desk, from, t, gate + (i64)t * K, index + (i64)t * K, counts, found);
+        choose<true>(desk, from, t, gate + (i64)t * K, index + (i64)t * K, counts, found);
     }
 
     if (lane == 0) sums[warp][0] = found.z, sums[warp][1] = found.entropy;
     __syncthreads();
     for (int e = threadIdx.x; e < EXPERTS; e += THREADS) {
         float p = 0.0f;
-        for (int w = 0; w < WARPS; w++) p += desks[w].p_sum[e];
+        for (int w = 0; w < ROUTING_WARPS; w++) p += desks[w].p_sum[e];
         partial_p[(i64)blockIdx.x * EXPERTS + e] = p;
         for (int which = 0; which < 2; which++)
             partial_counts[((i64)blockIdx.x * 2 + which) * EXPERTS + e] = counts[which][e];
     }
     if (threadIdx.x < 2) {
         float sum = 0.0f;
-        for (int w = 0; w < WARPS; w++) sum += sums[w][threadIdx.x];
+        for (int w = 0; w < ROUTING_WARPS; w++) sum += sums[w][threadIdx.x];
         partial_sums[blockIdx.x * 2 + threadIdx.x] = sum;
     }
 }

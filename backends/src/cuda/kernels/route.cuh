@@ -16,9 +16,9 @@ struct Desk {
     float group[GROUPS > 0 ? GROUPS : 1];
 };
 
-/// Before the first token of a block of WARPS warps.
+/// Before the first token of a block of ROUTING_WARPS warps.
 __device__ __forceinline__ void clear(Desk& desk, int (&counts)[2][EXPERTS]) {
-    for (int e = threadIdx.x; e < EXPERTS; e += 32 * WARPS) counts[0][e] = counts[1][e] = 0;
+    for (int e = threadIdx.x; e < EXPERTS; e += 32 * ROUTING_WARPS) counts[0][e] = counts[1][e] = 0;
     EACH_EXPERT(e) desk.p_sum[e] = 0.0f;
 }
 
@@ -84,7 +84,9 @@ struct Given {
 /// Sums of a warp over its tokens: of the squares of the log of their weights' sum, and of the entropy.
 struct Found { float z, entropy; };
 
-/// The K gates and experts of token t, by a warp. `counts`: all choices and the counted ones, of each expert.
+/// The K gates and experts of token t, by a warp. `counts`: all choices and the counted ones, of each expert. COUNTS: they are counted, and
+/// what else the statistics need is found.
+template <bool COUNTS>
 __device__ __forceinline__ void choose(Desk& desk, const Given& from, int t, float* gate, int* index, int (*counts)[EXPERTS], Found& found) {
     const float* logits = from.logits + (i64)t * EXPERTS;
     const float* noise = from.noise ? from.noise + (i64)t * EXPERTS : 0;
@@ -93,21 +95,21 @@ __device__ __forceinline__ void choose(Desk& desk, const Given& from, int t, flo
     Row row = row_of(logits);
     bool finite = row.finite();
     float lse = row.lse(), total = 0.0f, h = 0.0f;
-    found.z = fmaf(lse, lse, found.z);
+    if (COUNTS) found.z = fmaf(lse, lse, found.z);
     EACH_EXPERT(e) {
         float v = SCORE == 0 ? row.softmax(logits[e]) : own_value(logits[e]);
         desk.value[e] = finite ? v : NAN_F;
         desk.closed[e] = 0;
         total += v;
     }
-    if (NORMALISED) total = warp_sum(total);
-    EACH_EXPERT(e) {
+    if (COUNTS && NORMALISED) total = warp_sum(total);
+    if (COUNTS) EACH_EXPERT(e) {
         float p = row.softmax(logits[e]);
         if (NORMALISED && finite) p = total < 1.17549435e-38f ? 1.0f / EXPERTS : desk.value[e] / total;
         desk.p_sum[e] += p;
         if (p != 0.0f) h -= p * (NORMALISED ? logf(fmaxf(p, 1.17549435e-38f)) : logits[e] - row.greatest - logf(row.total));
     }
-    found.entropy += warp_sum(h);
+    if (COUNTS) found.entropy += warp_sum(h);
     __syncwarp();
 
     bool chooses = !from.given && !unused && finite;
@@ -145,7 +147,7 @@ __device__ __forceinline__ void choose(Desk& desk, const Given& from, int t, flo
         }
         if (lane == 0) {
             gate[j] = g, index[j] = x;
-            if (x >= 0) {
+            if (COUNTS && x >= 0) {
                 atomicAdd(&counts[0][x], 1);
                 if (j < COUNTED) atomicAdd(&counts[1][x], 1);
             }

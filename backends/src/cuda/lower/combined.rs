@@ -27,6 +27,8 @@ pub(super) struct Combined {
     chain_args: Vec<Arg>,
     chain: Option<Joined>,
     side: Side,
+    /// Whether the kernel is given what the coefficients are the softmax of.
+    weighs: bool,
     tokens: usize,
     /// Choices of all tokens.
     choices: usize,
@@ -54,11 +56,15 @@ impl Combined {
             Some(at) if by_twin(at) => Side::OfTwin,
             Some(_) => Side::Before,
         };
-        let optional = op.operands().map(|i| i.map_or(Arg::Null, Arg::Operand));
+        let mut optional = op.operands().map(|i| i.map_or(Arg::Null, |i| behind(Arg::Operand(i))));
+        if let Some(softmax) = beside.weighed {
+            optional[2] = Arg::Operand(0).behind(beside.first(graph, id, softmax));
+        }
         let numbers = [int(choice_slot[0], "tokens")?, int(choice_slot[1], "choices")?].map(Arg::I32);
-        let args = [&[Arg::Operand(2)][..], &optional, &numbers, &[joined::out(chain.as_ref())]].concat();
+        let [slots, out] = [Arg::Operand(2), joined::out(chain.as_ref())].map(behind);
         Ok(Some(Combined {
-            args: args.into_iter().map(behind).collect(),
+            args: [&[slots][..], &optional, &numbers, &[out]].concat(),
+            weighs: beside.weighed.is_some(),
             chain_args: joined::args(chain.as_ref()).into_iter().map(behind).collect(),
             chain,
             side,
@@ -85,6 +91,7 @@ pub(super) fn source(combined: Option<&Combined>, alone: bool, source: Source) -
     source
         .define("ALONE", u8::from(alone))
         .define("SIDE", side)
+        .define("WEIGHS", u8::from(combined.weighs))
         .define("TOKENS", combined.tokens.next_power_of_two())
         .define("CHOICES", combined.choices)
 }

@@ -2,6 +2,7 @@
 
 use moebius_ir::DType;
 
+use super::chosen::{self, Chosen};
 use super::combined::{self, Combined};
 use super::gemm::{Product, Strides};
 use super::joined::{self, Joined};
@@ -64,6 +65,8 @@ pub(super) struct Around<'a> {
     pub(super) joined: Option<&'a Joined>,
     /// What makes its rows.
     pub(super) lead: Option<&'a Lead>,
+    /// The route and the assign before the dispatch of one token; then the lead is that.
+    pub(super) chosen: Option<&'a Chosen<'a>>,
     /// What runs beside a product of experts.
     pub(super) twin: Option<&'a Twin>,
     /// What is behind a product of experts that no chain is behind.
@@ -72,13 +75,23 @@ pub(super) struct Around<'a> {
     pub(super) early: bool,
 }
 
-/// The headers of a product in clusters or not, behind a norm or not.
-fn headers(clustered: bool, normalises: bool) -> &'static [Header] {
-    match (clustered, normalises) {
-        (false, false) => &[FUNCTIONS, VECTORS, LEAD],
-        (false, true) => &[FUNCTIONS, VECTORS, NORM, LEAD],
-        (true, false) => &[HALVES, CLUSTER, FUNCTIONS, VECTORS, LEAD],
-        (true, true) => &[HALVES, CLUSTER, FUNCTIONS, VECTORS, NORM, LEAD],
+/// The headers of a product in clusters or not, behind a norm or not, or behind a route.
+fn headers(clustered: bool, normalises: bool, chooses: bool) -> &'static [Header] {
+    const CHOOSES: [Header; 7] = {
+        let [router, route, order, routing] = chosen::HEADERS;
+        [FUNCTIONS, VECTORS, LEAD, router, route, order, routing]
+    };
+    const CLUSTER_CHOOSES: [Header; 9] = {
+        let [router, route, order, routing] = chosen::HEADERS;
+        [HALVES, CLUSTER, FUNCTIONS, VECTORS, LEAD, router, route, order, routing]
+    };
+    match (clustered, normalises, chooses) {
+        (false, _, true) => &CHOOSES,
+        (true, _, true) => &CLUSTER_CHOOSES,
+        (false, false, false) => &[FUNCTIONS, VECTORS, LEAD],
+        (false, true, false) => &[FUNCTIONS, VECTORS, NORM, LEAD],
+        (true, false, false) => &[HALVES, CLUSTER, FUNCTIONS, VECTORS, LEAD],
+        (true, true, false) => &[HALVES, CLUSTER, FUNCTIONS, VECTORS, NORM, LEAD],
     }
 }
 
@@ -126,7 +139,7 @@ pub(super) fn launch(
     few: Few,
     number: Number,
     operands: Operands,
-    Around { joined, lead, twin, combined, early }: Around<'_>,
+    Around { joined, lead, chosen, twin, combined, early }: Around<'_>,
 ) -> Result<Launch, String> {
     let (batch, experts) = match number {
         Number::Batch(batch) => (batch, None),
@@ -167,12 +180,13 @@ pub(super) fn launch(
     let z = if experts.is_some() { m + usize::from(twin.is_some()) } else { groups(batch, m) };
     // The chunks of a tile are a cluster where there are clusters as large, and all of them run at once: a block that waits for the
     // others of its cluster keeps those behind it from starting.
-    let blocks = n.div_ceil(columns).saturating_mul(chunks.count).saturating_mul(z);
+    let across = n.div_ceil(columns) + usize::from(chosen.is_some());
+    let blocks = across.saturating_mul(chunks.count).saturating_mul(z);
     let clustered = chip.hopper && (2..=MOST_CLUSTER).contains(&chunks.count) && blocks <= MOST_CLUSTERED;
     let whole = chunks.count == 1 || clustered;
     if twin.is_some() && !whole {
         // Whoever adds up chunks elsewhere has no place for a second product's.
-        let around = Around { joined, lead, twin: None, combined: None, early };
+        let around = Around { joined, lead, chosen, twin: None, combined: None, early };
         return launch(chip, [of_a, of_b], product, few, number, operands, around);
     }
     let combined = combined.filter(|_| whole && joined.is_none() && n > 0 && z > 0);
@@ -193,12 +207,16 @@ pub(super) fn launch(
         bytes.extend(int(n, "an extent of a product")?.to_le_bytes());
     }
     let lead = lead.filter(|lead| n > 0 && lead.fits(m, p.k, few_dtype, MOST_ROWS));
-    let headers = headers(clustered, lead.is_some_and(Lead::is_norm));
+    if chosen.is_some() && (lead.is_none() || combined.is_some() || experts.is_none()) {
+        return Err("the rows of a token that is chosen for, and a combine elsewhere".into());
+    }
+    let headers = headers(clustered, lead.is_some_and(Lead::is_norm), chosen.is_some());
     let text = format!("#line 1 \"combined.cuh\"\n{COMBINED}\n#line 1 \"few_rows.cu\"\n{TEXT}");
     let source = joined::source(chain, "few_rows.cu", headers, &text);
-    let source = combined::source(combined, alone, twin::source(twin, lead::source(lead, source)))
+    let source = chosen::source(chosen, lead::source(lead, source))?;
+    let source = combined::source(combined, alone, twin::source(twin, source))
         .define("THREADS", THREADS)
-        .define("EXPERTS", u8::from(experts.is_some()))
+        .define("GROUPED", u8::from(experts.is_some()))
         .define("EARLY", u8::from(early && experts.is_none()))
         .define("LOADS", chunks.length.div_ceil(step).clamp(1, MOST_AHEAD))
         .define("CLUSTER", if clustered { chunks.count } else { 1 })
@@ -215,9 +233,10 @@ pub(super) fn launch(
     let out = if combined.is_some() { combined::out(alone) } else { joined::out(joined) };
     let mut args = vec![a, b, offsets, bias, partial.clone(), out, Arg::Bytes(bytes)];
     args.extend(lead::args(lead));
+    args.extend(chosen::args(chosen));
     args.extend(combined.map_or_else(|| joined::args(joined), |combined| combined::args(combined, alone)));
     args.extend(twin::args(twin));
-    let grid = [n.div_ceil(columns), chunks.count, z];
+    let grid = [across, chunks.count, z];
     let mut actions = vec![kernel(source.clone(), "few_rows", grid, THREADS as u32, args)];
     if chunks.count > 1 && !clustered {
         actions.push(finish(source, "few_rows_finish", THREADS, 1, (partial, total), &chunks, joined)?);

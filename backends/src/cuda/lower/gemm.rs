@@ -3,6 +3,7 @@
 use moebius_ir::ops::{ExpertMatmul, Matmul};
 use moebius_ir::{DType, Graph, Node, NodeId, Shape};
 
+use super::chosen::Chosen;
 use super::combined::Combined;
 use super::early::stays;
 use super::few_rows::{self, Around, Few, Number, Operands};
@@ -189,7 +190,7 @@ pub(super) fn lower_matmul(graph: &Graph, id: NodeId, op: &Matmul, beside: Besid
     if let Some(side) = few(batch, m, n, k) {
         let lead = if side == Few::Rows && batch == 1 { Lead::new(graph, id, beside)? } else { None };
         let early = side == Few::Rows && node.operands[1..].iter().all(|&v| stays(graph, v));
-        let around = Around { joined, lead: lead.as_ref(), twin: None, combined: None, early };
+        let around = Around { joined, lead: lead.as_ref(), chosen: None, twin: None, combined: None, early };
         return few_rows::launch(chip, dtypes, &product, side, Number::Batch(batch), operands, around);
     }
     if batch == 1 {
@@ -245,8 +246,9 @@ pub(super) fn lower_expert_matmul(graph: &Graph, id: NodeId, op: &ExpertMatmul, 
         let lead = Lead::new(graph, id, beside)?;
         let twin = Twin::new(graph, id, beside, joined)?;
         let combined = Combined::new(graph, id, beside)?;
-        let (twin, combined) = (twin.as_ref(), combined.as_ref());
-        let around = Around { joined, lead: lead.as_ref(), twin, combined, early: false };
+        let chosen = Chosen::new(graph, id, beside)?;
+        let (chosen, twin, combined) = (chosen.as_ref(), twin.as_ref(), combined.as_ref());
+        let around = Around { joined, lead: lead.as_ref(), chosen, twin, combined, early: false };
         return few_rows::launch(chip, dtypes, &product, Few::Rows, Number::Experts(experts), operands, around);
     }
     let segments = Segments::Rows(experts);

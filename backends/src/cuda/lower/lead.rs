@@ -21,6 +21,8 @@ enum Making {
     Norm { name: &'static str, width: usize, per_lane: usize, pieces: usize },
     /// A dispatch.
     Dispatch,
+    /// A dispatch of the one token there is, whose expert the kernel chooses.
+    Token,
 }
 
 /// A norm or a dispatch before a product.
@@ -44,6 +46,9 @@ impl Lead {
         let Some(before) = beside.before else { return Ok(None) };
         let (node, [operands, results]) = (graph.node(before), beside.first(graph, id, before));
         let (operand, dtype) = (|i| Arg::Operand(operands + i), dtype(graph, node, 0));
+        if matches!(node.op, Op::Dispatch(_)) && beside.route.is_some() {
+            return Ok(Some(Lead { making: Making::Token, dtype, rows: operand(0), args: vec![], kept: false }));
+        }
         if matches!(node.op, Op::Dispatch(_)) {
             let choice_slot = graph.ty(node.operands[2]);
             let gate = if node.operands.len() > 3 { operand(3) } else { Arg::Null };
@@ -80,7 +85,7 @@ impl Lead {
         let of_block = match self.making {
             // Every block would make all rows.
             Making::Norm { width: own, .. } => own == width && rows <= most,
-            Making::Dispatch => true,
+            Making::Dispatch | Making::Token => true,
         };
         of_block && self.dtype == dtype
     }
@@ -94,7 +99,7 @@ impl Lead {
 /// A file of products whose rows are made by a node before them or by none.
 pub(super) fn source(lead: Option<&Lead>, source: Source) -> Source {
     match lead.map(|lead| &lead.making) {
-        None => source.define("LEAD", "NOTHING"),
+        None | Some(Making::Token) => source.define("LEAD", "NOTHING"),
         Some(Making::Dispatch) => source.define("LEAD", "DISPATCH"),
         Some(Making::Norm { name, width, per_lane, pieces }) => {
             source.define("LEAD", name).define("WIDTH", width).define("PER_LANE", per_lane).define("PIECES", pieces)

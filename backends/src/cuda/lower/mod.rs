@@ -4,6 +4,7 @@
 //! alone, so that what is said here of a machine with a GPU can be tested on one without.
 
 mod attention;
+mod chosen;
 mod classifier;
 mod combined;
 mod early;
@@ -71,6 +72,9 @@ fn per_lane(dtype: DType, d: usize) -> usize {
 /// The node that is to be joined onto a node on such a GPU: one that the node's kernels can do, or a product whose kernels can do the
 /// node.
 pub(crate) fn joined(graph: &Graph, id: NodeId, chip: Chip) -> Option<NodeId> {
+    if let Some(dispatch) = chosen(graph, id, chip) {
+        return Some(dispatch);
+    }
     if let Some(product) = shared::led(graph, id) {
         let beside = Beside { before: Some(id), behind: follower(graph, product, chip), ..Beside::default() };
         let apart = beside.behind.is_none_or(|chain| shared::apart(graph, id, chain));
@@ -78,11 +82,28 @@ pub(crate) fn joined(graph: &Graph, id: NodeId, chip: Chip) -> Option<NodeId> {
         return Some(product).filter(|_| apart && does());
     }
     follower(graph, id, chip).or_else(|| {
+        if matches!(graph.node(id).op, Op::Softmax(_)) {
+            let experts = graph.nodes_with_ids().filter(|(_, node)| matches!(node.op, Op::ExpertMatmul(_)));
+            let mut beside = experts.map(|(product, _)| beside_experts(graph, product, chip));
+            return beside.find(|beside| beside.weighed == Some(id))?.combined;
+        }
         let product = shared::ended(graph, id).or_else(|| shared::twinned(graph, id))?;
-        let Beside { behind, twin, combined, .. } = beside_experts(graph, product, chip);
+        let Beside { behind, twin, weighed, combined, .. } = beside_experts(graph, product, chip);
+        let ends = weighed.or(combined);
         // What follows the last of the nodes in front of it; the twin's own chain is told above.
-        if behind.unwrap_or(product) == id { twin.or(combined) } else { combined.filter(|_| twin == Some(id)) }
+        if behind.unwrap_or(product) == id { twin.or(ends) } else { ends.filter(|_| twin == Some(id)) }
     })
+}
+
+/// The dispatch behind an assign, if a product can do both, and the route before them.
+fn chosen(graph: &Graph, assign: NodeId, chip: Chip) -> Option<NodeId> {
+    let node = graph.node(assign);
+    let index = *node.operands.first().filter(|_| matches!(node.op, Op::Assign(_)))?;
+    let route = graph.producer(shared::base(graph, index));
+    let [assign, dispatch, product] = shared::chosen(graph, route)?;
+    let around = beside_experts(graph, product, chip);
+    let beside = Beside { before: Some(dispatch), route: Some(route), assigned: Some(assign), ..around };
+    lower(graph, product, beside, chip).is_ok_and(|l| l.before != Joint::None).then_some(dispatch)
 }
 
 /// What the kernels of a product of experts can do on such a GPU of the nodes beside it, but for one before it.
@@ -97,6 +118,9 @@ fn beside_experts(graph: &Graph, product: NodeId, chip: Chip) -> Beside {
     }
     if let Some(combine) = shared::combined(graph, product, beside) {
         let with = Beside { combined: Some(combine), behind_combined: follower(graph, combine, chip), ..beside };
+        beside = if does(with, |l| l.combined) { with } else { beside };
+        let weighed = shared::weighed(graph, combine).filter(|_| beside.combined.is_some());
+        let with = Beside { weighed, ..beside };
         beside = if does(with, |l| l.combined) { with } else { beside };
     }
     beside

@@ -5,7 +5,7 @@ use moebius_ir::{Graph, Node, Op};
 
 use super::{Lowered, int};
 use crate::cuda::launch::{Action, Arg, Joint, Launch, Scratch, kernel};
-use crate::cuda::source::{Header, ORDER, ROUTE, ROUTER, Source, VECTORS};
+use crate::cuda::source::{ORDER, ROUTE, ROUTER, ROUTING, Source, VECTORS};
 use crate::joined::Beside;
 
 const TEXT: &str = include_str!("../kernels/route.cu");
@@ -32,15 +32,7 @@ fn counted(balance: Balance, k: usize) -> usize {
 }
 
 /// A file of the router for its extents and score.
-fn router(
-    file: &'static str,
-    headers: &'static [Header],
-    text: &'static str,
-    experts: usize,
-    k: usize,
-    score: Score,
-    balance: Balance,
-) -> Result<Source, String> {
+fn router(source: Source, experts: usize, k: usize, score: Score, balance: Balance) -> Result<Source, String> {
     if experts > MOST_EXPERTS {
         return Err(format!("at most {MOST_EXPERTS} experts, not {experts}"));
     }
@@ -51,11 +43,8 @@ fn router(
         Score::Identity => (3, None),
         Score::SparseMixer { jitter_eps } => (4, Some(jitter_eps)),
     };
-    let source = Source::new(file, headers, text)
-        .define("EXPERTS", experts)
-        .define("K", k)
-        .define("COUNTED", counted(balance, k))
-        .define("SCORE", which);
+    let source =
+        source.define("EXPERTS", experts).define("K", k).define("COUNTED", counted(balance, k)).define("SCORE", which);
     // Twice the epsilon, bit for bit.
     Ok(match jitter {
         Some(eps) => source.define("JITTER", format!("__uint_as_float(0x{:08x}u)", (2.0 * eps as f32).to_bits())),
@@ -64,22 +53,15 @@ fn router(
 }
 
 /// A file with [`ROUTE`] for a route over so many experts by blocks of so many warps.
-fn choosing(
-    file: &'static str,
-    text: &'static str,
-    op: &Route,
-    experts: usize,
-    warps: usize,
-) -> Result<Source, String> {
+fn choosing(source: Source, op: &Route, experts: usize, warps: usize) -> Result<Source, String> {
     let r = op.router;
     let (groups, keep, top2) = r.groups.map_or((0, 0, false), |g| (g.count, g.keep, g.by == GroupScore::Top2Sum));
-    let headers: &[_] = &[ROUTER, ROUTE, ORDER];
-    Ok(router(file, headers, text, experts, r.k, r.score, r.balance)?
+    Ok(router(source, experts, r.k, r.score, r.balance)?
         .define("GROUPS", groups)
         .define("KEEP", keep)
         .define("TOP2", u8::from(top2))
         .define("LATER", u8::from(op.noise == Some(NoiseUse::LaterChoices)))
-        .define("WARPS", warps))
+        .define("ROUTING_WARPS", warps))
 }
 
 /// The operands of a route, null where there is none.
@@ -100,7 +82,7 @@ pub(super) fn lower_route(graph: &Graph, node: &Node, op: &Route, beside: Beside
     }
     // Few tokens of many experts: shared memory holds a row of each for every warp.
     let warps = if e <= 256 { 4 } else { 1 };
-    let source = choosing("route.cu", TEXT, op, e, warps)?;
+    let source = choosing(Source::new("route.cu", &[ROUTER, ROUTE], TEXT), op, e, warps)?;
     let blocks = n.div_ceil(WARP_TOKENS * warps);
     let (tokens, blocks_arg) = (Arg::I32(int(n, "tokens")?), Arg::I32(int(blocks, "tokens")?));
     let mut scratch = Scratch::default();
@@ -118,26 +100,53 @@ pub(super) fn lower_route(graph: &Graph, node: &Node, op: &Route, beside: Beside
 }
 
 /// A route of few tokens with the assign behind it.
-fn lower_few(graph: &Graph, [node, assign]: [&Node; 2], op: &Route, slots: &Assign, [n, e]: [usize; 2]) -> Lowered {
+fn lower_few(graph: &Graph, nodes: [&Node; 2], op: &Route, slots: &Assign, [n, e]: [usize; 2]) -> Lowered {
     // A row of each warp: two or three numbers and a flag for each expert.
     let warps = n.min(FEW_WARPS).min(FEW_BYTES / (13 * e.max(1))).max(1);
-    let source = choosing("route_few.cu", FEW, op, e, warps)?.define("TOKENS", n).define("ASSIGNED", slots.experts);
-    let (operands_before, results_before) = (node.operands.len(), node.results.len());
-    let priority = if assign.operands.len() > 1 { Arg::Operand(operands_before + 1) } else { Arg::Null };
-    let [capacity, choice_major, count] = numbers(graph, assign, slots)?;
-    let args = [
-        operands(op),
-        (0..6).map(Arg::Result).collect(),
-        vec![priority, capacity, choice_major, count],
-        (0..4).map(|i| Arg::Result(results_before + i)).collect(),
-    ];
-    let launch = Launch::one(source, "route_few", [1, 1, 1], 32 * warps as u32, args.concat());
+    let routing = Routing { nodes, op, slots, extents: [n, e] };
+    let source = Source::new("route_few.cu", &[ROUTER, ROUTE, ORDER, ROUTING], FEW);
+    let behind = [nodes[0].operands.len(), nodes[0].results.len()];
+    let args = routing.args(graph, [[0, 0], behind])?;
+    let launch = Launch::one(routing.source(source, warps)?, "route_few", [1, 1, 1], 32 * warps as u32, args);
     Ok(Launch { behind: Joint::Stored, ..launch })
+}
+
+/// A route of few tokens and the assign behind it, as one block does them.
+pub(super) struct Routing<'a> {
+    pub(super) nodes: [&'a Node; 2],
+    pub(super) op: &'a Route,
+    pub(super) slots: &'a Assign,
+    /// Tokens and experts.
+    pub(super) extents: [usize; 2],
+}
+
+impl Routing<'_> {
+    /// A file with [`ROUTING`], by a block of so many warps.
+    ///
+    /// # Errors
+    /// Of too many experts.
+    pub(super) fn source(&self, source: Source, warps: usize) -> Result<Source, String> {
+        let [n, e] = self.extents;
+        Ok(choosing(source, self.op, e, warps)?.define("TOKENS", n).define("ASSIGNED", self.slots.experts))
+    }
+
+    /// The arguments for `ROUTING_PARAMETERS`; operands and results of both nodes begin behind so many others.
+    ///
+    /// # Errors
+    /// Of sizes that kernels cannot count.
+    pub(super) fn args(&self, graph: &Graph, [of_route, of_assign]: [[usize; 2]; 2]) -> Result<Vec<Arg>, String> {
+        let [_, assign] = self.nodes;
+        let priority = if assign.operands.len() > 1 { Arg::Operand(1) } else { Arg::Null };
+        let [capacity, choice_major, count] = numbers(graph, assign, self.slots)?;
+        let route = operands(self.op).into_iter().chain((0..6).map(Arg::Result)).map(|arg| arg.behind(of_route));
+        let assign = [priority, capacity, choice_major, count].into_iter().chain((0..4).map(Arg::Result));
+        Ok(route.chain(assign.map(|arg| arg.behind(of_assign))).collect())
+    }
 }
 
 pub(super) fn lower_route_grad(graph: &Graph, node: &Node, op: &RouteGrad) -> Lowered {
     let (n, e) = (graph.shape(node.operands[0])[0], graph.shape(node.operands[0])[1]);
-    let source = router("route_grad.cu", &[ROUTER], GRAD, e, op.k, op.score, op.balance)?;
+    let source = router(Source::new("route_grad.cu", &[ROUTER], GRAD), e, op.k, op.score, op.balance)?;
     let tokens = Arg::I32(int(n, "tokens")?);
     let mut scratch = Scratch::default();
     let counts = scratch.take(4 * e);
