@@ -1,11 +1,10 @@
 //! One lane of a kernel: its variables, its place in the code.
 
-use std::collections::HashMap;
 use std::rc::Rc;
 
 use half::{bf16, f16};
 
-use super::module::{Instruction, Module, Type};
+use super::module::{Ids, Instruction, Module, Type};
 use super::{Memory, Pointer, Value};
 
 /// Why a lane does not go on; with the place in the code.
@@ -20,7 +19,6 @@ pub(super) enum Stop {
 
 /// A function that is being run.
 struct Frame {
-    values: HashMap<u32, Value>,
     /// Where to go on in the caller, and what the result is called there.
     back: (usize, u32),
 }
@@ -28,7 +26,8 @@ struct Frame {
 /// One lane.
 pub(super) struct Lane<'a> {
     module: &'a Module,
-    globals: HashMap<u32, Value>,
+    /// Of the globals and of all functions: none calls itself.
+    values: Ids<Value>,
     variables: Vec<Value>,
     frames: Vec<Frame>,
     at: usize,
@@ -39,11 +38,11 @@ pub(super) struct Lane<'a> {
 const MATRIX_SIDE: usize = 16;
 
 /// Makes room for a workgroup's variables; pointers to all that lanes share.
-pub(super) fn shared(m: &Module, memory: &mut Memory, numbers: usize) -> Result<HashMap<u32, Value>, String> {
-    let mut pointers = HashMap::new();
+pub(super) fn shared(m: &Module, memory: &mut Memory, numbers: usize) -> Result<Vec<(u32, Value)>, String> {
+    let mut pointers = Vec::new();
     for v in &m.variables {
         let piece = match v.class {
-            2 | 12 => *m.bindings.get(&v.id).ok_or("a buffer without a binding")?,
+            2 | 12 => *m.bindings.get(v.id).ok_or("a buffer without a binding")?,
             9 => numbers,
             4 => {
                 memory.pieces.push(vec![0xff; m.bytes(v.ty)]);
@@ -51,7 +50,7 @@ pub(super) fn shared(m: &Module, memory: &mut Memory, numbers: usize) -> Result<
             }
             _own => continue,
         };
-        pointers.insert(v.id, Value::Pointer(Pointer::Shared { memory: piece, at: 0, ty: v.ty }));
+        pointers.push((v.id, Value::Pointer(Pointer::Shared { memory: piece, at: 0, ty: v.ty })));
     }
     Ok(pointers)
 }
@@ -77,27 +76,28 @@ fn each(values: &[&Value], f: &dyn Fn(&[u32]) -> u32) -> Result<Value, String> {
 impl<'a> Lane<'a> {
     pub(super) fn new(
         module: &'a Module,
-        shared: &HashMap<u32, Value>,
+        shared: &[(u32, Value)],
         thread: u32,
         group: [u32; 3],
         all: [u32; 3],
     ) -> Result<Lane<'a>, String> {
-        let at = module.functions[&module.entry] + 1;
-        let frame = Frame { values: HashMap::new(), back: (usize::MAX, 0) };
-        let mut lane =
-            Lane { module, globals: shared.clone(), variables: Vec::new(), frames: vec![frame], at, blocks: [0; 2] };
+        let at = module.functions[module.entry] + 1;
+        let frame = Frame { back: (usize::MAX, 0) };
+        let mut values = Ids::below(module.bound);
+        shared.iter().for_each(|(id, pointer)| values.insert(*id, pointer.clone()));
+        let mut lane = Lane { module, values, variables: Vec::new(), frames: vec![frame], at, blocks: [0; 2] };
         let three = |v: [u32; 3]| Value::Many(v.map(Value::Word).to_vec());
         for v in &module.variables {
-            let value = match (v.class, module.builtins.get(&v.id)) {
+            let value = match (v.class, module.builtins.get(v.id)) {
                 (1, Some(24)) => three(all),
                 (1, Some(26)) => three(group),
                 (1, Some(29)) => Value::Word(thread),
-                (6, None) => v.start.map_or_else(|| module.zero(v.ty), |id| module.constants[&id].clone()),
+                (6, None) => v.start.map_or_else(|| module.zero(v.ty), |id| module.constants[id].clone()),
                 (1, built_in) => return Err(format!("input {built_in:?} is unknown")),
                 _shared => continue,
             };
             let pointer = lane.variable(value, v.ty);
-            lane.globals.insert(v.id, pointer);
+            lane.set(v.id, pointer);
         }
         Ok(lane)
     }
@@ -108,8 +108,7 @@ impl<'a> Lane<'a> {
     }
 
     fn value(&self, id: u32) -> Result<&Value, String> {
-        let here = self.frames.last().and_then(|f| f.values.get(&id));
-        let found = here.or_else(|| self.globals.get(&id)).or_else(|| self.module.constants.get(&id));
+        let found = self.values.get(id).or_else(|| self.module.constants.get(id));
         found.ok_or_else(|| format!("%{id} has no value"))
     }
 
@@ -122,9 +121,7 @@ impl<'a> Lane<'a> {
     }
 
     fn set(&mut self, id: u32, value: Value) {
-        if let Some(frame) = self.frames.last_mut() {
-            frame.values.insert(id, value);
-        }
+        self.values.insert(id, value);
     }
 
     /// Keeps the result of an operation of the subgroup, if it has one.
@@ -137,7 +134,7 @@ impl<'a> Lane<'a> {
 
     fn go(&mut self, label: u32) {
         self.blocks = [label, self.blocks[0]];
-        self.at = self.module.labels[&label] + 1;
+        self.at = self.module.labels[label] + 1;
     }
 
     /// Goes on until it meets others.
@@ -175,16 +172,15 @@ impl<'a> Lane<'a> {
                 }
                 57 => {
                     let given = w[3..].iter().map(|&id| self.value(id).cloned()).collect::<Result<Vec<_>, _>>()?;
-                    let mut frame = Frame { values: HashMap::new(), back: (self.at, w[1]) };
-                    let begins = module.functions[&w[2]] + 1;
+                    self.frames.push(Frame { back: (self.at, w[1]) });
+                    let begins = module.functions[w[2]] + 1;
                     for (i, value) in given.into_iter().enumerate() {
-                        frame.values.insert(module.code[begins + i].operands[1], value);
+                        self.set(module.code[begins + i].operands[1], value);
                     }
-                    self.frames.push(frame);
                     self.at = begins;
                 }
                 59 => {
-                    let Type::Pointer { to, .. } = module.types[&w[0]] else { return Err("a variable".into()) };
+                    let Type::Pointer { to, .. } = module.types[w[0]] else { return Err("a variable".into()) };
                     let start = match w.get(3) {
                         Some(&id) => self.value(id)?.clone(),
                         None => module.zero(to),
@@ -323,11 +319,11 @@ impl<'a> Lane<'a> {
             }
             return Ok(None);
         }
-        let Type::Matrix { of } = self.module.types[&w[0]] else { return Err("no type of a matrix".into()) };
+        let Type::Matrix { of } = self.module.types[w[0]] else { return Err("no type of a matrix".into()) };
         let element = |at: usize| -> Result<f32, String> {
             let (i, j) = (at / MATRIX_SIDE, at % MATRIX_SIDE);
             let two = |bytes: &[u8]| u16::from_le_bytes([bytes[0], bytes[1]]);
-            match self.module.types[&of] {
+            match self.module.types[of] {
                 Type::Float { bits: 16, bf16: true } => {
                     Ok(bf16::from_bits(two(memory.slice(piece, place(i, j, 2), 2)?)).to_f32())
                 }
@@ -354,7 +350,7 @@ impl<'a> Lane<'a> {
         let ints = |f: fn(u32, u32) -> u32| both(&f);
         let floats = |f: fn(f32, f32) -> f32| both(&|a, b| f(f32::from_bits(a), f32::from_bits(b)).to_bits());
         let test = |f: fn(f32, f32) -> bool| both(&|a, b| u32::from(f(f32::from_bits(a), f32::from_bits(b))));
-        let bits = |id: u32| match self.module.types[&id] {
+        let bits = |id: u32| match self.module.types[id] {
             Type::Int { bits } => bits,
             _ => 32,
         };
@@ -387,7 +383,7 @@ impl<'a> Lane<'a> {
                 let part = |&i: &u32| both.get(i as usize).cloned().ok_or_else(|| "no such part".to_owned());
                 Ok(Value::Many(w[4..].iter().map(part).collect::<Result<_, _>>()?))
             }
-            80 => match self.module.types[&w[0]] {
+            80 => match self.module.types[w[0]] {
                 Type::Matrix { .. } => Ok(self.module.zero(w[0])),
                 // Of numbers and shorter vectors.
                 Type::Vector { .. } => {

@@ -54,7 +54,7 @@ impl Memory {
     }
 
     fn load(&self, m: &Module, memory: usize, at: usize, ty: u32) -> Result<Value, String> {
-        match &m.types[&ty] {
+        match &m.types[ty] {
             Type::Vector { count, .. } | Type::Array { count, .. } => {
                 let part = |i| m.part(ty, i as u32).and_then(|(from, of)| self.load(m, memory, at + from, of));
                 Ok(Value::Many((0..*count).map(part).collect::<Result<_, _>>()?))

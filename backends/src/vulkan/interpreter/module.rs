@@ -1,9 +1,44 @@
 //! A module of SPIR-V taken apart.
 
-use std::collections::HashMap;
+use std::ops::Index;
 
 use super::Value;
 use crate::vulkan::spirv::instructions;
+
+/// What ids stand for. A module says below what number its ids are, so this is a list: each step of a lane looks several up.
+pub(super) struct Ids<T>(Vec<Option<T>>);
+
+impl<T> Default for Ids<T> {
+    fn default() -> Ids<T> {
+        Ids(Vec::new())
+    }
+}
+
+impl<T> Ids<T> {
+    /// Of ids below a bound.
+    pub(super) fn below(bound: usize) -> Ids<T> {
+        Ids((0..bound).map(|_| None).collect())
+    }
+
+    pub(super) fn insert(&mut self, id: u32, what: T) {
+        if self.0.len() <= id as usize {
+            self.0.resize_with(id as usize + 1, || None);
+        }
+        self.0[id as usize] = Some(what);
+    }
+
+    pub(super) fn get(&self, id: u32) -> Option<&T> {
+        self.0.get(id as usize)?.as_ref()
+    }
+}
+
+impl<T> Index<u32> for Ids<T> {
+    type Output = T;
+
+    fn index(&self, id: u32) -> &T {
+        self.get(id).expect("an id that stands for something")
+    }
+}
 
 /// A type.
 #[derive(Clone, Debug, PartialEq)]
@@ -38,56 +73,67 @@ pub(super) struct Variable {
 #[derive(Default)]
 pub(super) struct Module {
     pub(super) code: Vec<Instruction>,
-    pub(super) types: HashMap<u32, Type>,
-    pub(super) constants: HashMap<u32, Value>,
+    pub(super) types: Ids<Type>,
+    pub(super) constants: Ids<Value>,
     pub(super) variables: Vec<Variable>,
     /// Where functions and labels begin.
-    pub(super) functions: HashMap<u32, usize>,
-    pub(super) labels: HashMap<u32, usize>,
-    pub(super) bindings: HashMap<u32, usize>,
-    pub(super) builtins: HashMap<u32, u32>,
-    offsets: HashMap<(u32, u32), usize>,
-    strides: HashMap<u32, usize>,
+    pub(super) functions: Ids<usize>,
+    pub(super) labels: Ids<usize>,
+    pub(super) bindings: Ids<usize>,
+    pub(super) builtins: Ids<u32>,
+    /// Of the members of a struct.
+    offsets: Ids<Vec<usize>>,
+    strides: Ids<usize>,
     pub(super) entry: u32,
+    /// All ids are below it.
+    pub(super) bound: usize,
     pub(super) threads: usize,
 }
 
 impl Module {
     pub(super) fn of(words: &[u32]) -> Result<Module, String> {
-        let mut m = Module::default();
+        let mut m = Module { bound: words[3] as usize, ..Module::default() };
         let mut inside = false;
         for (at, (operation, words)) in instructions(words).enumerate() {
             let w = words[1..].to_vec();
             match operation {
                 15 => m.entry = w[1],
                 16 if w[1] == 17 => m.threads = (w[2] * w[3] * w[4]) as usize,
-                71 if w[1] == 6 => drop(m.strides.insert(w[0], w[2] as usize)),
-                71 if w[1] == 11 => drop(m.builtins.insert(w[0], w[2])),
-                71 if w[1] == 33 => drop(m.bindings.insert(w[0], w[2] as usize)),
-                72 if w[2] == 35 => drop(m.offsets.insert((w[0], w[1]), w[3] as usize)),
+                71 if w[1] == 6 => m.strides.insert(w[0], w[2] as usize),
+                71 if w[1] == 11 => m.builtins.insert(w[0], w[2]),
+                71 if w[1] == 33 => m.bindings.insert(w[0], w[2] as usize),
+                72 if w[2] == 35 => {
+                    let mut offsets = m.offsets.get(w[0]).cloned().unwrap_or_default();
+                    offsets.resize(offsets.len().max(w[1] as usize + 1), 0);
+                    offsets[w[1] as usize] = w[3] as usize;
+                    m.offsets.insert(w[0], offsets);
+                }
                 19..=32 | 4456 => {
                     let ty = m.ty(operation, &w)?;
                     m.types.insert(w[0], ty);
                 }
-                41 | 42 => drop(m.constants.insert(w[1], Value::Word(u32::from(operation == 41)))),
-                43 => drop(m.constants.insert(w[1], Value::Word(w[2]))),
+                41 | 42 => m.constants.insert(w[1], Value::Word(u32::from(operation == 41))),
+                43 => m.constants.insert(w[1], Value::Word(w[2])),
                 44 => {
-                    let value = match m.types[&w[0]] {
+                    let value = match m.types[w[0]] {
                         Type::Matrix { .. } => m.zero(w[0]),
-                        _ => Value::Many(w[2..].iter().map(|c| m.constants[c].clone()).collect()),
+                        _ => Value::Many(w[2..].iter().map(|c| m.constants[*c].clone()).collect()),
                     };
                     m.constants.insert(w[1], value);
                 }
-                46 | 1 if !inside => drop(m.constants.insert(w[1], m.zero(w[0]))),
+                46 | 1 if !inside => {
+                    let zero = m.zero(w[0]);
+                    m.constants.insert(w[1], zero);
+                }
                 59 if !inside => {
-                    let Type::Pointer { class, to } = m.types[&w[0]] else { return Err("a variable".into()) };
+                    let Type::Pointer { class, to } = m.types[w[0]] else { return Err("a variable".into()) };
                     m.variables.push(Variable { id: w[1], class, ty: to, start: w.get(3).copied() });
                 }
                 54 => {
                     m.functions.insert(w[1], at);
                     inside = true;
                 }
-                248 => drop(m.labels.insert(w[0], at)),
+                248 => m.labels.insert(w[0], at),
                 _ => {}
             }
             m.code.push(Instruction { operation, operands: w });
@@ -96,7 +142,7 @@ impl Module {
     }
 
     fn ty(&self, operation: u32, w: &[u32]) -> Result<Type, String> {
-        let number = |id: u32| match self.constants[&id] {
+        let number = |id: u32| match self.constants[id] {
             Value::Word(n) => n as usize,
             _ => 0,
         };
@@ -117,7 +163,7 @@ impl Module {
 
     /// The zero of a type.
     pub(super) fn zero(&self, ty: u32) -> Value {
-        match &self.types[&ty] {
+        match &self.types[ty] {
             Type::Vector { of, count } | Type::Array { of, count } => Value::Many(vec![self.zero(*of); *count]),
             Type::Struct(members) => Value::Many(members.iter().map(|&m| self.zero(m)).collect()),
             Type::Matrix { .. } => Value::Matrix(std::rc::Rc::new(vec![0.0; 256])),
@@ -132,7 +178,7 @@ impl Module {
 
     /// Bytes of a value in memory.
     pub(super) fn bytes(&self, ty: u32) -> usize {
-        match &self.types[&ty] {
+        match &self.types[ty] {
             Type::Bool => 4,
             Type::Int { bits } | Type::Float { bits, .. } => *bits as usize / 8,
             Type::Vector { of, count } => self.bytes(*of) * count,
@@ -145,16 +191,16 @@ impl Module {
     }
 
     fn stride(&self, ty: u32, of: u32) -> usize {
-        self.strides.get(&ty).copied().unwrap_or_else(|| self.bytes(of))
+        self.strides.get(ty).copied().unwrap_or_else(|| self.bytes(of))
     }
 
     fn offset(&self, ty: u32, member: u32) -> usize {
-        self.offsets.get(&(ty, member)).copied().unwrap_or(0)
+        self.offsets.get(ty).and_then(|offsets| offsets.get(member as usize)).copied().unwrap_or(0)
     }
 
     /// Where a part of a value in memory is, and its type.
     pub(super) fn part(&self, ty: u32, index: u32) -> Result<(usize, u32), String> {
-        match &self.types[&ty] {
+        match &self.types[ty] {
             Type::Struct(members) => Ok((self.offset(ty, index), members[index as usize])),
             Type::Array { of, .. } | Type::Endless { of } => Ok((index as usize * self.stride(ty, *of), *of)),
             Type::Vector { of, .. } => Ok((index as usize * self.bytes(*of), *of)),
