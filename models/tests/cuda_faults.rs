@@ -4,14 +4,12 @@
 //! Needs g++ on x86-64 Linux; elsewhere each test says that it did nothing.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
-mod place;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
 
-use place::{Place, SMALL, checkpoint, json, kill_until_it_ends_with, metrics, stderr, stdout, succeeds};
+use crate::place::{Place, SMALL, checkpoint, json, kill_until_it_ends_with, metrics, stderr, stdout, succeeds};
 
 /// The folder of the emulated driver and compiler, built once; kernels compiled for it are kept beside them.
 #[expect(clippy::print_stderr, reason = "a test that did nothing should say so")]

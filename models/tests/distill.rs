@@ -1,7 +1,5 @@
 //! Distillation as a whole: students by real processes, killed too, and by the library; caches that are not what they should be.
 
-mod place;
-
 use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,7 +11,8 @@ use moebius_models::distill::{CacheSettings, Course, Settings, Stop, Teacher, cu
 use moebius_models::gpt::{Distilling, Lesson};
 use moebius_models::tokenizer::Tokenizer;
 use moebius_models::training::{self, Ending, Event, Run};
-use place::{Place, checkpoint, kill_until_it_ends, metrics, stderr, stdout, succeeds};
+
+use crate::place::{Place, checkpoint, kill_until_it_ends, metrics, stderr, stdout, succeeds};
 
 /// A place with a trained teacher of two layers.
 fn place() -> Place {

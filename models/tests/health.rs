@@ -1,12 +1,11 @@
 //! Router health and alarms of the program: what is written, when it warns, how it ends, and that nothing depends on where a run
 //! was stopped.
 
-mod place;
-
 use std::collections::BTreeSet;
 
-use place::{Place, checkpoint, json, metrics, stderr, succeeds};
 use serde_json::Value;
+
+use crate::place::{Place, checkpoint, json, metrics, stderr, succeeds};
 
 /// Many experts for few tokens, with a capacity: some are idle, some overfull.
 const CROWDED: [&str; 6] =

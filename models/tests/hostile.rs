@@ -1,13 +1,11 @@
 //! The program where things go wrong: nonsense as input, damaged files, full disks, closed pipes, signals. Each time one clear
 //! error, an exit code that says so, and nothing lost.
 
-mod place;
-
 use std::fs;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use place::{Place, SMALL, checkpoint, metrics, stderr, succeeds};
+use crate::place::{Place, SMALL, checkpoint, metrics, stderr, succeeds};
 
 #[cfg(unix)]
 #[test]

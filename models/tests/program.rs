@@ -2,9 +2,7 @@
 //!
 //! These tests live in this package because only here cargo tells where the program is.
 
-mod place;
-
-use place::{Place, checkpoint, json, kill_until_it_ends, metrics, stderr, stdout, succeeds};
+use crate::place::{Place, checkpoint, json, kill_until_it_ends, metrics, stderr, stdout, succeeds};
 
 #[test]
 fn training_writes_what_it_promises_and_the_other_commands_use_it() {

@@ -1,7 +1,5 @@
 //! Routes that the program records, forces and asks about, and what routes depend on.
 
-mod place;
-
 use std::fs;
 use std::path::Path;
 
@@ -10,7 +8,8 @@ use moebius::{Engine, Program, Session};
 use moebius_models::config::{Config, Family, ModelConfig};
 use moebius_models::gpt::{self, Routes};
 use moebius_models::routes::{LayerRoutes, Pass, RouteHeader, RouteReader, RouteWriter, what_if};
-use place::{Place, SMALL, json, stderr, stdout, succeeds};
+
+use crate::place::{Place, SMALL, json, stderr, stdout, succeeds};
 
 #[test]
 fn recorded_routes_give_the_same_bits_again() {

@@ -1,12 +1,10 @@
 //! Studies by real processes at their smallest scale: what they write, what they share, and that kills leave no trace.
 
-mod place;
-
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use place::{Place, kill_until_it_ends, stderr, stdout, succeeds};
+use crate::place::{Place, kill_until_it_ends, stderr, stdout, succeeds};
 
 const STUDIES: [&str; 5] = ["pyramid", "residual", "pr-moe", "mos", "cost"];
 

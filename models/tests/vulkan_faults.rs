@@ -5,14 +5,12 @@
 //! Needs g++ on Linux and a loader with a device; elsewhere each test says that it did nothing.
 #![cfg(target_os = "linux")]
 
-mod place;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
 
-use place::{Place, SMALL, checkpoint, json, metrics, stderr, stdout, succeeds};
+use crate::place::{Place, SMALL, checkpoint, json, metrics, stderr, stdout, succeeds};
 
 /// The folder of what stands in for the loader, and the machine's own loader.
 type Faulty = (PathBuf, PathBuf);
