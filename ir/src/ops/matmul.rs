@@ -134,15 +134,19 @@ impl Rule for Matmul {
         let outer: usize = a.ty.shape[..a.ty.shape.len() - 2].iter().product();
         for batch in 0..outer {
             let (a_at, b_at) = (batch * m * k, if b.ty.shape.len() == 2 { 0 } else { batch * k * n });
+            let b_rows: Vec<f64> =
+                (0..k * n).map(|at| b.data[b_at + if self.transpose_b { at % n * k + at / n } else { at }]).collect();
             for i in 0..m {
-                for j in 0..n {
-                    let mut sum = operands.get(2).map_or(0.0, |bias| bias.data[j]);
-                    for l in 0..k {
-                        let x = a.data[a_at + if self.transpose_a { l * m + i } else { i * k + l }];
-                        let y = b.data[b_at + if self.transpose_b { j * k + l } else { l * n + j }];
-                        sum += x * y;
+                // The sums of a row grow together, each in the order of l, so that neighbours are read one after another.
+                let sums = &mut out.data[(batch * m + i) * n..][..n];
+                if let Some(bias) = operands.get(2) {
+                    sums.copy_from_slice(&bias.data);
+                }
+                for l in 0..k {
+                    let x = a.data[a_at + if self.transpose_a { l * m + i } else { i * k + l }];
+                    for (sum, y) in sums.iter_mut().zip(&b_rows[l * n..][..n]) {
+                        *sum += x * y;
                     }
-                    out.data[(batch * m + i) * n + j] = sum;
                 }
             }
         }
