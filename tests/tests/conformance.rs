@@ -210,16 +210,17 @@ fn a_combine_behind_products_of_experts_has_the_bits_of_the_combine_by_itself() 
                     let (x, w) = (float(s, &[tokens, width], 4)?, float(s, &shape(&[]), 12)?);
                     Ok((rows, Some(s.graph.matmul_with(x, w, None, false, transposed)?)))
                 };
-                let combined = |s: &mut Sketch, [slot_choice, choice_slot, ..]: [Value; 4], (rows, made)| {
+                // Coefficients: none, as they are, and as the softmax of others, which is there before the products.
+                let weights = |s: &mut Sketch| {
+                    if side == 0 || at % 2 != 0 {
+                        return Ok(None);
+                    }
+                    let weights = s.fixed(TensorType::f32([tokens, 2]), uneven(2 * tokens, 8))?;
+                    (if at % 4 == 0 { s.graph.softmax(weights) } else { Ok(weights) }).map(Some)
+                };
+                let combined = |s: &mut Sketch, [slot_choice, choice_slot, ..]: [Value; 4], weights, (rows, made)| {
                     let gate = s.fixed(TensorType::f32([tokens, k]), uneven(tokens * k, 6))?;
                     let made = if side == 1 { Some(float(s, &[tokens, d], 7)?) } else { made };
-                    let mut weights = (made.is_some() && at % 2 == 0)
-                        .then(|| s.fixed(TensorType::f32([tokens, 2]), uneven(2 * tokens, 8)))
-                        .transpose()?;
-                    // As they are, and as their softmax.
-                    if at % 4 == 0 {
-                        weights = weights.map(|w| s.graph.softmax(w)).transpose()?;
-                    }
                     let gate = Some(gate).filter(|_| at != 3);
                     let mut y = s.graph.combine_with(rows, slot_choice, choice_slot, gate, made, weights)?;
                     if at != 1 {
@@ -240,12 +241,13 @@ fn a_combine_behind_products_of_experts_has_the_bits_of_the_combine_by_itself() 
                     format!("{}: {tokens} {k} {experts} {capacity}, side {side}, {width}x{d}, {dtype}", device.name);
                 let [mut both, mut first, mut second] = [(); 3].map(|()| Sketch::new(dtype));
                 let index = assigned(&mut both).unwrap();
+                let given = weights(&mut both).unwrap();
                 let made: moebius_ir::Result<_> = products(&mut both, index);
                 let made = made.unwrap();
                 let slots = both.graph.shape(made.0)[0];
                 // A block has no place for more rows of a twin than of the experts.
                 let few = slots <= 8 && (side < 2 || tokens <= slots.next_power_of_two());
-                combined(&mut both, index, made).unwrap();
+                combined(&mut both, index, given, made).unwrap();
                 // A side of the same kernel is there too late for Vulkan's, which have tokens of one choice.
                 let does = match device.backend.name() {
                     "cuda" => width < 1000,
@@ -262,11 +264,11 @@ fn a_combine_behind_products_of_experts_has_the_bits_of_the_combine_by_itself() 
                 let (rows, made) = products(&mut first, slots).unwrap();
                 [Some(rows), made].into_iter().flatten().try_for_each(|v| first.aux(v)).unwrap();
                 let outputs = run(&first);
-                let slots = assigned(&mut second).unwrap();
+                let (slots, given) = (assigned(&mut second).unwrap(), weights(&mut second).unwrap());
                 let mut stored =
                     |name: &str| outputs.get(name).map(|t| second.fixed(t.ty.clone(), t.data.clone()).unwrap());
                 let made = (stored("y0").unwrap(), stored("y1"));
-                combined(&mut second, slots, made).unwrap();
+                combined(&mut second, slots, given, made).unwrap();
                 assert!(device::same_bits(&run(&both), &run(&second)), "{what}");
             }
         }
