@@ -536,9 +536,10 @@ pub(super) fn available() -> impl Iterator<Item = &'static Isa> {
 #[cfg(target_arch = "x86_64")]
 use super::x86;
 
-/// The instruction set asked for, else the best of this machine; `Err` has the names of all there are.
+/// The instruction set asked for, else the best of this machine without a matrix unit; `Err` has the names of all there are. A unit that
+/// another thread of the core is busy beside is slower than vectors, and whether one is cannot be known.
 pub(super) fn choose(asked: Option<&str>) -> Result<&'static Isa, Vec<&'static str>> {
-    let found = available().find(|isa| asked.is_none_or(|asked| asked == isa.name));
+    let found = available().find(|isa| asked.map_or(isa.matrix.is_none(), |asked| asked == isa.name));
     found.ok_or_else(|| available().map(|isa| isa.name).collect())
 }
 

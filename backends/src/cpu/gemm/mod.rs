@@ -9,8 +9,8 @@
 //! kernel that ran. So a token's result does not depend on its batch. (Without FMA hardware the chain multiplies and
 //! adds with two roundings; still one order, but not the bits of a machine with FMA.)
 //!
-//! On a processor with a [`matrix`] unit calls of more than a few rows run there, with an order of their own that depends on K
-//! alone likewise. Which of the two orders it is depends on the static shape of the call, never on how many rows are in use.
+//! On a processor with a [`matrix`] unit calls of more than a few rows run there if it is asked for, with an order of their own that depends
+//! on K alone likewise. Which of the two orders it is depends on the static shape of the call, never on how many rows are in use.
 
 mod ahead;
 mod drive;
@@ -299,9 +299,8 @@ pub unsafe fn gemm_seq(gemm: &Gemm<'_>, workspace: &mut [u8]) -> Result<(), Gemm
     unsafe { drive::run(kernel::best(), gemm, workspace, 1) }
 }
 
-/// The instruction set of products in this process: `amx` (with AVX-512), `avx512`, `avx2` or `portable`. The first that the
-/// machine has, or the one that the variable `MOEBIUS_CPU` names: all but `amx` give the same bits on machines with fused
-/// multiply-add.
+/// The instruction set of products in this process: the first of `avx512`, `avx2` and `portable` that the machine has, or the one that the
+/// variable `MOEBIUS_CPU` names, which may be `amx` (with AVX-512). All but `amx` give the same bits on machines with fused multiply-add.
 ///
 /// # Errors
 /// [`Error::InstructionSet`](crate::Error::InstructionSet) if the machine has none of that name.

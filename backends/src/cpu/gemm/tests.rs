@@ -535,7 +535,8 @@ fn bad_input_is_refused_and_nothing_written() {
 #[test]
 fn an_instruction_set_is_chosen_by_its_name() {
     let first = kernel::available().next().unwrap();
-    assert_eq!(kernel::choose(None).unwrap().name, first.name);
+    let chosen = kernel::choose(None).unwrap();
+    assert_eq!(chosen.name, kernel::available().find(|isa| isa.matrix.is_none()).unwrap().name);
     for isa in kernel::available() {
         assert_eq!(kernel::choose(Some(isa.name)).unwrap().name, isa.name);
     }
