@@ -70,13 +70,23 @@ fn config(upper: usize, lower: usize) -> Config {
 /// Loads a register from `$from`, rows `$stride` bytes apart.
 macro_rules! load {
     ($register:literal, $from:expr, $stride:expr) => {
-        asm!(concat!("tileloadd ", $register, ", [{from} + {stride}*1]"), from = in(reg) $from, stride = in(reg) $stride, options(nostack, readonly))
+        asm!(
+            concat!("tileloadd ", $register, ", [{from} + {stride}*1]"),
+            from = in(reg) $from,
+            stride = in(reg) $stride,
+            options(nostack, readonly)
+        )
     };
 }
 /// Stores a register likewise.
 macro_rules! store {
     ($register:literal, $to:expr, $stride:expr) => {
-        asm!(concat!("tilestored [{to} + {stride}*1], ", $register), to = in(reg) $to, stride = in(reg) $stride, options(nostack))
+        asm!(
+            concat!("tilestored [{to} + {stride}*1], ", $register),
+            to = in(reg) $to,
+            stride = in(reg) $stride,
+            options(nostack)
+        )
     };
 }
 /// One instruction without memory.
