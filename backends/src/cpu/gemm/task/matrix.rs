@@ -3,6 +3,7 @@
 use super::{At, Packed, Sums, Task};
 use crate::cpu::gemm::drive::sums_aside;
 use crate::cpu::gemm::matrix::{Block, Matrix, SIDE, STEP, panel_bytes, parts, products};
+use crate::cpu::gemm::pack::place;
 use crate::cpu::gemm::problem::Problem;
 use crate::cpu::gemm::{Mat, Storage};
 
@@ -70,7 +71,6 @@ impl Task<'_, '_> {
         let Problem { a, b, row_list, k_list, k, .. } = self.problem;
         // SAFETY: the caller's contract; the tile covers `at`.
         unsafe {
-            let place = |list: Option<&[i32]>, at: usize| list.map_or(Some(at), |list| usize::try_from(list[at]).ok());
             let of_a = |i: usize, p: usize| match (place(row_list, at.row + i), place(k_list, p)) {
                 (Some(row), Some(p)) => element(a, row, p),
                 _ => 0.0,
@@ -81,7 +81,8 @@ impl Task<'_, '_> {
                 for j in 0..at.cols {
                     let sum = &mut *sums.at.add(i * sums.stride + j);
                     if !sum.is_finite() {
-                        *sum = (0..k).fold(0.0, |sum, p| of_a(i, p).mul_add(element(b, p, at.col + j), sum));
+                        *sum = (0..k)
+                            .fold(0.0, |sum, p| of_a(i, p).mul_add(element(b, p as isize, (at.col + j) as isize), sum));
                     }
                 }
             }
@@ -90,8 +91,8 @@ impl Task<'_, '_> {
 }
 
 /// Element `(i, j)`.
-unsafe fn element(mat: Mat, i: usize, j: usize) -> f32 {
-    let data = mat.from(i as isize, j as isize).data;
+unsafe fn element(mat: Mat, i: isize, j: isize) -> f32 {
+    let data = mat.from(i, j).data;
     // SAFETY: the caller's element exists.
     unsafe {
         match mat.storage {
