@@ -2,10 +2,13 @@
 //!
 //! Dao et al., "FlashAttention" (arXiv:2205.14135), algorithms 1 and 4. Here the vector lanes run over queries.
 
+use crate::cpu::crew;
 use crate::cpu::element::{Element, simd};
 use crate::cpu::kernels::product::{Left, Start, product};
 use crate::cpu::kernels::rows::sum_over;
-use crate::cpu::kernels::tile::{LANES, Shared, TILE, cut, lanes, load_rows, share_out, transpose, workspace_of};
+use crate::cpu::kernels::tile::{
+    LANES, Shared, TILE, as_f32, cut, lanes, load_rows, share_out, transpose, workspace_of,
+};
 use crate::cpu::vmath::{self, BLOCK, map_block};
 
 /// The shape of an attention over packed operands.
@@ -46,6 +49,9 @@ impl AttentionShape {
     }
 }
 
+/// Heads for each thread from which on a task is a head: with fewer, one thread would be left with the last.
+const HEADS_PER_THREAD: usize = 8;
+
 /// Workspace of [`attention`] in f32, for `threads` threads. It does not grow with the number of tokens.
 pub const fn attention_workspace(shape: &AttentionShape, threads: usize) -> usize {
     workspace_of(threads, attend_scratch(shape.head_dim))
@@ -71,9 +77,7 @@ pub fn attention<T: Element>(shape: &AttentionShape, qkv: &[T], out: &mut [T], l
     }
     let tiles = tokens.div_ceil(TILE);
     let (out, lse) = (Shared::new(out), Shared::new(lse));
-    share_out(batch * heads * tiles, shape.parallel(), workspace, attend_scratch(head_dim), |task, scratch| {
-        // The longest tasks of a causal mask come first, so that the threads finish together.
-        let (tile, head) = (tiles - 1 - task / (batch * heads), task % (batch * heads));
+    let attend_tile = |tile: usize, head: usize, scratch: &mut [f32]| {
         let (b, h) = (head / heads, head % heads);
         let sequence = &qkv[b * tokens * ld..][..tokens * ld];
         let kv = h / (heads / kv_heads);
@@ -96,7 +100,19 @@ pub fn attention<T: Element>(shape: &AttentionShape, qkv: &[T], out: &mut [T], l
             Some(unsafe { lse.piece(head * tokens + first, rows) }),
             scratch,
         );
-    });
+    };
+    let (all, room) = (batch * heads, attend_scratch(head_dim));
+    if all >= HEADS_PER_THREAD * crew::threads() {
+        // A head's keys and values stay in cache for all of its queries.
+        share_out(all, shape.parallel(), workspace, room, |head, scratch| {
+            (0..tiles).for_each(|tile| attend_tile(tile, head, scratch));
+        });
+    } else {
+        // The longest tasks of a causal mask come first, so that the threads finish together.
+        share_out(all * tiles, shape.parallel(), workspace, room, |task, scratch| {
+            attend_tile(tiles - 1 - task / all, task % all, scratch);
+        });
+    }
 }
 
 /// One head's attention of at most [`TILE`] consecutive queries; operands as (elements, distance of rows).
@@ -153,16 +169,13 @@ pub(super) fn attend<T: Element>(
     let end = if causal { keys.min(position + rows) } else { keys };
     for first in (0..end).step_by(TILE) {
         let count = TILE.min(end - first);
-        simd(
-            #[inline(always)]
-            || load_rows(count, head_dim, (&k.0[first * k.1..], k.1), 1.0, (loaded, head_dim)),
-        );
+        let here = rows_of(count, head_dim, (&k.0[first * k.1..], k.1), loaded);
         // On the diagonal only the squares of LANES keys and LANES queries that hold a visible score are computed.
         let diagonal = causal && first + count > position + 1;
         let step = if diagonal { LANES } else { TILE };
         for key in (0..count).step_by(step) {
             let from = if diagonal { hidden(first + key, position, n) / LANES * LANES } else { 0 };
-            let left = Left { data: &loaded[key * head_dim..], row: head_dim, step: 1 };
+            let left = Left { data: &here.0[key * here.1..], row: here.1, step: 1 };
             let to = (&mut scores[key * TILE + from..], TILE);
             product([step.min(count - key), n - from, head_dim], left, (&queries[from..], TILE), Start::Zero, to);
         }
@@ -212,6 +225,24 @@ pub(super) fn attend<T: Element>(
             }
         },
     );
+}
+
+/// `rows` rows of `width` elements, `ld` apart, as f32, and how far they are apart: where they lie if they are f32, else copied to
+/// `to`. For rows that are read once or twice.
+fn rows_of<'a, T: Element>(
+    rows: usize,
+    width: usize,
+    (from, ld): (&'a [T], usize),
+    to: &'a mut [f32],
+) -> (&'a [f32], usize) {
+    if let Some(from) = as_f32(from) {
+        return (from, ld);
+    }
+    simd(
+        #[inline(always)]
+        || load_rows(rows, width, (from, ld), 1.0, (&mut *to, width)),
+    );
+    (to, width)
 }
 
 /// How many of the `n` lanes do not see a key: those of queries, from `position` on, that come before it.
@@ -360,12 +391,10 @@ fn grad_of_kv_head<T: Element>(
     let v_tile = cut(&mut scratch, TILE * head_dim);
     let p_tile = cut(&mut scratch, TILE * TILE);
     let ds_tile = cut(&mut scratch, TILE * TILE);
-    // The columns that only fill a register up stay 0.
-    q_rows.fill(0.0);
-    d_rows.fill(0.0);
-    dk.fill(0.0);
-    dv.fill(0.0);
-    k_tile.fill(0.0);
+    if wide > head_dim {
+        // The columns that only fill a register up stay 0.
+        [&mut *q_rows, &mut *d_rows, &mut *k_tile].into_iter().for_each(|rows| rows.fill(0.0));
+    }
     for h in kv * group..(kv + 1) * group {
         let (o, d) = ((b * tokens * ld_out) + h * head_dim, (b * heads + h) * tokens);
         simd(
@@ -394,9 +423,9 @@ fn grad_of_kv_head<T: Element>(
                 #[inline(always)]
                 || {
                     load_rows(count, head_dim, (&sequence[key * ld + k_column..], ld), 1.0, (k_tile, wide));
-                    load_rows(count, head_dim, (&sequence[key * ld + v_column..], ld), 1.0, (v_tile, head_dim));
                 },
             );
+            let (values, ld_values) = rows_of(count, head_dim, (&sequence[key * ld + v_column..], ld), v_tile);
             for first in (if causal { key } else { 0 }..tokens).step_by(TILE) {
                 let rows = TILE.min(tokens - first);
                 let n = lanes(rows);
@@ -407,7 +436,7 @@ fn grad_of_kv_head<T: Element>(
                     let (size, from) = (step.min(count - k), if diagonal { k } else { 0 });
                     let at = first * head_dim + from;
                     let k_rows = Left { data: &k_tile[k * wide..], row: wide, step: 1 };
-                    let v_rows = Left { data: &v_tile[k * head_dim..], row: head_dim, step: 1 };
+                    let v_rows = Left { data: &values[k * ld_values..], row: ld_values, step: 1 };
                     let (p, ds) = (&mut p_tile[k * TILE + from..], &mut ds_tile[k * TILE + from..]);
                     product([size, n - from, head_dim], k_rows, (&q_lanes[at..], TILE), Start::Zero, (p, TILE));
                     product([size, n - from, head_dim], v_rows, (&d_lanes[at..], TILE), Start::Zero, (ds, TILE));
@@ -438,14 +467,17 @@ fn grad_of_kv_head<T: Element>(
                         }
                     },
                 );
+                // The first tile of queries that sees these keys, of the first head that uses them.
+                let begins = h == kv * group && first == if causal { key } else { 0 };
+                let added = if begins { Start::Zero } else { Start::Keep };
                 for k in (0..count).step_by(step) {
                     let (size, from) = (step.min(count - k), if diagonal { k.min(rows) } else { 0 });
                     let (at, to) = ((first + from) * wide, (key + k) * wide);
                     let p = Left { data: &p_tile[k * TILE + from..], row: TILE, step: 1 };
                     let ds = Left { data: &ds_tile[k * TILE + from..], row: TILE, step: 1 };
                     let sizes = [size, wide, rows - from];
-                    product(sizes, p, (&d_rows[at..], wide), Start::Keep, (&mut dv[to..], wide));
-                    product(sizes, ds, (&q_rows[at..], wide), Start::Keep, (&mut dk[to..], wide));
+                    product(sizes, p, (&d_rows[at..], wide), added, (&mut dv[to..], wide));
+                    product(sizes, ds, (&q_rows[at..], wide), added, (&mut dk[to..], wide));
                 }
                 // Every query sees the first tile of keys.
                 let before = if key == 0 { Start::Zero } else { Start::Keep };

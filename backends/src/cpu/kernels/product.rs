@@ -59,7 +59,7 @@ pub(super) fn product(
         }
     }
     // SAFETY: the bounds were checked above.
-    unsafe { blocks::<[f32; 4], f32, 4, 4, 4>(args) }
+    unsafe { blocks::<[f32; 4], f32, 4, 4, 4, 4, 4>(args) }
 }
 
 /// c[i] = sum over p of rows[i * ld + p] * x[p] for i in 0..count: what [`product`] gives for one column, bit for bit,
@@ -84,6 +84,36 @@ pub(super) fn dots(count: usize, k: usize, (rows, ld): (&[f32], usize), x: &[f32
     }
 }
 
+/// Element (r, d) of the first columns of `from` [rows, width], rows `ld` apart and a multiple of 8 of them, goes to `to[d * ld_to + r]`.
+/// Returns how many columns those are: where registers can be transposed, whole eights.
+///
+/// # Panics
+/// If a slice is too short (a bug of the calling kernel).
+#[inline(always)]
+pub(super) fn transpose_squares(
+    [rows, width]: [usize; 2],
+    (from, ld): (&[f32], usize),
+    (to, ld_to): (&mut [f32], usize),
+) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
+        let columns = width / 8 * 8;
+        if rows == 0 || columns == 0 {
+            return columns;
+        }
+        assert!(
+            rows.is_multiple_of(8)
+                && from.len() >= (rows - 1) * ld + columns
+                && to.len() >= (columns - 1) * ld_to + rows
+        );
+        // SAFETY: the features were just found; the slices hold the elements.
+        unsafe { x86::transpose(rows, columns, from.as_ptr(), ld, to.as_mut_ptr(), ld_to) };
+        return columns;
+    }
+    let _ = (rows, width, from, ld, to, ld_to);
+    0
+}
+
 #[derive(Clone, Copy)]
 struct Args<'a> {
     m: usize,
@@ -102,12 +132,12 @@ struct Args<'a> {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx2,fma")]
 unsafe fn product_avx512(args: Args<'_>) {
-    // SAFETY: passed on. 8 x 2 of the 32 registers are accumulators; a single row takes 4 to hide their latency.
+    // SAFETY: passed on. 6 x 4 or 8 x 2 of the 32 registers are accumulators; a single row takes 4 to hide their latency.
     unsafe {
         if args.m == 1 {
-            blocks::<x86::Zmm, x86::Scalar, 1, 4, 1>(args)
+            blocks::<x86::Zmm, x86::Scalar, 1, 4, 1, 4, 1>(args)
         } else {
-            blocks::<x86::Zmm, x86::Scalar, 8, 2, 1>(args)
+            blocks::<x86::Zmm, x86::Scalar, 6, 4, 8, 2, 1>(args)
         }
     }
 }
@@ -120,9 +150,9 @@ unsafe fn product_avx2(args: Args<'_>) {
     // SAFETY: passed on. 6 x 2 of the 16 registers are accumulators; a single row takes 8 to hide their latency.
     unsafe {
         if args.m == 1 {
-            blocks::<x86::Ymm, x86::Scalar, 1, 8, 2>(args)
+            blocks::<x86::Ymm, x86::Scalar, 1, 8, 1, 8, 2>(args)
         } else {
-            blocks::<x86::Ymm, x86::Scalar, 6, 2, 2>(args)
+            blocks::<x86::Ymm, x86::Scalar, 6, 2, 6, 2, 2>(args)
         }
     }
 }
@@ -247,6 +277,31 @@ mod x86 {
         }
     }
 
+    /// Element (r, d) of `from`, rows `ld` apart, goes to `to[d * ld_to + r]`.
+    ///
+    /// # Safety
+    /// The CPU has AVX2 and FMA; `rows` and `columns` are multiples of 8; the elements can be read and written.
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) unsafe fn transpose(
+        rows: usize,
+        columns: usize,
+        from: *const f32,
+        ld: usize,
+        to: *mut f32,
+        ld_to: usize,
+    ) {
+        for r in (0..rows).step_by(8) {
+            for d in (0..columns).step_by(8) {
+                // SAFETY: the block is inside both.
+                unsafe {
+                    for (i, column) in transposed(from.add(r * ld + d), ld).into_iter().enumerate() {
+                        _mm256_storeu_ps(to.add((d + i) * ld_to + r), column);
+                    }
+                }
+            }
+        }
+    }
+
     /// The 8 columns of an 8 x 8 block whose rows are `ld` apart.
     ///
     /// # Safety
@@ -331,15 +386,30 @@ impl Register for [f32; 4] {
     }
 }
 
-/// Cuts c into blocks of MR rows and NV registers W; what is left of the columns into blocks of [`LANES`], LV registers,
-/// and a single column into registers S of width 1.
+/// Cuts c into blocks of MW rows and NW registers W; what is left of the columns into blocks of MR rows and NV registers, then of
+/// [`LANES`], LV registers, and a single column into registers S of width 1.
 ///
 /// # Safety
 /// The CPU has the instructions of W and S; the operands hold what [`product`] checks.
 #[inline(always)]
-unsafe fn blocks<W: Register, S: Register, const MR: usize, const NV: usize, const LV: usize>(args: Args<'_>) {
+unsafe fn blocks<
+    W: Register,
+    S: Register,
+    const MW: usize,
+    const NW: usize,
+    const MR: usize,
+    const NV: usize,
+    const LV: usize,
+>(
+    args: Args<'_>,
+) {
     const { assert!(LV * W::WIDTH == LANES && S::WIDTH == 1) }
     let mut j = 0;
+    while j + NW * W::WIDTH <= args.n {
+        // SAFETY: the columns of the block are within n.
+        unsafe { rows::<W, MW, NW>(args, j) };
+        j += NW * W::WIDTH;
+    }
     while j + NV * W::WIDTH <= args.n {
         // SAFETY: the columns of the block are within n.
         unsafe { rows::<W, MR, NV>(args, j) };
@@ -406,7 +476,9 @@ unsafe fn micro<R: Register, const MR: usize, const NV: usize>(args: Args<'_>, i
                 }
             }
         }
-        let mut scalars = left.data.as_ptr().add(i * left.row);
+        // Rows are found from every third one, without a sum of addresses for each.
+        let mut scalars: [*const f32; MR] =
+            std::array::from_fn(|r| left.data.as_ptr().wrapping_add((i + r / 3 * 3) * left.row));
         let mut right = b.add(j);
         for _ in 0..k {
             let mut vectors = [R::splat(0.0); NV];
@@ -414,13 +486,15 @@ unsafe fn micro<R: Register, const MR: usize, const NV: usize>(args: Args<'_>, i
                 vectors[x] = R::load(right.add(x * R::WIDTH));
             }
             for r in 0..MR {
-                let scalar = R::splat(*scalars.add(r * left.row));
+                let scalar = R::splat(*scalars[r].add(r % 3 * left.row));
                 for x in 0..NV {
                     acc[r][x] = acc[r][x].plus_product(scalar, vectors[x]);
                 }
             }
             // Wrapping: after the last round they point past the operands and are not read.
-            scalars = scalars.wrapping_add(left.step);
+            for scalar in &mut scalars {
+                *scalar = scalar.wrapping_add(left.step);
+            }
             right = right.wrapping_add(ldb);
         }
         for r in 0..MR {

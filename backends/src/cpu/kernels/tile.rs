@@ -8,6 +8,7 @@ use std::any::TypeId;
 
 use crate::cpu::crew::share;
 use crate::cpu::element::Element;
+use crate::cpu::kernels::product::transpose_squares;
 
 /// Rows of a tile in either direction. 64 x 64 floats are 16 KiB: the tiles of one product fit the L2 cache with room.
 pub(super) const TILE: usize = 64;
@@ -48,9 +49,10 @@ pub(super) fn load_rows<T: Element>(
 #[inline(always)]
 pub(super) fn transpose(rows: usize, width: usize, (src, ld_in): (&[f32], usize), dst: &mut [f32]) {
     let full = rows / LANES * LANES;
+    let square = transpose_squares([full, width], (src, ld_in), (&mut *dst, TILE));
     for r in (0..full).step_by(LANES) {
         let from: [&[f32]; LANES] = std::array::from_fn(|x| &src[(r + x) * ld_in..][..width]);
-        for d in 0..width {
+        for d in square..width {
             let to = &mut dst[d * TILE + r..][..LANES];
             for x in 0..LANES {
                 to[x] = from[x][d];

@@ -25,7 +25,7 @@ fn every_task_runs_once_with_its_own_scratch() {
 
 #[test]
 fn transposing_pads_the_lanes_with_zeros() {
-    for (rows, width) in [(1, 1), (16, 5), (17, 3), (64, 8), (63, 2)] {
+    for (rows, width) in [(1, 1), (16, 5), (17, 3), (64, 8), (63, 2), (32, 13)] {
         let src = values(rows * (width + 2), 1);
         let mut dst = vec![f32::NAN; width * TILE];
         transpose(rows, width, (&src, width + 2), &mut dst);
