@@ -24,20 +24,34 @@ pub struct Broadcast {
 
 /// The index along each axis of element `i` of a tensor of this shape.
 pub(super) fn coordinates(i: usize, shape: &Shape) -> SmallVec<[usize; 4]> {
-    shape.strides().iter().zip(shape.iter()).map(|(stride, extent)| i / stride % extent).collect()
+    let mut at = SmallVec::from_elem(0, shape.len());
+    let mut rest = i;
+    for (index, extent) in at.iter_mut().zip(shape.iter()).rev() {
+        *index = rest % extent;
+        rest /= extent;
+    }
+    at
 }
 
 /// The position of the element at these indices in a tensor of this shape.
 pub(super) fn position(at: &[usize], shape: &Shape) -> usize {
-    at.iter().zip(shape.strides()).map(|(i, stride)| i * stride).sum()
+    at.iter().zip(shape.iter()).fold(0, |position, (i, extent)| position * extent + i)
 }
 
 /// Which element of a tensor of shape `from` is element `i` of it broadcast to `shape`.
 pub(super) fn read_at(i: usize, shape: &Shape, from: &Shape) -> usize {
-    let at = coordinates(i, shape);
-    let at: SmallVec<[usize; 4]> =
-        at[shape.len() - from.len()..].iter().zip(from.iter()).map(|(&i, &n)| if n == 1 { 0 } else { i }).collect();
-    position(&at, from)
+    if shape == from {
+        return i;
+    }
+    let (mut rest, mut stride, mut position) = (i, 1, 0);
+    for (&extent, &own) in shape.iter().rev().zip(from.iter().rev()) {
+        if own != 1 {
+            position += rest % extent * stride;
+            stride *= own;
+        }
+        rest /= extent;
+    }
+    position
 }
 
 /// The shape all operands broadcast to.

@@ -159,9 +159,10 @@ impl Rule for Elementwise {
         let types: Vec<DType> = operands.iter().map(|t| t.ty.dtype).collect();
         let dtypes = self.register_dtypes(&types).unwrap_or_else(|m| unreachable!("passed the shape rule: {m:?}"));
         let mut out: Vec<Tensor> = results.iter().cloned().map(Tensor::zeros).collect();
+        let mut registers: Vec<f64> = Vec::with_capacity(dtypes.len());
         for i in 0..self.shape.elements() {
-            let mut registers: Vec<f64> =
-                operands.iter().map(|t| t.data[read_at(i, &self.shape, &t.ty.shape)]).collect();
+            registers.clear();
+            registers.extend(operands.iter().map(|t| t.data[read_at(i, &self.shape, &t.ty.shape)]));
             for instr in &self.instrs {
                 let args: SmallVec<[f64; 3]> = instr.args.iter().map(|&r| registers[r as usize]).collect();
                 let from: SmallVec<[DType; 3]> = instr.args.iter().map(|&r| dtypes[r as usize]).collect();
