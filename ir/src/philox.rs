@@ -51,8 +51,24 @@ pub fn uniform(key: [u32; 2], stream: u32, index: u64) -> f32 {
 ///
 /// The words at an even place and after it give the even element and the odd one, see [`normals`].
 pub fn normal(key: [u32; 2], stream: u32, index: u64) -> f32 {
-    let (even, odd) = normals(bits(key, stream, index & !1), bits(key, stream, index | 1));
+    let block = index / 4;
+    let words = philox4x32_10(key, [block as u32, (block >> 32) as u32, stream, 0]);
+    let pair = ((index % 4) & !1) as usize;
+    let (even, odd) = normals(words[pair], words[pair + 1]);
     if index.is_multiple_of(2) { even } else { odd }
+}
+
+/// The elements 0..count of the standard normal numbers, each block made once.
+pub fn first_normals(key: [u32; 2], stream: u32, count: usize) -> Vec<f32> {
+    let blocks = count.div_ceil(4);
+    let mut numbers = Vec::with_capacity(4 * blocks);
+    for block in 0..blocks as u64 {
+        let [a, b, c, d] = philox4x32_10(key, [block as u32, (block >> 32) as u32, stream, 0]);
+        let (first, second) = (normals(a, b), normals(c, d));
+        numbers.extend([first.0, first.1, second.0, second.1]);
+    }
+    numbers.truncate(count);
+    numbers
 }
 
 /// Element `index` of the standard Gumbel numbers: -ln(-ln u), u an odd multiple of 2^-24 in (0, 1).
@@ -137,6 +153,14 @@ mod tests {
         let words = philox4x32_10([5, 6], [2, 3, 9, 0]);
         assert_eq!([0, 1, 2, 3].map(|lane| bits([5, 6], 9, 4 * block + lane)), words);
         assert_eq!(uniform([5, 6], 9, 4 * block + 1), (words[1] >> 8) as f32 / 16_777_216.0);
+    }
+
+    #[test]
+    fn many_normal_numbers_are_those_of_their_indices() {
+        for count in [0, 1, 2, 3, 4, 5, 103] {
+            let each: Vec<f32> = (0..count as u64).map(|i| normal([8, 9], 2, i)).collect();
+            assert_eq!(first_normals([8, 9], 2, count), each);
+        }
     }
 
     #[test]

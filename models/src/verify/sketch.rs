@@ -49,7 +49,7 @@ impl Sketch {
     /// `n` standard normal numbers, other ones at each call.
     pub fn normals(&mut self, n: usize) -> Vec<f64> {
         self.seed += 1;
-        (0..n as u64).map(|i| f64::from(philox::normal([self.seed, self.key.wrapping_add(7)], 0, i))).collect()
+        philox::first_normals([self.seed, self.key.wrapping_add(7)], 0, n).into_iter().map(f64::from).collect()
     }
 
     /// An input with this value; floats are differentiated if `wrt`.
