@@ -46,16 +46,21 @@ impl Tensor {
 
     /// The little-endian bytes of the stored form.
     pub fn to_bytes(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(self.ty.bytes());
-        for &v in &self.data {
-            match self.ty.dtype {
-                DType::F32 => bytes.extend((v as f32).to_le_bytes()),
-                DType::Bf16 => bytes.extend(half::bf16::from_f64(v).to_le_bytes()),
-                DType::F16 => bytes.extend(half::f16::from_f64(v).to_le_bytes()),
-                DType::I32 => bytes.extend((v as i32).to_le_bytes()),
-                DType::U32 => bytes.extend((v as u32).to_le_bytes()),
-                DType::Bool => bytes.push(u8::from(v != 0.0)),
-            }
+        match self.ty.dtype {
+            DType::F32 => self.stored(|v| (v as f32).to_le_bytes()),
+            DType::Bf16 => self.stored(|v| half::bf16::from_f64(v).to_le_bytes()),
+            DType::F16 => self.stored(|v| half::f16::from_f64(v).to_le_bytes()),
+            DType::I32 => self.stored(|v| (v as i32).to_le_bytes()),
+            DType::U32 => self.stored(|v| (v as u32).to_le_bytes()),
+            DType::Bool => self.stored(|v| [u8::from(v != 0.0)]),
+        }
+    }
+
+    /// The bytes of all elements, from those of one.
+    fn stored<const N: usize>(&self, of: impl Fn(f64) -> [u8; N]) -> Vec<u8> {
+        let mut bytes = vec![0; N * self.data.len()];
+        for (place, &v) in bytes.chunks_exact_mut(N).zip(&self.data) {
+            place.copy_from_slice(&of(v));
         }
         bytes
     }
