@@ -10,14 +10,19 @@ use moebius_models::verify::tolerance::{Tolerance, difference, rms};
 
 use crate::device::{self, Device, Live};
 
-/// Compares a backend's result with the reference's, and makes sure that the comparison could have failed.
-fn compare(name: &str, got: &Tensor, wanted: &Tensor, tolerance: Tolerance) -> Result<(), String> {
+/// Makes sure that a comparison with the reference's result can fail.
+fn can_fail(name: &str, wanted: &Tensor, tolerance: Tolerance) -> Result<(), String> {
     if rms(wanted) > 0.0 {
         let zeros = Tensor::zeros(wanted.ty.clone());
         if difference(&zeros, wanted, tolerance).is_none() {
             return Err(format!("{name}: the tolerance would let zeros pass"));
         }
     }
+    Ok(())
+}
+
+/// Compares a backend's result with the reference's.
+fn compare(name: &str, got: &Tensor, wanted: &Tensor, tolerance: Tolerance) -> Result<(), String> {
     match difference(got, wanted, tolerance) {
         Some(what) => Err(format!("{name}: {what}")),
         None => Ok(()),
@@ -45,15 +50,18 @@ pub fn forward(case: &Case, dtype: DType, devices: &[Device]) -> Result<(), Stri
         (name, t.rounded())
     });
     let other = other.collect();
+    let tolerance = |wanted: &Tensor| {
+        let own = sketch.direct || !wanted.ty.dtype.is_float();
+        case.tolerance(if own { wanted.ty.dtype } else { dtype })
+    };
+    wanted.iter().try_for_each(|(name, wanted)| can_fail(name, wanted, tolerance(wanted)))?;
     let mut first = HashMap::new();
     for device in devices {
         let fail = |e: moebius_backends::Error| format!("{}: {e}", device.name);
         let mut live = Live::new(device.backend.as_ref(), &sketch.graph).map_err(fail)?;
         let got = live.run(&sketch.inputs).map_err(fail)?;
         for (name, wanted) in &wanted {
-            let own = sketch.direct || !wanted.ty.dtype.is_float();
-            let tolerance = case.tolerance(if own { wanted.ty.dtype } else { dtype });
-            compare(name, &got[name], wanted, tolerance).map_err(|e| format!("{}: {e}", device.name))?;
+            compare(name, &got[name], wanted, tolerance(wanted)).map_err(|e| format!("{}: {e}", device.name))?;
         }
         live.run(&other).map_err(fail)?;
         let again = live.run(&sketch.inputs).map_err(fail)?;
@@ -82,14 +90,16 @@ pub fn backward(case: &Case, dtype: DType, devices: &[Device]) -> Result<(), Str
     if !device::same_bits(&wanted, &device::reference(&optimised, &sketch.inputs, Precision::Rounded)) {
         return Err("the passes change the reference's gradients".into());
     }
+    let tolerance = case.gradient_tolerance(dtype);
+    let gradients = || wanted.iter().filter(|(name, _)| name.starts_with("d."));
+    gradients().try_for_each(|(name, wanted)| can_fail(name, wanted, tolerance))?;
     let mut first = HashMap::new();
     for device in devices {
         let fail = |e: moebius_backends::Error| format!("{}: {e}", device.name);
         let mut live = Live::new(device.backend.as_ref(), &sketch.graph).map_err(fail)?;
         let got = live.run(&sketch.inputs).map_err(fail)?;
-        for (name, wanted) in wanted.iter().filter(|(name, _)| name.starts_with("d.")) {
-            compare(name, &got[name], wanted, case.gradient_tolerance(dtype))
-                .map_err(|e| format!("{}: {e}", device.name))?;
+        for (name, wanted) in gradients() {
+            compare(name, &got[name], wanted, tolerance).map_err(|e| format!("{}: {e}", device.name))?;
         }
         if !device::same_bits(first.entry(device.backend.name()).or_insert_with(|| got.clone()), &got) {
             return Err(format!("{}: other bits than in another variant of the backend", device.name));
