@@ -146,7 +146,7 @@ pub unsafe fn elementwise_at(program: &Program, inputs: &[*const u8], outputs: &
         let from = task * span;
         let to = len.min(from + span);
         // SAFETY: by the promise above, and tasks have disjoint ranges of every output.
-        unsafe { run_pieces(program, &memory, TILE.min(to - from), tiles(from, to)) };
+        unsafe { run_pieces(program, &memory, TILE.min(to - from), &mut tiles(from, to)) };
     });
 }
 
@@ -169,9 +169,9 @@ pub unsafe fn elementwise_part(
     }
     assert!(cols.end <= width && rows.end <= program.len / width);
     let longest = TILE.min(cols.len());
-    let pieces = rows.flat_map(|row| tiles(row * width + cols.start, row * width + cols.end));
+    let mut pieces = rows.flat_map(|row| tiles(row * width + cols.start, row * width + cols.end));
     // SAFETY: by the promise above.
-    unsafe { run_pieces(program, &Memory { inputs, outputs }, longest, pieces) };
+    unsafe { run_pieces(program, &Memory { inputs, outputs }, longest, &mut pieces) };
 }
 
 /// Elements `from..to` in pieces of at most [`TILE`]: first element and length.
@@ -250,7 +250,8 @@ impl InPlace {
     }
 }
 
-/// Pieces (first element, length) of at most `longest` elements.
+/// Pieces (first element, length) of at most `longest` elements. They are told by a table of functions, so that there is one copy of
+/// all instructions for each instruction set.
 ///
 /// # Safety
 /// As [`elementwise_at`], and no other thread writes these elements of the outputs.
@@ -258,7 +259,7 @@ unsafe fn run_pieces(
     program: &Program,
     memory: &Memory<'_>,
     longest: usize,
-    pieces: impl Iterator<Item = (usize, usize)>,
+    pieces: &mut dyn Iterator<Item = (usize, usize)>,
 ) {
     let Memory { inputs, outputs } = *memory;
     let place = InPlace::of(program, memory);
