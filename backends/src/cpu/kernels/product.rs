@@ -1,4 +1,4 @@
-//! Products of small f32 tiles, each element one chain of multiply-adds in a fixed order.
+//! Products of small f32 tiles, each element one chain of multiply-adds in a fixed order, and their transposes in registers.
 
 use crate::cpu::kernels::tile::LANES;
 
