@@ -53,13 +53,13 @@ pub(super) fn product(
             // SAFETY: the features were just found; the bounds were checked above.
             return unsafe { product_avx512(args) };
         }
-        if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
+        if has_avx2() {
             // SAFETY: as above.
             return unsafe { product_avx2(args) };
         }
     }
     // SAFETY: the bounds were checked above.
-    unsafe { blocks::<[f32; 4], f32, 4, 4, 4, 4, 4>(args) }
+    unsafe { blocks::<[f32; 4], f32, 4, 4, 4>(args, 0) }
 }
 
 /// c[i] = sum over p of rows[i * ld + p] * x[p] for i in 0..count: what [`product`] gives for one column, bit for bit,
@@ -73,7 +73,7 @@ pub(super) fn dots(count: usize, k: usize, (rows, ld): (&[f32], usize), x: &[f32
     #[allow(unused_mut)] // On other machines than x86-64 nothing is done before the product.
     let mut done = 0;
     #[cfg(target_arch = "x86_64")]
-    if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
+    if has_avx2() {
         done = count / 8 * 8;
         // SAFETY: the features were just found; rows, x and c hold the first `done` rows.
         unsafe { x86::dots(done, k, rows.as_ptr(), ld, x.as_ptr(), c.as_mut_ptr()) };
@@ -96,7 +96,7 @@ pub(super) fn transpose_squares(
     (to, ld_to): (&mut [f32], usize),
 ) -> usize {
     #[cfg(target_arch = "x86_64")]
-    if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
+    if has_avx2() {
         let columns = width / 8 * 8;
         if rows == 0 || columns == 0 {
             return columns;
@@ -112,6 +112,13 @@ pub(super) fn transpose_squares(
     }
     let _ = (rows, width, from, ld, to, ld_to);
     0
+}
+
+/// Whether the instructions of `product_avx2` and of transposes are there.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn has_avx2() -> bool {
+    std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma")
 }
 
 #[derive(Clone, Copy)]
@@ -135,9 +142,10 @@ unsafe fn product_avx512(args: Args<'_>) {
     // SAFETY: passed on. 6 x 4 or 8 x 2 of the 32 registers are accumulators; a single row takes 4 to hide their latency.
     unsafe {
         if args.m == 1 {
-            blocks::<x86::Zmm, x86::Scalar, 1, 4, 1, 4, 1>(args)
+            blocks::<x86::Zmm, x86::Scalar, 1, 4, 1>(args, 0)
         } else {
-            blocks::<x86::Zmm, x86::Scalar, 6, 4, 8, 2, 1>(args)
+            let wide = columns::<x86::Zmm, 6, 4>(args, 0);
+            blocks::<x86::Zmm, x86::Scalar, 8, 2, 1>(args, wide)
         }
     }
 }
@@ -150,9 +158,9 @@ unsafe fn product_avx2(args: Args<'_>) {
     // SAFETY: passed on. 6 x 2 of the 16 registers are accumulators; a single row takes 8 to hide their latency.
     unsafe {
         if args.m == 1 {
-            blocks::<x86::Ymm, x86::Scalar, 1, 8, 1, 8, 2>(args)
+            blocks::<x86::Ymm, x86::Scalar, 1, 8, 2>(args, 0)
         } else {
-            blocks::<x86::Ymm, x86::Scalar, 6, 2, 6, 2, 2>(args)
+            blocks::<x86::Ymm, x86::Scalar, 6, 2, 2>(args, 0)
         }
     }
 }
@@ -386,45 +394,37 @@ impl Register for [f32; 4] {
     }
 }
 
-/// Cuts c into blocks of MW rows and NW registers W; what is left of the columns into blocks of MR rows and NV registers, then of
-/// [`LANES`], LV registers, and a single column into registers S of width 1.
+/// Cuts c from column j on into blocks of MR rows and NV registers W; what is left of the columns into blocks of [`LANES`], LV
+/// registers, and a single column into registers S of width 1.
 ///
 /// # Safety
 /// The CPU has the instructions of W and S; the operands hold what [`product`] checks.
 #[inline(always)]
-unsafe fn blocks<
-    W: Register,
-    S: Register,
-    const MW: usize,
-    const NW: usize,
-    const MR: usize,
-    const NV: usize,
-    const LV: usize,
->(
+unsafe fn blocks<W: Register, S: Register, const MR: usize, const NV: usize, const LV: usize>(
     args: Args<'_>,
+    j: usize,
 ) {
     const { assert!(LV * W::WIDTH == LANES && S::WIDTH == 1) }
-    let mut j = 0;
-    while j + NW * W::WIDTH <= args.n {
-        // SAFETY: the columns of the block are within n.
-        unsafe { rows::<W, MW, NW>(args, j) };
-        j += NW * W::WIDTH;
+    // SAFETY: passed on.
+    unsafe {
+        let j = columns::<W, MR, NV>(args, j);
+        let j = columns::<W, MR, LV>(args, j);
+        columns::<S, 8, 1>(args, j);
     }
-    while j + NV * W::WIDTH <= args.n {
+}
+
+/// Cuts c from column j on into blocks of MR rows and NV registers R, as far as there are whole ones. Returns the column behind them.
+///
+/// # Safety
+/// As [`blocks`].
+#[inline(always)]
+unsafe fn columns<R: Register, const MR: usize, const NV: usize>(args: Args<'_>, mut j: usize) -> usize {
+    while j + NV * R::WIDTH <= args.n {
         // SAFETY: the columns of the block are within n.
-        unsafe { rows::<W, MR, NV>(args, j) };
-        j += NV * W::WIDTH;
+        unsafe { rows::<R, MR, NV>(args, j) };
+        j += NV * R::WIDTH;
     }
-    while j + LANES <= args.n {
-        // SAFETY: the columns of the block are within n.
-        unsafe { rows::<W, MR, LV>(args, j) };
-        j += LANES;
-    }
-    while j < args.n {
-        // SAFETY: the columns of the block are within n.
-        unsafe { rows::<S, 8, 1>(args, j) };
-        j += 1;
-    }
+    j
 }
 
 /// # Safety
