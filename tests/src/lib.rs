@@ -1,7 +1,7 @@
 //! What the test programs of this crate share: running a graph on any backend ([`device`]), comparison with tensors of the real
 //! DeepSpeed ([`goldens`]), fuzzing of the parsers ([`fuzz`]), a backend with a fault ([`faulty`]), known bugs ([`planted`]), layers of every router family
 //! ([`families`]), one case on devices
-//! ([`conformance`]) and reading the source tree ([`source`]). The cases of ops and layers and how close a result must be are those of `moebius verify`.
+//! ([`conformance`]), the graphs of all cases ([`graphs`]) and reading the source tree ([`source`]). The cases of ops and layers and how close a result must be are those of `moebius verify`.
 
 pub mod conformance;
 pub mod device;
@@ -9,6 +9,7 @@ pub mod families;
 pub mod faulty;
 pub mod fuzz;
 pub mod goldens;
+pub mod graphs;
 pub mod planted;
 pub mod source;
 

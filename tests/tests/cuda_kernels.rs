@@ -3,32 +3,17 @@
 #![cfg(feature = "cuda")]
 
 use std::collections::BTreeSet;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use moebius_backends::cuda::{Chip, Compiler, Cuda, KernelText};
-use moebius_ir::passes;
-use moebius_tests::cases;
+use moebius_tests::graphs;
+use rayon::iter::{IntoParallelRefIterator, ParallelIterator};
 
 /// The oldest GPU that is supported, and one whose code is made with the features of its chip.
 const ARCHITECTURES: [(&str, Chip); 2] = [("sm_80", Chip::AMPERE), ("sm_90a", Chip::HOPPER)];
 
 /// The kernels of all cases in all dtypes, forward and backward, each once.
-fn kernels(chip: Chip) -> Vec<KernelText> {
-    let mut all = BTreeSet::new();
-    for (_, cases) in cases::groups() {
-        for case in cases {
-            for &dtype in case.dtypes {
-                let mut sketch = case.sketch(dtype).unwrap_or_else(|e| panic!("{}: {e}", case.title(dtype)));
-                if sketch.differentiable() {
-                    sketch.differentiate().unwrap_or_else(|e| panic!("{}: {e}", case.title(dtype)));
-                }
-                let graph = passes::optimise(&sketch.graph).unwrap_or_else(|e| panic!("{e}"));
-                all.extend(Cuda::kernels(&graph, chip).unwrap_or_else(|e| panic!("{}: {e}", case.title(dtype))));
-            }
-        }
-    }
-    all.into_iter().collect()
+fn kernels(chip: Chip) -> BTreeSet<KernelText> {
+    graphs::of_all_cases(|graph, title| Cuda::kernels(graph, chip).unwrap_or_else(|e| panic!("{title}: {e}")))
 }
 
 /// A kernel's title without the extents that only change how often its loops run, and of Hopper's products, which take long to
@@ -81,20 +66,11 @@ fn every_kernel_compiles() {
             }
         }
     }
-    let (next, failures) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
-    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-    std::thread::scope(|scope| {
-        for _ in 0..threads {
-            scope.spawn(|| {
-                while let Some((arch, kernel)) = work.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    if let Err(e) = compiler.compile(&kernel.title, &kernel.text, arch, &kernel.options) {
-                        failures.lock().unwrap_or_else(|e| panic!("{e}")).push(e.to_string());
-                    }
-                }
-            });
-        }
-    });
-    let failures = failures.into_inner().unwrap_or_else(|e| panic!("{e}"));
+    let compile = |(arch, kernel): &(&str, &KernelText)| {
+        let made = compiler.compile(&kernel.title, &kernel.text, arch, &kernel.options);
+        made.err().map(|e| e.to_string())
+    };
+    let failures: Vec<String> = work.par_iter().filter_map(compile).collect();
     assert!(failures.is_empty(), "{} of {} fail:\n{}", failures.len(), work.len(), failures.join("\n"));
     println!("{} kernels compiled by {}", work.len(), compiler.path().display());
 }

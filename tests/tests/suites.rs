@@ -7,6 +7,7 @@ mod families;
 mod gradcheck;
 mod moments;
 mod negative_controls;
+mod parsers;
 mod plan;
 mod properties;
 mod router_rules;

@@ -13,7 +13,8 @@ use moebius_ir::passes;
 use moebius_models::config::Config;
 use moebius_models::gpt;
 use moebius_tests::device::Device;
-use moebius_tests::{cases, conformance, device};
+use moebius_tests::{cases, conformance, device, graphs};
+use rayon::iter::{IntoParallelRefIterator, ParallelIterator};
 
 const SEQUENCE: usize = 6;
 const BATCH: u64 = 3;
@@ -180,24 +181,14 @@ fn no_op_makes_the_validation_layer_object() {
 fn every_shader_is_translated() {
     let large = Limits { groups: 1 << 20, range: 1 << 32, ..CARD };
     let least = Limits { halves: true, processor: true, ..Limits::LEAST };
-    let mut texts = BTreeSet::new();
-    for case in cases::groups().into_iter().flat_map(|(_, cases)| cases) {
-        for &dtype in case.dtypes {
-            let mut sketch = case.sketch(dtype).unwrap_or_else(|e| panic!("{}: {e}", case.title(dtype)));
-            if sketch.differentiable() {
-                sketch.differentiate().unwrap_or_else(|e| panic!("{}: {e}", case.title(dtype)));
-            }
-            let graph = passes::optimise(&sketch.graph).unwrap_or_else(|e| panic!("{e}"));
-            for limits in [large, least] {
-                texts.extend(Vulkan::kernels(&graph, limits).unwrap_or_else(|e| panic!("{}: {e}", case.title(dtype))));
-            }
-        }
-    }
+    let texts = graphs::of_all_cases(|graph, title| {
+        [large, least].map(|limits| Vulkan::kernels(graph, limits).unwrap_or_else(|e| panic!("{title}: {e}"))).concat()
+    });
     assert!(texts.len() > 200, "only {} shaders", texts.len());
-    for shader in &texts {
+    texts.par_iter().for_each(|shader| {
         let words = shader.translate().unwrap_or_else(|e| panic!("{e}"));
         assert_eq!(words[0], 0x0723_0203, "{}: SPIR-V begins with its number", shader.title);
-    }
+    });
     let titles: BTreeSet<&str> = texts.iter().map(|t| t.title.as_str()).collect();
     assert!(titles.len() > 40, "only {titles:?}");
 }

@@ -201,24 +201,39 @@ pub(crate) fn together(count: usize, run: &(dyn Fn(usize) + Sync)) {
 
 /// Calls `run(worker, task)` for the tasks 0..count on at most `workers` threads, as [`share_with`] does.
 pub(crate) fn share(workers: usize, count: usize, run: impl Fn(usize, usize) + Sync) {
-    share_with(workers, count, |worker| worker, |worker, task| run(*worker, task));
+    shares(workers, count, &|worker, tasks| {
+        for task in tasks {
+            run(worker, task);
+        }
+    });
 }
 
 /// Calls `run(state, task)` for the tasks 0..count on at most `workers` threads; each has a state of its own, made by
-/// `start(worker)`. Each worker has a share of neighbouring tasks, the same one in each launch of this shape, so that a
-/// thread finds in its caches what it has just written; who is done takes tasks of the others. The tasks of one share are
-/// drawn in rising order.
+/// `start(worker)`.
 pub(crate) fn share_with<S>(
     workers: usize,
     count: usize,
     start: impl Fn(usize) -> S + Sync,
     run: impl Fn(&mut S, usize) + Sync,
 ) {
+    shares(workers, count, &|worker, tasks| {
+        let mut state = start(worker);
+        for task in tasks {
+            run(&mut state, task);
+        }
+    });
+}
+
+/// Calls `run(worker, tasks)` on at most `workers` threads, which together draw each of the tasks 0..count once. Each worker has a
+/// share of neighbouring tasks, the same one in each launch of this shape, so that a thread finds in its caches what it has just
+/// written; who is done takes tasks of the others. The tasks of one share are drawn in rising order.
+///
+/// Compiled once: kernels, of which there are hundreds of instances, only bring what is to be run.
+fn shares(workers: usize, count: usize, run: &(dyn Fn(usize, &mut dyn Iterator<Item = usize>) + Sync)) {
     let workers = workers.min(count).min(threads());
     // SAFETY: a crew that is led is alive.
     let Some(crew) = unsafe { LED.get().as_ref() }.filter(|_| workers > 1) else {
-        let mut state = start(0);
-        return (0..count).for_each(|task| run(&mut state, task));
+        return run(0, &mut (0..count));
     };
     let slots = &crew.common.slots[..workers];
     let first = |worker: usize| count * worker / workers;
@@ -226,16 +241,11 @@ pub(crate) fn share_with<S>(
         slot.next.store(first(worker), Ordering::Relaxed);
     }
     together(workers, &|worker| {
-        let mut state = start(worker);
-        for of in (worker..workers).chain(0..worker) {
-            loop {
-                let task = slots[of].next.fetch_add(1, Ordering::Relaxed);
-                if task >= first(of + 1) {
-                    break;
-                }
-                run(&mut state, task);
-            }
-        }
+        let share = |of: usize| {
+            let next = move || slots[of].next.fetch_add(1, Ordering::Relaxed);
+            std::iter::repeat_with(next).take_while(move |task| *task < first(of + 1))
+        };
+        run(worker, &mut (worker..workers).chain(0..worker).flat_map(share));
     });
 }
 

@@ -105,7 +105,10 @@ impl Sketch {
     #[track_caller]
     pub fn float_as(&mut self, dtype: DType, shape: impl Into<Shape>, map: impl Fn(f64) -> f64) -> Result<Value> {
         let ty = TensorType::new(dtype, shape);
-        let data = self.normals(ty.elements()).into_iter().map(map).collect();
+        let mut data = self.normals(ty.elements());
+        for x in &mut data {
+            *x = map(*x);
+        }
         self.input(Role::Feed, ty, data, true)
     }
 

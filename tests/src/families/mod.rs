@@ -6,6 +6,8 @@ pub mod check;
 pub mod dense;
 pub mod oracle;
 
+use std::sync::LazyLock;
+
 use moebius_ir::{DType, Result, Role, TensorType, Value, gradients};
 use moebius_models::config::{Config, Family, Mlp, ModelConfig, Noise, Normalise, Order, RouterTable, Routing, Side};
 use moebius_models::gpt::router::{RouterNoise, Source};
@@ -101,9 +103,13 @@ impl Draw {
     /// # Panics
     /// If the text of the configuration is no configuration: a bug.
     pub fn config(&self) -> ModelConfig {
-        let text = "[model]\nname = \"drawn\"\nvocab = 16\nlayers = 1\nwidth = 8\nheads = 1\nsequence = 8\n\
-                    [train]\nbatch = 1\nsteps = 1\nlearning_rate = 1.0\n";
-        let mut m = Config::from_toml(text, "drawn").unwrap_or_else(|e| panic!("{e}")).model;
+        // Read once: properties draw thousands.
+        static PLAIN: LazyLock<ModelConfig> = LazyLock::new(|| {
+            let text = "[model]\nname = \"drawn\"\nvocab = 16\nlayers = 1\nwidth = 8\nheads = 1\nsequence = 8\n\
+                        [train]\nbatch = 1\nsteps = 1\nlearning_rate = 1.0\n";
+            Config::from_toml(text, "drawn").unwrap_or_else(|e| panic!("{e}")).model
+        });
+        let mut m = PLAIN.clone();
         let plain = self.family.routing(self.k);
         let grouped = plain.groups > 1;
         m.router = Some(RouterTable {

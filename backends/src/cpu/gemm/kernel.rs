@@ -98,7 +98,8 @@ impl Source for f16 {
 /// brought near little by little: all at once it would keep B from being loaded.
 ///
 /// Where another thread runs on the same core, the core's decoders are shared too, and what is not a multiply-add costs as much as one
-/// that is: so [`UNROLL`] steps are written out, with all addresses of a packed B and of A as constants.
+/// that is: so a whole panel of packed B, which most of a product's time is, has [`UNROLL`] steps written out, with all addresses of B and
+/// of A as constants. Elsewhere memory sets the pace, or little is done, and the compiler's time counts.
 ///
 /// # Safety
 /// All pointers but those of `next` cover what the formula reaches; with `load` C is initialised.
@@ -111,6 +112,7 @@ pub(super) unsafe fn tile<
     const RS: usize,
     const CS: usize,
     const AHEAD: usize,
+    const PACKED: bool,
 >(
     k: usize,
     mut a: *const f32,
@@ -174,15 +176,19 @@ pub(super) unsafe fn tile<
                     }
                 };
             }
-            const { assert!(UNROLL == 4) }
-            for _ in 0..steps / UNROLL {
-                step!(0);
-                step!(1);
-                step!(2);
-                step!(3);
-                (a, b) = (a.wrapping_add(UNROLL * CS), b.wrapping_add(UNROLL * b_step));
+            let mut single = steps;
+            if PACKED && NV * S::LANES == panel_cols(S::LANES) {
+                const { assert!(UNROLL == 4) }
+                for _ in 0..steps / UNROLL {
+                    step!(0);
+                    step!(1);
+                    step!(2);
+                    step!(3);
+                    (a, b) = (a.wrapping_add(UNROLL * CS), b.wrapping_add(UNROLL * b_step));
+                }
+                single = steps % UNROLL;
             }
-            for _ in 0..steps % UNROLL {
+            for _ in 0..single {
                 step!(0);
                 (a, b) = (a.wrapping_add(CS), b.wrapping_add(b_step));
             }
@@ -412,7 +418,7 @@ macro_rules! isa {
             ) {
                 let b_step = kernel::panel_cols(<$simd as kernel::Simd>::LANES);
                 // SAFETY: the caller's contract.
-                unsafe { kernel::tile::<$simd, f32, MR, NV, RS, CS, 0>(k, a, b, b_step, c, ldc, load, next) }
+                unsafe { kernel::tile::<$simd, f32, MR, NV, RS, CS, 0, true>(k, a, b, b_step, c, ldc, load, next) }
             }
             $(#[$attr])?
             unsafe fn wide<T: Source, const MR: usize, const NV: usize, const AHEAD: usize>(
@@ -420,7 +426,7 @@ macro_rules! isa {
             ) {
                 let next = Ahead::only(c);
                 // SAFETY: the caller's contract.
-                unsafe { kernel::tile::<$simd, T, MR, NV, ROW, 1, AHEAD>(k, a, b.cast(), b_step, c, ldc, load, &next) }
+                unsafe { kernel::tile::<$simd, T, MR, NV, ROW, 1, AHEAD, false>(k, a, b.cast(), b_step, c, ldc, load, &next) }
             }
             $(#[$attr])?
             unsafe fn columns<T: Source, const MR: usize>(
