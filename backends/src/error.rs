@@ -72,6 +72,14 @@ pub enum Error {
         /// Bytes that can be allocated.
         free: u64,
     },
+    /// A number of threads that is none.
+    #[error("MOEBIUS_THREADS: wanted a number of threads from 1 to {most}, found {found:?}")]
+    ThreadCount {
+        /// The most that may be asked for.
+        most: usize,
+        /// What the variable holds.
+        found: String,
+    },
     /// An instruction set that the processor does not have.
     #[error("MOEBIUS_CPU: wanted an instruction set of this machine ({}), found {found:?}", there.join(", "))]
     InstructionSet {

@@ -98,6 +98,24 @@ fn one_seed_gives_the_same_bits_and_another_does_not() {
     assert_eq!(metrics(&place.path("a")), metrics(&place.path("b")));
 }
 
+/// As many threads as the environment says, with the same bits, and a clear error where that is no number of threads.
+#[test]
+fn the_number_of_threads_is_that_asked_for_and_changes_no_bit() {
+    let place = Place::new();
+    for threads in ["1", "3"] {
+        let args = ["train", "--config", "small.toml", "--data", "text.txt", "--out", threads, "--steps", "6"];
+        succeeds(place.command(&args).env("MOEBIUS_THREADS", threads).output().unwrap());
+        let devices = succeeds(place.command(&["devices"]).env("MOEBIUS_THREADS", threads).output().unwrap());
+        assert!(stdout(&devices).contains(&format!("{threads} threads,")), "{}", stdout(&devices));
+    }
+    assert_eq!(checkpoint(&place.path("1"), 6), checkpoint(&place.path("3"), 6));
+    for found in ["0", "many", "-1", "5000"] {
+        let output = place.command(&["devices"]).env("MOEBIUS_THREADS", found).output().unwrap();
+        let told = format!("MOEBIUS_THREADS: wanted a number of threads from 1 to 4096, found {found:?}");
+        assert!([stdout(&output), stderr(&output)].iter().any(|text| text.contains(&told)), "{}", stdout(&output));
+    }
+}
+
 /// Kills a training run again and again, also while it writes checkpoints (after every step), and lets it resume: at the
 /// end weights, moments and metrics are those of a run that was left alone.
 #[test]

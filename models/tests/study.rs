@@ -47,7 +47,7 @@ fn folders(runs: &Path) -> Vec<String> {
 
 #[test]
 fn all_studies_run_share_their_runs_and_are_done_only_once() {
-    let place = Place::new();
+    let place = Place::on_one_thread();
     for name in STUDIES {
         let output = succeeds(place.run(&smoke(name, "s", &[])));
         let folder = place.path("s").join(name);
@@ -105,7 +105,7 @@ fn all_studies_run_share_their_runs_and_are_done_only_once() {
 /// of a study that was left alone, times apart.
 #[test]
 fn a_study_killed_at_random_moments_ends_with_the_same_table() {
-    let place = Place::new();
+    let place = Place::on_one_thread();
     let more = ["--tune", "--set", "train.steps=24", "--set", "train.checkpoint_every=2"];
     succeeds(place.run(&smoke("mos", "alone", &more)));
     let seed = kill_until_it_ends(&place, "killed", 24, 7, |_| {
@@ -122,7 +122,7 @@ fn a_study_killed_at_random_moments_ends_with_the_same_table() {
 
 #[test]
 fn a_study_stops_in_time_and_goes_on() {
-    let place = Place::new();
+    let place = Place::on_one_thread();
     let more = ["--seeds", "1", "--set", "train.steps=4000", "--set", "train.eval_every=0", "--for", "2s"];
     let output = place.run(&smoke("residual", "s", &more));
     let said = stderr(&output);
@@ -138,7 +138,7 @@ fn a_study_stops_in_time_and_goes_on() {
 
 #[test]
 fn wrong_use_is_told() {
-    let place = Place::new();
+    let place = Place::on_one_thread();
     place.fails(2, &["study", "pyramide"]);
     for (more, said) in [
         (["--for", "9 minutes"], "wanted a time as 90s, 9m or 1h"),

@@ -36,7 +36,8 @@ struct Emulator {
 };
 
 static const int MOST_THREADS = 1024;
-static const size_t STACK = 128 << 10;
+// Not a multiple of a power of two: else the same place in all stacks would share one set of the caches.
+static const size_t STACK = (128 << 10) + 832;
 
 extern "C" void switch_stack(void** save, void* to);
 asm(R"(

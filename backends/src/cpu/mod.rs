@@ -22,6 +22,9 @@ use crate::{Backend, Error, Executable, Result, Store, lowering};
 
 const BACKEND: &str = "cpu";
 
+/// Most threads that the environment may ask for: more than any machine has.
+const MOST_THREADS: usize = 4096;
+
 /// The CPU backend with threads of its own.
 pub struct Cpu {
     crew: Arc<Crew>,
@@ -30,15 +33,15 @@ pub struct Cpu {
 }
 
 impl Cpu {
-    /// The backend on `threads` threads; `None` means one per available core. In builds with debug assertions, memory is
-    /// checked as by [`Cpu::with_checks`].
+    /// The backend on `threads` threads; `None` means as many as the variable `MOEBIUS_THREADS` says, else one per available core. In
+    /// builds with debug assertions, memory is checked as by [`Cpu::with_checks`].
     ///
     /// # Errors
-    /// [`Error::Threads`] if the threads cannot be started; [`Error::InstructionSet`] if `MOEBIUS_CPU` names one that the
-    /// machine does not have.
+    /// [`Error::Threads`] if the threads cannot be started; [`Error::ThreadCount`] if `MOEBIUS_THREADS` is no number of threads;
+    /// [`Error::InstructionSet`] if `MOEBIUS_CPU` names one that the machine does not have.
     pub fn new(threads: Option<usize>) -> Result<Cpu> {
         let instruction_set = gemm::instruction_set()?;
-        let wanted = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
+        let wanted = threads.map_or_else(threads_of_environment, Ok)?;
         let crew = Crew::new(wanted).map_err(|source| Error::Threads { wanted, source })?;
         Ok(Cpu { crew: Arc::new(crew), checks: cfg!(debug_assertions), instruction_set })
     }
@@ -59,6 +62,15 @@ impl Cpu {
     fn launches(&self, graph: &Graph, joined: impl Fn(NodeId) -> Option<NodeId>) -> Result<Vec<lower::Launch>> {
         lowering::launches(BACKEND, graph, |id| lower::lower(graph, id, joined(id), self.threads()))
     }
+}
+
+/// What `MOEBIUS_THREADS` asks for, else one thread for each core that this process may use.
+fn threads_of_environment() -> Result<usize> {
+    let Some(asked) = std::env::var_os("MOEBIUS_THREADS") else {
+        return Ok(std::thread::available_parallelism().map_or(1, |n| n.get()));
+    };
+    let number = asked.to_str().and_then(|text| text.parse().ok()).filter(|n| (1..=MOST_THREADS).contains(n));
+    number.ok_or_else(|| Error::ThreadCount { most: MOST_THREADS, found: asked.to_string_lossy().into_owned() })
 }
 
 impl Backend for Cpu {

@@ -92,6 +92,7 @@ pub fn kill_until_it_ends_with(
 /// A folder with a configuration, a text and what the program writes there.
 pub struct Place {
     pub folder: TempDir,
+    threads: Option<&'static str>,
 }
 
 impl Place {
@@ -101,7 +102,12 @@ impl Place {
         let text: String =
             (0..400).map(|i| format!("line {i}: the quick brown fox jumps over the lazy dog\n")).collect();
         fs::write(folder.path().join("text.txt"), text).unwrap();
-        Place { folder }
+        Place { folder, threads: None }
+    }
+
+    /// A place whose programs run on one thread. Several at a time that each take all cores wait for each other most of the time.
+    pub fn on_one_thread() -> Place {
+        Place { threads: Some("1"), ..Place::new() }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -112,6 +118,7 @@ impl Place {
         let mut command = Command::new(env!("CARGO_BIN_EXE_moebius"));
         command.args(args).current_dir(self.folder.path()).stdin(Stdio::null());
         command.env("XDG_CACHE_HOME", self.path("cache"));
+        command.envs(self.threads.map(|number| ("MOEBIUS_THREADS", number)));
         command
     }
 
