@@ -18,6 +18,12 @@ pub enum GenerateError {
     /// Routes that are recorded or forced.
     #[error(transparent)]
     Routes(#[from] RouteError),
+    /// A device that continues a text by itself has met a NaN.
+    #[error("cannot choose a token: wanted numbers as logits after token {token} of the text, found one that is none")]
+    NoChoice {
+        /// The token's place in the cache, from 0.
+        token: usize,
+    },
 }
 
 /// Tokens of a prompt that are taken in one run; the rest is taken one by one.
@@ -41,6 +47,8 @@ pub struct Generator {
     chunk: usize,
     prefill: Option<Program>,
     decode: Program,
+    /// The step that chooses the next token itself, and among how many tokens.
+    greedy: Option<(usize, Program)>,
     /// The tokens whose keys and values are in the cache.
     text: Vec<i32>,
     logits: Vec<f32>,
@@ -81,6 +89,7 @@ impl Generator {
             chunk: CHUNK.min(config.sequence),
             prefill: None,
             decode,
+            greedy: None,
             text: Vec::new(),
             logits: vec![0.0; config.vocab],
             config: config.clone(),
@@ -122,17 +131,70 @@ impl Generator {
     pub fn take(&mut self, session: &mut Session, tokens: &[i32]) -> Result<&[f32], GenerateError> {
         let mut rest = tokens;
         while !rest.is_empty() {
-            if self.text.len() == self.sequence {
-                let half = self.text.split_off(self.sequence - self.sequence / 2);
-                self.text.clear();
-                self.run_all(session, &half)?;
-            }
-            let room = self.sequence - self.text.len();
+            let room = self.room(session)?;
             let (now, later) = rest.split_at(rest.len().min(room));
             self.run_all(session, now)?;
             rest = later;
         }
         Ok(&self.logits)
+    }
+
+    /// Whether [`Generator::follow`] can be used: where routes are recorded or forced, the host has a part in each token.
+    pub fn follows(&self) -> bool {
+        self.tap.is_idle()
+    }
+
+    /// Takes `first` and then `count - 1` times the token that is most likely next among the first `known` of the vocabulary, the first of
+    /// equals, and returns the `count` tokens that were chosen, of which the last is not taken yet: those of [`Generator::take`] and
+    /// [`crate::sampling::most_likely`], chosen by the device, which the host waits for once. Records no routes.
+    ///
+    /// # Errors
+    /// As [`Generator::take`]; [`GenerateError::NoChoice`] if a logit is NaN.
+    pub fn follow(
+        &mut self,
+        session: &mut Session,
+        first: i32,
+        known: usize,
+        count: usize,
+    ) -> Result<Vec<i32>, GenerateError> {
+        if self.greedy.as_ref().is_none_or(|(of, _)| *of != known) {
+            let graph = gpt::greedy(&self.config, known)?;
+            let program = if self.frozen { session.compile_frozen(&graph)? } else { session.compile(&graph)? };
+            self.greedy = Some((known, program));
+        }
+        let (mut next, mut chosen) = (first, Vec::with_capacity(count));
+        while chosen.len() < count {
+            let runs = self.room(session)?.min(count - chosen.len());
+            let start = self.text.len();
+            session.write(gpt::NEXT_TOKEN, &[next])?;
+            session.write(gpt::NEXT_POSITION, &[start as i32])?;
+            let Some((_, program)) = &mut self.greedy else { break };
+            let mut last = [0];
+            // A device beside the host tells what it rejected when an output is read.
+            let ran = session.run_times(program, runs).and_then(|()| program.output_into("token", &mut last));
+            let all = session.read::<i32>(gpt::CHOSEN)?;
+            let new = &all[start..start + runs];
+            // What is no token is rejected by the run after.
+            if let Some(at) = new.iter().position(|id| !(0..self.config.vocab as i32).contains(id)) {
+                return Err(GenerateError::NoChoice { token: start + at });
+            }
+            ran?;
+            self.text.push(next);
+            self.text.extend_from_slice(&new[..runs - 1]);
+            chosen.extend_from_slice(new);
+            next = last[0];
+        }
+        Ok(chosen)
+    }
+
+    /// How many more tokens fit the sequence. If none does, the text goes on from its last half first.
+    fn room(&mut self, session: &mut Session) -> Result<usize, GenerateError> {
+        if self.text.len() == self.sequence {
+            let half = self.text.split_off(self.sequence - self.sequence / 2);
+            self.text.clear();
+            self.run_all(session, &half)?;
+        }
+        Ok(self.sequence - self.text.len())
     }
 
     /// Runs tokens that fit the sequence: whole chunks, then one by one.

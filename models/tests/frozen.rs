@@ -6,6 +6,7 @@ use moebius_models::config::Config;
 use moebius_models::generate::Generator;
 use moebius_models::gpt;
 use moebius_models::routes::RouteTap;
+use moebius_models::sampling::most_likely;
 
 fn model(dtype: &str) -> Config {
     let mut config = Config::preset("tiny-pr-moe").unwrap();
@@ -41,5 +42,44 @@ fn frozen_and_trained_weights_give_the_same_bits() {
         assert!(frozen.names().iter().filter(|n| n.contains("experts")).all(|n| dtype_of(n) == stored));
         // The router computes in f32.
         assert_eq!(dtype_of("layers.1.moe.router.weight"), DType::F32);
+    }
+}
+
+/// A device that chooses its tokens itself chooses those of the host, from any place of a text, also where the sequence is full, and
+/// among as many tokens as it is told.
+#[test]
+fn tokens_that_the_device_chooses_are_those_of_the_host() {
+    for dtype in ["f32", "bf16"] {
+        let config = model(dtype);
+        let engine = Engine::open("cpu").unwrap();
+        let mut session = engine.session();
+        let mut generator = Generator::frozen(&mut session, &config.model, RouteTap::default()).unwrap();
+        gpt::initialise(&config.model, 5, |p, values| session.write_rounded(&p.name, values)).unwrap();
+        let prompt: Vec<i32> = (0..37).map(|i| i * 41 % 256).collect();
+        for known in [256, 251, 3] {
+            let mut by_host = Vec::new();
+            let mut logits = generator.take(&mut session, &prompt).unwrap();
+            let first = most_likely(&logits[..known]) as i32;
+            let mut next = first;
+            for _ in 0..90 {
+                logits = generator.take(&mut session, &[next]).unwrap();
+                next = most_likely(&logits[..known]) as i32;
+                by_host.push(next);
+            }
+            generator.reset();
+            generator.take(&mut session, &prompt).unwrap();
+            // In portions, and the host's way in between.
+            let mut by_device = generator.follow(&mut session, first, known, 20).unwrap();
+            let logits = generator.take(&mut session, &by_device[19..]).unwrap();
+            by_device.push(most_likely(&logits[..known]) as i32);
+            by_device.extend(generator.follow(&mut session, by_device[20], known, 69).unwrap());
+            assert_eq!(by_device, by_host, "{dtype}, {known} tokens");
+            assert!(by_device.iter().collect::<std::collections::HashSet<_>>().len() > 2, "{by_device:?}");
+            generator.reset();
+        }
+        // Not a number is told with its place, and nothing is chosen.
+        session.write_rounded("norm.weight", &vec![f32::NAN; config.model.width]).unwrap();
+        let told = generator.follow(&mut session, 1, 256, 5).unwrap_err().to_string();
+        assert!(told.contains("after token 0 of the text"), "{told}");
     }
 }

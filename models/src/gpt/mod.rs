@@ -3,9 +3,10 @@
 //!
 //! After section 2.5 of the DeepSpeed-MoE specification: pre-norm blocks, learned positions, tied output embedding,
 //! tanh-GELU. `layers` holds attention and the dense feed-forward, `moe` the sparse one with its `router`, `outputs` what is told
-//! of routers and routes, `init` the start values.
+//! of routers and routes, `init` the start values, `greedy` the decoding step that chooses the next token itself.
 
 mod distillation;
+mod greedy;
 mod init;
 mod layers;
 mod moe;
@@ -17,6 +18,7 @@ pub use distillation::{
     Distillation, Distilling, KEPT_IDS, KEPT_LOG_P, KEPT_LOG_TAIL, Lesson, TEACHER_HIDDEN, distillation,
     teacher_hidden, teacher_logits,
 };
+pub use greedy::{CHOSEN, NEXT_POSITION, NEXT_TOKEN, greedy};
 pub use init::{Start, initialise};
 pub use moe::{MoeStatistics, Pass, moe_layer};
 pub use outputs::{
@@ -235,15 +237,40 @@ pub fn decoding(config: &ModelConfig, tokens: usize) -> Result<Graph, DecodingEr
 /// # Errors
 /// As [`decoding`] and [`training_with`].
 pub fn decoding_with(config: &ModelConfig, tokens: usize, routes: Routes) -> Result<Graph, DecodingError> {
-    let routing = config.routing();
-    if routing.expert_choice && !routing.allow_expert_choice_decoding {
-        return Err(DecodingError::FutureTokens);
-    }
     let mut graph = Graph::new();
     let g = &mut graph;
     let ids = g.feed("tokens", TensorType::i32([1, tokens]))?;
     let positions = g.feed("positions", TensorType::i32([tokens]))?;
     let start = g.feed("start", TensorType::i32([]))?;
+    let (logits, statistics) = decoded(g, config, Step { ids, positions, start }, routes)?;
+    g.output("logits", logits)?;
+    routes.outputs(g, &statistics)?;
+    Ok(graph)
+}
+
+/// What a decoding step takes.
+struct Step {
+    /// Further tokens, i32 `[1, tokens]`.
+    ids: Value,
+    /// Their positions, i32 `[tokens]`.
+    positions: Value,
+    /// How many tokens the cache holds, i32 scalar.
+    start: Value,
+}
+
+/// The logits after the last token of a step, f32 `[vocab]`, and the statistics of its MoE layers.
+fn decoded(
+    g: &mut Graph,
+    config: &ModelConfig,
+    step: Step,
+    routes: Routes,
+) -> Result<(Value, Vec<(usize, MoeStatistics)>), DecodingError> {
+    let routing = config.routing();
+    if routing.expert_choice && !routing.allow_expert_choice_decoding {
+        return Err(DecodingError::FutureTokens);
+    }
+    let Step { ids, positions, start } = step;
+    let tokens = g.ty(ids).elements();
     let mut p = Parameters::new(config);
     let x = g.scoped("embedding", |g| {
         let (token, position) = (p.get(g, "embedding.weight")?, p.get(g, "position.weight")?);
@@ -259,10 +286,7 @@ pub fn decoding_with(config: &ModelConfig, tokens: usize, routes: Routes) -> Res
     let w = p.output(g)?;
     let logits = g.matmul_with(last, w, None, false, true)?;
     let logits = g.cast(logits, DType::F32)?;
-    let logits = g.reshape(logits, [config.vocab])?;
-    g.output("logits", logits)?;
-    routes.outputs(g, &statistics)?;
-    Ok(graph)
+    Ok((g.reshape(logits, [config.vocab])?, statistics))
 }
 
 /// Token and position embeddings of whole sequences, `[B, S, width]`.

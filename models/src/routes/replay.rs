@@ -23,6 +23,11 @@ pub struct RouteTap {
 }
 
 impl RouteTap {
+    /// Whether routes are neither recorded nor forced.
+    pub fn is_idle(&self) -> bool {
+        self.writer.is_none() && self.replay.is_none()
+    }
+
     /// For a model: writes routes to `record`, and forces those of `replay`, which is checked from end to end first.
     ///
     /// # Errors

@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use moebius::Session;
 use moebius_models::generate::Generator;
@@ -12,6 +13,9 @@ use moebius_models::tokenizer::Tokenizer;
 use crate::cli::GenerateArgs;
 use crate::failure::Failure;
 use crate::{model, stop};
+
+/// A text that comes in portions of less than this flows.
+const NOTICED: Duration = Duration::from_millis(50);
 
 pub(crate) fn run(args: &GenerateArgs) -> Result<(), Failure> {
     let sampling = Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
@@ -63,19 +67,31 @@ pub(crate) fn stream(
         return Ok(true);
     }
     let mut decoder = tokenizer.stream();
-    let mut logits = generator.take(session, &ids)?;
-    let mut chosen = 0;
+    let logits = generator.take(session, &ids)?;
+    // A vocabulary padded beyond the tokenizer's has ids that stand for no text.
+    let known = known.min(logits.len());
+    let mut next = vec![sampling.choose(&logits[..known], 0) as i32];
+    let (mut chosen, mut portion) = (0, 1);
+    let by_device = sampling.temperature <= 0.0 && generator.follows();
     while chosen < tokens && !stop.load(Ordering::Relaxed) {
-        // A vocabulary padded beyond the tokenizer's has ids that stand for no text.
-        let id = sampling.choose(&logits[..known.min(logits.len())], chosen as u64);
-        chosen += 1;
-        let text = decoder.push(id as u32)?;
-        if !put(&text)? {
-            return Ok(true);
+        chosen += next.len();
+        for &id in &next {
+            let text = decoder.push(id as u32)?;
+            if !put(&text)? {
+                return Ok(true);
+            }
         }
-        if chosen < tokens {
-            logits = generator.take(session, &[id as i32])?;
-        }
+        let Some(&last) = next.last().filter(|_| chosen < tokens) else { break };
+        next = if by_device {
+            let begun = Instant::now();
+            let next = generator.follow(session, last, known, portion.min(tokens - chosen))?;
+            // As many at a time as a reader does not notice.
+            portion = if begun.elapsed() < NOTICED / 2 { 2 * portion } else { portion.div_ceil(2) };
+            next
+        } else {
+            let logits = generator.take(session, &[last])?;
+            vec![sampling.choose(&logits[..known], chosen as u64) as i32]
+        };
     }
     let rest = decoder.finish()?;
     put(&format!("{rest}\n"))?;
