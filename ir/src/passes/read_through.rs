@@ -2,7 +2,7 @@
 //!
 //! A matrix product takes one factor of 16 bits beside one of f32, so a cast to f32 before it need not be stored; an elementwise
 //! op stretches its operands, so a broadcast before it need not be either. What is done to every element of a broadcast is done
-//! before it.
+//! before it. A slice that takes everything is what it takes from, if that is computed: an update may not be another state.
 
 use crate::dtype::DType;
 use crate::error::Result;
@@ -21,6 +21,12 @@ pub fn read_through(graph: &Graph) -> Result<Graph> {
             let stretch = out.node(out.producer(whole)).clone();
             let one = out.push_copy(node, &stretch.operands)?;
             return out.push_copy(&stretch, &one);
+        }
+        if let (Op::Slice(_), &[whole]) = (&node.op, operands)
+            && !matches!(out.node(out.producer(whole)).op, Op::Input(_) | Op::Constant(_))
+            && node.op.infer(std::slice::from_ref(out.ty(whole))).is_ok_and(|cut| cut[0] == *out.ty(whole))
+        {
+            return Ok([whole].into_iter().collect());
         }
         let mut operands: Vec<Value> = operands.to_vec();
         let types = |out: &Graph, operands: &[Value]| {
@@ -81,6 +87,21 @@ mod tests {
             assert_eq!(ops(&read), wanted);
             assert_eq!(read.ty(read.outputs()[0].1), &TensorType::f32([4, 2]));
         }
+    }
+
+    #[test]
+    fn a_slice_of_everything_is_no_op() {
+        let mut g = Graph::new();
+        let x = g.feed("x", TensorType::f32([4, 3])).unwrap();
+        let y = g.neg(x).unwrap();
+        for (name, of, len) in [("whole", y, 4), ("part", y, 3), ("input", x, 4)] {
+            let cut = g.slice(of, 0, 0, len).unwrap();
+            g.output(name, cut).unwrap();
+        }
+        let read = read_through(&g).unwrap();
+        assert_eq!(ops(&read), ["unary", "slice", "slice"]);
+        let whole = read.output_named("whole").unwrap();
+        assert_eq!(read.node(read.producer(whole)).op.name(), "unary");
     }
 
     #[test]

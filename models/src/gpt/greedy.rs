@@ -48,25 +48,13 @@ pub fn greedy(config: &ModelConfig, known: usize) -> Result<Graph, DecodingError
 /// The first place of the greatest of `logits`, f32 `[n]`, as an i32 scalar; `none` where one is NaN.
 fn most_likely(g: &mut Graph, logits: Value, none: usize) -> Result<Value> {
     let n = g.ty(logits).elements();
-    let most = greatest(g, logits)?;
+    let most = g.reduce(ReduceFn::Max, logits, &[0])?;
     let is_most = g.compare(CompareFn::Eq, logits, most)?;
     // Negative, so that the first place is the greatest number. Whole numbers of f32 are exact to 2^24.
     let places = g.constant(TensorType::f32([n]), (0..n).map(|i| -(i as f64)).collect())?;
     let none = g.scalar(-(none as f64))?;
     let places = g.select(is_most, places, none)?;
-    let first = greatest(g, places)?;
+    let first = g.reduce(ReduceFn::Max, places, &[0])?;
     let first = g.neg(first)?;
     g.cast(first, DType::I32)
 }
-
-/// The greatest of `x`, f32 `[n]`: of pieces first, which a device looks through side by side.
-fn greatest(g: &mut Graph, x: Value) -> Result<Value> {
-    let n = g.ty(x).elements();
-    let piece = (1..=PIECE.min(n)).rev().find(|piece| n.is_multiple_of(*piece)).unwrap_or(1);
-    let pieces = g.reshape(x, [n / piece, piece])?;
-    let of_pieces = g.reduce(ReduceFn::Max, pieces, &[1])?;
-    g.reduce(ReduceFn::Max, of_pieces, &[0])
-}
-
-/// Most logits of a piece: as many as threads of a block that look through one.
-const PIECE: usize = 256;

@@ -1,7 +1,7 @@
 // Sum, mean or maximum over the middle axis of x [outer, n, inner]. FUNCTION: 0 sum, 1 mean, 2 maximum.
 //
-// A long axis is cut into chunks, whose results (f32) a second kernel joins in order. Which element is added where depends
-// on the extents alone.
+// A long axis is cut into chunks, whose results (f32) are joined in order: those of a row by the block that ends its chunk last, those of
+// columns by a second kernel. Which element is added where depends on the extents alone.
 
 #define THREADS 256
 /// Elements of 16 bytes.
@@ -11,17 +11,35 @@ __device__ __forceinline__ float start() { return FUNCTION == 2 ? -INF_F : 0.0f;
 __device__ __forceinline__ float join(float a, float b) { return FUNCTION == 2 ? max_nan(a, b) : a + b; }
 __device__ __forceinline__ float end(float x, i64 n) { return FUNCTION == 1 ? x / (float)n : x; }
 
-/// inner = 1: a block for each row and chunk.
-KERNEL reduce_rows(const T* x, i64 outer, i64 n, i64 chunk, float* partial, T* y) {
+/// What the block's threads have, together: of thread 0.
+__device__ __forceinline__ float of_block(float acc, float* room) {
+    return FUNCTION == 2 ? block_max<THREADS>(acc, room) : block_sum<THREADS>(acc, room);
+}
+
+/// inner = 1: a block for each row and chunk. `partial` and `counters`, one for each row and 0 between runs, are null for one chunk.
+KERNEL reduce_rows(const T* x, i64 outer, i64 n, i64 chunk, float* partial, u32* counters, T* y) {
     begin();
     __shared__ float room[THREADS / 32];
+    __shared__ bool is_last;
     i64 row = blockIdx.x, from = (i64)blockIdx.y * chunk, to = from + chunk < n ? from + chunk : n;
     float acc = start();
     for (i64 i = from + threadIdx.x; i < to; i += THREADS) acc = join(acc, to_float(x[row * n + i]));
-    acc = FUNCTION == 2 ? block_max<THREADS>(acc, room) : block_sum<THREADS>(acc, room);
-    if (threadIdx.x > 0) return;
-    if (partial) partial[blockIdx.y * outer + row] = acc;
-    else y[row] = from_float<T>(end(acc, n));
+    acc = of_block(acc, room);
+    if (partial) {
+        if (threadIdx.x == 0) {
+            partial[blockIdx.y * outer + row] = acc;
+            // What this block stored is there for whoever sees it counted. The last one leaves 0 for the next run.
+            __threadfence();
+            is_last = atomicInc(counters + row, gridDim.y - 1) == gridDim.y - 1;
+            __threadfence();
+        }
+        __syncthreads();
+        if (!is_last) return;
+        acc = start();
+        for (int c = threadIdx.x; c < gridDim.y; c += THREADS) acc = join(acc, __ldcg(partial + c * outer + row));
+        acc = of_block(acc, room);
+    }
+    if (threadIdx.x == 0) y[row] = from_float<T>(end(acc, n));
 }
 
 /// A thread for each result and chunk; neighbouring threads read neighbouring elements.
@@ -78,7 +96,7 @@ KERNEL reduce_vectors(const T* x, i64 outer, i64 n, i64 inner, i64 chunk, float*
     }
 }
 
-/// The results of the chunks together.
+/// The results of the chunks of columns together.
 KERNEL reduce_finish(const float* partial, i64 results, int chunks, i64 n, T* y) {
     begin();
     i64 at = (i64)blockIdx.x * THREADS + threadIdx.x;

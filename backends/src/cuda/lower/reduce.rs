@@ -12,6 +12,10 @@ const TEXT: &str = include_str!("../kernels/reduce.cu");
 const THREADS: usize = 256;
 /// Elements of a row that one block takes.
 const ROW_CHUNK: usize = 16_384;
+/// As many where there are few rows.
+const FEW_ROWS_CHUNK: usize = 2048;
+/// Up to this many rows there are fewer blocks than multiprocessors.
+const FEW_ROWS: usize = 16;
 /// Elements of a column that one thread takes, where there are few columns.
 const COLUMN_CHUNK: usize = 256;
 /// As many where a warp has each eighth of them.
@@ -34,7 +38,7 @@ pub(super) fn lower_reduce(graph: &Graph, node: &Node, op: &Reduce) -> Lowered {
     let vector = 16 / dtype(graph, node, 0).bytes();
     let vectors = inner.is_multiple_of(vector);
     let wanted = match (rows, results >= MANY_COLUMNS) {
-        (true, _) => n.div_ceil(ROW_CHUNK),
+        (true, _) => n.div_ceil(if outer <= FEW_ROWS { FEW_ROWS_CHUNK } else { ROW_CHUNK }),
         (false, true) => 1,
         (false, false) if vectors => n.div_ceil(VECTOR_CHUNK),
         (false, false) => n.div_ceil(COLUMN_CHUNK),
@@ -45,8 +49,9 @@ pub(super) fn lower_reduce(graph: &Graph, node: &Node, op: &Reduce) -> Lowered {
     let partial = if chunks > 1 { scratch.take(4 * chunks * results) } else { Arg::Null };
     let size = Arg::size;
     let (name, blocks, args) = if rows {
-        let args = vec![Arg::Operand(0), size(outer), size(n), size(chunk), partial.clone(), Arg::Result(0)];
-        ("reduce_rows", outer, args)
+        let counters = if chunks > 1 { Arg::Counters } else { Arg::Null };
+        let sizes = [size(outer), size(n), size(chunk), partial.clone(), counters];
+        ("reduce_rows", outer, [&[Arg::Operand(0)], &sizes[..], &[Arg::Result(0)]].concat())
     } else {
         let sizes = [size(outer), size(n), size(inner), size(chunk)];
         let args = [vec![Arg::Operand(0)], sizes.to_vec(), vec![partial.clone(), Arg::Result(0)]].concat();
@@ -57,10 +62,12 @@ pub(super) fn lower_reduce(graph: &Graph, node: &Node, op: &Reduce) -> Lowered {
         }
     };
     let mut actions = vec![kernel(source.clone(), name, [blocks, chunks, 1], THREADS as u32, args)];
-    if chunks > 1 {
+    if chunks > 1 && !rows {
         let args = vec![partial, size(results), Arg::I32(int(chunks, "chunks")?), size(n), Arg::Result(0)];
         let blocks = results.div_ceil(THREADS);
         actions.push(kernel(source, "reduce_finish", [blocks, 1, 1], THREADS as u32, args));
     }
-    Ok(Launch::of(actions).with_scratch(scratch.bytes()))
+    let mut launch = Launch::of(actions).with_scratch(scratch.bytes());
+    launch.counters = if chunks > 1 && rows { outer } else { 0 };
+    Ok(launch)
 }

@@ -163,7 +163,7 @@ fn step(args: &BenchArgs, config: &Config, engine: &Engine) -> Result<Value, Fai
 type Chosen<'a> = &'a mut dyn FnMut(&mut Generator, i32, usize) -> Result<i32, Failure>;
 
 /// Tokens that a device chooses by itself between two looks of the host.
-const DECODE_PORTION: usize = 16;
+const DECODE_PORTION: usize = 32;
 
 fn decode(args: &BenchArgs, config: &Config, engine: &Engine) -> Result<Value, Failure> {
     let tokens = args.steps.unwrap_or(128).max(1);
