@@ -1,5 +1,6 @@
 //! Generation with a key/value cache: a decoding step is the same model as in training, over one or a few new tokens.
 
+use moebius::ir::Graph;
 use moebius::{Program, Session};
 
 use crate::config::ModelConfig;
@@ -37,8 +38,12 @@ fn program(
     frozen: bool,
     tap: &RouteTap,
 ) -> Result<Program, GenerateError> {
-    let graph = gpt::decoding_with(config, tokens, tap.routes())?;
-    Ok(if frozen { session.compile_frozen(&graph)? } else { session.compile(&graph)? })
+    compile(session, &gpt::decoding_with(config, tokens, tap.routes())?, frozen)
+}
+
+/// Compiles a graph beside a training step, or of a model that is not trained.
+fn compile(session: &mut Session, graph: &Graph, frozen: bool) -> Result<Program, GenerateError> {
+    Ok(if frozen { session.compile_frozen(graph)? } else { session.compile(graph)? })
 }
 
 /// A model that continues one text.
@@ -157,18 +162,13 @@ impl Generator {
         known: usize,
         count: usize,
     ) -> Result<Vec<i32>, GenerateError> {
-        if self.greedy.as_ref().is_none_or(|(of, _)| *of != known) {
-            let graph = gpt::greedy(&self.config, known)?;
-            let program = if self.frozen { session.compile_frozen(&graph)? } else { session.compile(&graph)? };
-            self.greedy = Some((known, program));
-        }
         let (mut next, mut chosen) = (first, Vec::with_capacity(count));
         while chosen.len() < count {
             let runs = self.room(session)?.min(count - chosen.len());
             let start = self.text.len();
             session.write(gpt::NEXT_TOKEN, &[next])?;
             session.write(gpt::NEXT_POSITION, &[start as i32])?;
-            let Some((_, program)) = &mut self.greedy else { break };
+            let program = self.greedy(session, known)?;
             let mut last = [0];
             // A device beside the host tells what it rejected when an output is read.
             let ran = session.run_times(program, runs).and_then(|()| program.output_into("token", &mut last));
@@ -185,6 +185,18 @@ impl Generator {
             next = last[0];
         }
         Ok(chosen)
+    }
+
+    /// The step that chooses among the first `known` tokens, compiled when it is first asked for.
+    fn greedy(&mut self, session: &mut Session, known: usize) -> Result<&mut Program, GenerateError> {
+        self.greedy.take_if(|(of, _)| *of != known);
+        match &mut self.greedy {
+            Some((_, program)) => Ok(program),
+            none => {
+                let program = compile(session, &gpt::greedy(&self.config, known)?, self.frozen)?;
+                Ok(&mut none.insert((known, program)).1)
+            }
+        }
     }
 
     /// How many more tokens fit the sequence. If none does, the text goes on from its last half first.

@@ -97,6 +97,8 @@ impl Source for f16 {
 /// `AHEAD`: bytes of each row of B to prefetch ahead, for a B that is not packed; 0 for one that is. Then what `next` names is
 /// brought near little by little: all at once it would keep B from being loaded.
 ///
+/// `PACKED`: B is packed.
+///
 /// Where another thread runs on the same core, the core's decoders are shared too, and what is not a multiply-add costs as much as one
 /// that is: so a whole panel of packed B, which most of a product's time is, has [`UNROLL`] steps written out, with all addresses of B and
 /// of A as constants. Elsewhere memory sets the pace, or little is done, and the compiler's time counts.
