@@ -166,9 +166,10 @@ impl Generator {
         while chosen.len() < count {
             let runs = self.room(session)?.min(count - chosen.len());
             let start = self.text.len();
+            // Compiling it adds the states that are written then.
+            let program = self.greedy(session, known)?;
             session.write(gpt::NEXT_TOKEN, &[next])?;
             session.write(gpt::NEXT_POSITION, &[start as i32])?;
-            let program = self.greedy(session, known)?;
             let mut last = [0];
             // A device beside the host tells what it rejected when an output is read.
             let ran = session.run_times(program, runs).and_then(|()| program.output_into("token", &mut last));
